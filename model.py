@@ -1,0 +1,334 @@
+"""GPT-2 whose every attention and MLP projection is a structured matrix made by structured.py.
+
+Shapes: B batch, T tokens, d n_embd, nh heads, hs = d / nh head size, V vocabulary, R routers, E experts.
+Scales follow µP, structure-aware: see configure_optimizers and, for each layer, structured.py.
+"""
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import structured
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False              # biases in projections and layer norms
+    struct: str = "dense"           # matrix structure of the projections, see structured.STRUCTURES
+    rank: int | None = None         # inner rank; None: the structure's own
+    theta: tuple | str | None = None  # seven exponents, for struct 'einsum'
+    layers: str = "all"             # which projections are structured: 'all', 'attn' or 'mlp'; the others are dense
+    num_experts: int = 0            # experts inside every structured projection
+    top_k: int = 2                  # experts per token
+    ffn_experts: int = 0            # standard MoE: experts that are whole MLPs
+    weight_norm: bool | None = None  # normalize cores; None: for every structure but dense
+    qk_norm: bool = True            # layer norm of queries and keys, per head
+    dyad_blocks: int = 4
+    dyad_variant: str = "it"
+
+    def __post_init__(self):
+        """Raises ValueError, in one sentence, for sizes that do not fit each other."""
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head = {self.n_head} must divide n_embd = {self.n_embd}")
+        if self.layers not in ("all", "attn", "mlp"):
+            raise ValueError(f"layers must be 'all', 'attn' or 'mlp'; got {self.layers!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+        if self.num_experts and self.ffn_experts:
+            raise ValueError("num_experts (experts in every projection) and ffn_experts (experts that are MLPs) exclude "
+                             "each other: set one of them to 0")
+        for name in ("num_experts", "ffn_experts"):
+            experts = getattr(self, name)
+            if experts < 0 or experts == 1:
+                raise ValueError(f"{name} must be 0, for none, or at least 2; got {experts}")
+            if experts and not 1 <= self.top_k <= experts:
+                raise ValueError(f"top_k must be between 1 and {name} = {experts}; got {self.top_k}")
+
+
+def projection(config: GPTConfig, part: str, d_in: int, d_out: int, *, routed: bool = True, **options) -> nn.Module:
+    """One projection of the transformer; part is 'attn' or 'mlp'. `routed=False`: an expert of a standard MoE's MLP."""
+    experts = config.ffn_experts if not routed else 0
+    if config.layers in ("all", part):
+        options |= dict(struct=config.struct, rank=config.rank, theta=config.theta, weight_norm=config.weight_norm,
+                        dyad_blocks=config.dyad_blocks, dyad_variant=config.dyad_variant)
+        experts = experts or config.num_experts
+    else:
+        options |= dict(struct="dense")
+    make = options.pop("struct")
+    options |= dict(bias=config.bias, num_experts=experts)
+    if routed:
+        return structured.linear(make, d_in, d_out, top_k=config.top_k, **options)
+    return structured.unrouted(make, d_in, d_out, **options)
+
+
+def apply_layer(layer: nn.Module, x: Tensor, aux: list) -> Tensor:
+    """layer(x); what its router reports, if it has one, goes into the caller's list."""
+    if not isinstance(layer, structured.MoE):
+        return layer(x)
+    y, report = layer(x, return_aux=True)
+    aux.append(report)
+    return y
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for every layer: (n_layer, B, nh, block_size, hs)."""
+
+    def __init__(self, config: GPTConfig, batch: int, device, dtype):
+        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens read
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the keys and values (B, nh, T, hs) of one layer's new tokens; returns those of all tokens so far."""
+        stop = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:stop], self.v[layer, :, :, self.length:stop] = k, v
+        return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        d = config.n_embd
+        self.n_head, self.layer, self.dropout = config.n_head, layer, config.dropout
+        self.head_size = d // config.n_head
+        # under QK norm a gain on q or k would be undone by the norm
+        self.q = projection(config, "attn", d, d, gain=not config.qk_norm)
+        self.k = projection(config, "attn", d, d, gain=not config.qk_norm)
+        self.v = projection(config, "attn", d, d)
+        self.o = projection(config, "attn", d, d, zero_init=True)
+        self.q_norm = nn.LayerNorm(self.head_size, bias=config.bias) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_size, bias=config.bias) if config.qk_norm else nn.Identity()
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, aux: list, cache: KVCache | None = None) -> Tensor:
+        B, T, d = x.shape
+        heads = (B, T, self.n_head, self.head_size)
+        q = self.q_norm(apply_layer(self.q, x, aux).view(heads)).transpose(1, 2)  # (B, nh, T, hs)
+        k = self.k_norm(apply_layer(self.k, x, aux).view(heads)).transpose(1, 2)
+        v = apply_layer(self.v, x, aux).view(heads).transpose(1, 2)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+            q, mask = q.to(k.dtype), _cache_mask(T, k.shape[2], x.device)
+        # µP: logits scale with 1 / hs; 8 / hs is the usual 1 / √hs at hs = 64
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0, scale=8 / self.head_size)
+        y = y.transpose(1, 2).reshape(B, T, d)
+        return self.resid_dropout(apply_layer(self.o, y, aux))
+
+
+def _cache_mask(T: int, S: int, device) -> Tensor | None:
+    """Which of S tokens the last T may see, (T, S); None where plain causal attention says the same."""
+    if T == 1 or T == S:
+        return None
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+class MLP(nn.Module):
+    """up, GELU, down. As the experts of a standard MoE: forward(rows sorted by expert, ends)."""
+
+    def __init__(self, config: GPTConfig, routed: bool = True):
+        super().__init__()
+        self.up = projection(config, "mlp", config.n_embd, 4 * config.n_embd, routed=routed)
+        self.down = projection(config, "mlp", 4 * config.n_embd, config.n_embd, routed=routed, zero_init=True)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x, ends)), ends)
+
+    def apply_projections(self, x: Tensor, aux: list) -> Tensor:
+        """The MLP as a block's own branch: its projections may have routers of their own."""
+        return apply_layer(self.down, F.gelu(apply_layer(self.up, x, aux)), aux)
+
+    def flops_per_token(self) -> int:
+        return self.up.flops_per_token() + self.down.flops_per_token()
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config, routed=not config.ffn_experts)
+        if config.ffn_experts:
+            self.mlp = structured.MoE(config.n_embd, self.mlp, config.ffn_experts, config.top_k)
+        self.dropout = nn.Dropout(config.dropout)
+        self.branch_scale = math.sqrt(3 / config.n_layer)  # keeps the residual stream's size whatever the depth
+
+    def forward(self, x: Tensor, aux: list, cache: KVCache | None = None) -> Tensor:
+        x = x + self.branch_scale * self.attn(self.ln_1(x), aux, cache)
+        h = self.ln_2(x)
+        h = apply_layer(self.mlp, h, aux) if isinstance(self.mlp, structured.MoE) else self.mlp.apply_projections(h, aux)
+        return x + self.branch_scale * self.dropout(h)
+
+
+class ModelAux(NamedTuple):
+    """What the routers of a model report of one batch."""
+    loss: Tensor  # () mean over routers of switch load balance + 0.1 · z, unweighted; 0 without routers
+    load: Tensor  # (R, E) share of assignments to each expert at each router
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        # rows of the output layer beyond vocab_size only align a large vocabulary to 64; no loss or sample sees them
+        V = config.vocab_size if config.vocab_size < 1024 else math.ceil(config.vocab_size / 64) * 64
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = structured.linear("dense", config.n_embd, V, zero_init=True)  # the first loss is ln(vocab_size)
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe.weight, std=0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+                return_aux: bool = False):
+        """idx (B, T) -> (logits, loss), or (logits, loss, ModelAux) with return_aux.
+
+        With targets (B, T; -1 is ignored) logits are (B, T, V) and loss is the cross-entropy alone, in nats per token;
+        without, logits are those of the last position, (B, 1, V), and loss is None. With a cache, idx are the tokens
+        that follow those already read. Raises ValueError when more than block_size tokens are in sight.
+        """
+        start = cache.length if cache is not None else 0
+        T = idx.shape[1]
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit block_size = {self.config.block_size}")
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.dropout(self.wte(idx) + self.wpe(positions))  # (B, T, d)
+        aux: list[structured.Aux] = []
+        for block in self.blocks:
+            x = block(x, aux, cache)
+        if cache is not None:
+            cache.length += T
+        x = self.ln_f(x if targets is not None else x[:, -1:])
+        logits = self.lm_head(x)[..., :self.config.vocab_size].float()
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return (logits, loss, _summarize(aux, x)) if return_aux else (logits, loss)
+
+    # -- cost ---------------------------------------------------------------------------------------------------------
+
+    def flops_per_token(self, output_layer: bool = True) -> int:
+        """Forward FLOPs per token at full block_size, 2 per multiply-add: every product executed, routers and attention
+        (QKᵀ and AV over block_size keys, causal or not) included; for experts, the active ones. Backward is twice it."""
+        layers = [m for b in self.blocks for m in (b.attn.q, b.attn.k, b.attn.v, b.attn.o, b.mlp)]
+        flops = sum(m.flops_per_token() for m in layers)
+        flops += self.config.n_layer * 4 * self.config.block_size * self.config.n_embd
+        return flops + self.lm_head.flops_per_token() * output_layer
+
+    def num_params(self, active: bool = False) -> int:
+        """Number of parameters; `active`: those that one token meets, top_k of each set of experts."""
+        total = sum(p.numel() for p in self.parameters())
+        if active:
+            for moe in (m for m in self.modules() if isinstance(m, structured.MoE)):
+                experts = sum(p.numel() for p in moe.experts.parameters())
+                total -= experts * (moe.num_experts - moe.top_k) // moe.num_experts
+        return total
+
+    def describe(self) -> list[str]:
+        """One line for each projection of a block: its structure and sizes."""
+        lines = []
+        for name, module in self.blocks[0].named_modules():
+            if isinstance(module, structured.Structured):
+                kind = type(module).__name__.lower()
+                lines.append(f"{name.removesuffix('.experts'):12s} {kind} {module.extra_repr()}")
+        return lines
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def lr_multipliers(self, base_width: int) -> dict[str, float]:
+        """{parameter name: factor on the learning rate} under µP for Adam; what no layer speaks for has 1."""
+        multipliers = {name: 1.0 for name, _ in self.named_parameters()}
+        for prefix, module in self.named_modules():
+            if isinstance(module, (structured.Structured, structured.MoE)):
+                multipliers |= {f"{prefix}.{n}": m for n, m in module.lr_multipliers(base_width).items()}
+        return multipliers
+
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+                             device_type: str, base_width: int = 128) -> torch.optim.AdamW:
+        """AdamW with one group per distinct learning rate; each group keeps its 'lr_multiplier' for the schedule.
+
+        Cores, routers and embeddings decay, gains, biases and norms do not. The decay is divided by the multiplier:
+        every matrix shrinks by learning_rate · weight_decay a step, whatever its structure and width.
+        """
+        multipliers = self.lr_multipliers(base_width)
+        groups: dict[tuple[float, bool], list] = {}
+        for name, p in self.named_parameters():
+            decays = p.dim() >= 2 and not name.endswith("bias")
+            groups.setdefault((multipliers[name], decays), []).append(p)
+        return torch.optim.AdamW(
+            [dict(params=params, lr=learning_rate * m, lr_multiplier=m, weight_decay=weight_decay / m * decays)
+             for (m, decays), params in groups.items()],
+            lr=learning_rate, betas=betas, fused=device_type == "cuda" or None)
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+               use_cache: bool = True, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """Yields max_new_tokens next tokens, (B, 1) each, after the prompt idx (B, T), T >= 1.
+
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest. A window slides past block_size: when it
+        is full, its oldest quarter is forgotten and the rest read again (positions are learned, so that keys of
+        shifted tokens cannot be kept). With or without the cache the tokens are the same.
+        """
+        block = self.config.block_size
+        if idx.shape[1] < 1:
+            raise ValueError("generation needs a prompt of at least one token")
+        window = idx[:, -block:]
+        cache = None
+        for _ in range(max_new_tokens):
+            if window.shape[1] > block:
+                window, cache = window[:, -max(1, block - block // 4):], None
+            if not use_cache:
+                logits, _ = self(window)
+            elif cache is None:
+                cache = KVCache(self.config, idx.shape[0], idx.device, self._cache_dtype(idx.device))
+                logits, _ = self(window, cache=cache)
+            else:
+                logits, _ = self(window[:, -1:], cache=cache)
+            token = _sample(logits[:, -1], temperature, top_k, generator)  # (B, 1)
+            window = torch.cat([window, token], dim=1)
+            yield token
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 use_cache: bool = True, generator: torch.Generator | None = None) -> Tensor:
+        """The prompt idx (B, T) and max_new_tokens more, (B, T + max_new_tokens): see stream."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache, generator)], dim=1)
+
+    def _cache_dtype(self, device) -> torch.dtype:
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
+
+
+def _summarize(aux: list[structured.Aux], x: Tensor) -> ModelAux:
+    if not aux:
+        return ModelAux(x.new_zeros(()), x.new_zeros(0, 0))
+    return ModelAux(torch.stack([a.loss() for a in aux]).mean(), torch.stack([a.load for a in aux]))
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
+    """One token for each row of logits (B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
