@@ -1,0 +1,2 @@
+# Monarch: two block-diagonal matrices with a permutation between them.
+struct = "monarch"
