@@ -9,6 +9,9 @@ It is registered with torch.library, so that torch.compile sees one opaque call 
 routing. On a CPU it is a loop over segments; elsewhere it is one grouped product with its offsets on the device, so
 that nothing waits for the host.
 """
+import math
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,3 +128,233 @@ def segment_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w = x.to(dtype), w.to(dtype)
     return _segment_product(x, w, ends)
+
+
+# ---- The two-factor einsum as experts, on a CPU ---------------------------------------------------------------------
+#
+# A mixture of einsums is bound by memory traffic, not by arithmetic. So: tokens are taken in blocks, a block's
+# assignments are sorted by expert, and each expert's rows go through both products in pieces that stay in cache, with
+# the intermediate z stored feature-major, (γ, ρφδ, rows), which is how the second product wants to read it. Rows are
+# gathered once and combined once per block. Letters are those of the contraction, as in structured.Einsum.
+
+_scratch = threading.local()  # memory alone: fresh pages cost more here than the products that fill them
+
+
+def _buffer(name: str, like: Tensor, *shape: int) -> Tensor:
+    """Uninitialized memory of this shape, the same at every call from this thread: for use within one call only."""
+    key, numel = f"{name} {like.dtype}", math.prod(shape)
+    buffer = getattr(_scratch, key, None)
+    if buffer is None or buffer.numel() < numel:
+        buffer = like.new_empty(numel)
+        setattr(_scratch, key, buffer)
+    return buffer[:numel].view(shape)
+
+
+class _Layout:
+    """How rows (n, d) lie for the two products of an einsum of these sizes."""
+
+    def __init__(self, sizes: list[int], swapped: bool):
+        self.sizes, self.swapped = sizes, swapped
+        a, b, g, d, e, f, r = sizes
+        self.d_in, self.d_out, self.width = a * b * g, d * e * f, g * r * f * d * b  # width: entries of z per row
+        self.rows = max(64, min(2048, 2 ** 19 // max(self.d_in, self.d_out, self.width)))  # of a piece, at an even load
+
+    def first(self, x: Tensor) -> Tensor:
+        """Rows for the first product: (n, d_in) -> (γ, nβ, α)."""
+        a, b, g, *_ = self.sizes
+        x = x.view(-1, g, a, b).mT if self.swapped else x.view(-1, g, b, a)
+        return x.transpose(0, 1).reshape(g, -1, a)
+
+    def last(self, y: Tensor) -> Tensor:
+        """Rows of the second product: (n, d_out) -> (φ, δn, ε)."""
+        _, _, _, d, e, f, _ = self.sizes
+        y = y.view(-1, f, d, e) if self.swapped else y.view(-1, f, e, d).mT
+        return y.permute(1, 2, 0, 3).reshape(f, -1, e)
+
+    def second(self, z: Tensor) -> Tensor:
+        """(γ, ρφδ, nβ) -> (φ, δn, γρβ); a view where β = 1."""
+        a, b, g, d, e, f, r = self.sizes
+        return z.view(g, r, f, d, -1, b).permute(2, 3, 4, 0, 1, 5).reshape(f, -1, g * r * b)
+
+    def first_from_second(self, dz: Tensor) -> Tensor:
+        """(φ, γρβ, δn) -> (γ, ρφδ, nβ), the way back of `second`; a view where β = δ = ρ = 1."""
+        a, b, g, d, e, f, r = self.sizes
+        return dz.view(f, g, r, b, d, -1).permute(1, 2, 0, 4, 5, 3).reshape(g, r * f * d, -1)
+
+    def combine_inputs(self, rows: Tensor, block: "_Block") -> Tensor:
+        """Sums over each token's assignments of what the pieces left as (γ, nβ, α): -> (tokens, d_in)."""
+        a, b, g, *_ = self.sizes
+        i, n, r = block.first_row, block.piece_rows, block.row
+        index = _index(i * (g * b) + r * b, g, n * b, b, torch.ones_like(n))
+        x = F.embedding_bag(index, rows.view(-1, a), mode="sum").view(-1, g, b, a)
+        return (x.mT if self.swapped else x).reshape(-1, self.d_in)
+
+    def combine_outputs(self, rows: Tensor, block: "_Block", gates: Tensor) -> Tensor:
+        """Gated sums over each token's assignments of what the pieces left as (φ, δn, ε): -> (tokens, d_out)."""
+        _, _, _, d, e, f, _ = self.sizes
+        i, n, r = block.first_row, block.piece_rows, block.row
+        index = _index(i * (f * d) + r, f, n * d, d, n)
+        weights = gates[:, None].expand(-1, f * d, -1).reshape(index.shape)
+        y = F.embedding_bag(index, rows.view(-1, e), per_sample_weights=weights, mode="sum").view(-1, f, d, e)
+        return (y if self.swapped else y.mT).reshape(-1, self.d_out)
+
+
+def _index(base: Tensor, outer: int, outer_step: Tensor, inner: int, inner_step: Tensor) -> Tensor:
+    """base (tokens, k) + o · outer_step + i · inner_step -> (tokens · outer · inner, k)."""
+    o = torch.arange(outer, dtype=base.dtype)[:, None]
+    index = torch.addcmul(base[:, None], o, outer_step[:, None])  # (tokens, outer, k)
+    if inner > 1:
+        i = torch.arange(inner, dtype=base.dtype)[:, None]
+        index = torch.addcmul(index[:, :, None], i, inner_step[:, None, None])
+    return index.view(-1, base.shape[1])
+
+
+class _Block:
+    """A block of tokens with its assignments sorted by expert; an assignment is token · k + choice within the block.
+
+    pieces: (expert, first row, last row), in order. For each assignment, (tokens, k): its row within its piece, the
+    piece's first row and the piece's number of rows.
+    """
+
+    def __init__(self, experts: Tensor, order: Tensor, k: int, start: int, num_experts: int, most: int):
+        ends = torch.bincount(experts, minlength=num_experts).cumsum(0)
+        self.pieces = [(e, i, min(i + most, last)) for e, first, last in _segments(ends)
+                       for i in range(first, last, most)]
+        self.start, self.stop = start, start + order.numel() // k
+        self.order = order
+        self.token = order // k + start  # (tokens · k,) of each sorted row
+        place = torch.empty_like(order, dtype=torch.int32)
+        place[order] = torch.arange(order.numel(), dtype=torch.int32)
+        place = place.view(-1, k)
+        first, last = torch.tensor([piece[1:] for piece in self.pieces], dtype=torch.int32).T.contiguous()
+        piece = torch.searchsorted(last, place, right=True)
+        self.first_row, self.piece_rows = first[piece], (last - first)[piece]
+        self.row = place - self.first_row
+
+
+def _blocks(chosen: Tensor, order: Tensor, num_experts: int, rows: int):
+    """Blocks of as many tokens as give each expert `rows` rows, if the load is even. `order` (T · k,) is sorted here, or
+    read where it is already."""
+    T, k = chosen.shape
+    size = max(1, rows * num_experts // k)
+    for start in range(0, T, size):
+        experts = chosen[start:start + size].flatten()
+        part = order[start * k:start * k + experts.numel()]
+        yield _Block(experts, part, k, start, num_experts, 2 * rows)
+
+
+def _sort_blocks(chosen: Tensor, num_experts: int, rows: int) -> Tensor:
+    """For each block of _blocks, its assignments sorted by expert: (T · k,)."""
+    T, k = chosen.shape
+    size = max(1, rows * num_experts // k)
+    return torch.cat([block.flatten().argsort(stable=True) for block in chosen.split(size)])
+
+
+@torch.library.custom_op("structured::expert_einsum", mutates_args=())
+def _expert_einsum(x: Tensor, gates: Tensor, chosen: Tensor, first: Tensor, second: Tensor, sizes: list[int],
+                   swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    to = _Layout(sizes, swapped)
+    a, b, g, d, e_, f, r = sizes
+    (T, k), E = chosen.shape, first.shape[0]
+    y, z = x.new_empty(T, to.d_out), x.new_empty(T * k, to.width)
+    order = _sort_blocks(chosen, E, to.rows)
+    for block in _blocks(chosen, order, E, to.rows):
+        rows = _buffer("rows", x, block.order.numel(), to.d_out)
+        z_block = z[block.start * k:block.stop * k]
+        for e, i, j in block.pieces:
+            n = j - i
+            xs = torch.index_select(x, 0, block.token[i:j], out=_buffer("x", x, n, to.d_in))
+            zs = z_block[i:j].view(g, r * f * d, n * b)
+            torch.bmm(first[e], to.first(xs).mT, out=zs)
+            torch.bmm(to.second(zs), second[e].mT, out=rows[i:j].view(f, d * n, e_))
+        y[block.start:block.stop] = to.combine_outputs(rows, block, gates[block.start:block.stop])
+    return y, z, order
+
+
+@_expert_einsum.register_fake
+def _(x, gates, chosen, first, second, sizes, swapped):
+    to = _Layout(sizes, swapped)
+    return x.new_empty(x.shape[0], to.d_out), x.new_empty(chosen.numel(), to.width), chosen.new_empty(chosen.numel())
+
+
+@torch.library.custom_op("structured::expert_einsum_backward", mutates_args=())
+def _expert_einsum_backward(dy: Tensor, x: Tensor, z: Tensor, order: Tensor, gates: Tensor, chosen: Tensor,
+                            first: Tensor, second: Tensor, sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    to = _Layout(sizes, swapped)
+    a, b, g, d, e_, f, r = sizes
+    (T, k), E = chosen.shape, first.shape[0]
+    dx, dgates = torch.empty_like(x), torch.empty_like(gates)
+    dfirst, dsecond = torch.zeros_like(first), torch.zeros_like(second)
+    for block in _blocks(chosen, order, E, to.rows):
+        rows = _buffer("rows", x, block.order.numel(), to.d_in)
+        z_block = z[block.start * k:block.stop * k]
+        gate, dgate = gates[block.start:block.stop].flatten()[block.order], gates.new_empty(block.order.numel())
+        for e, i, j in block.pieces:
+            n = j - i
+            xs = torch.index_select(x, 0, block.token[i:j], out=_buffer("x", x, n, to.d_in))
+            dys = torch.index_select(dy, 0, block.token[i:j], out=_buffer("dy", x, n, to.d_out)).mul_(gate[i:j, None])
+            zs = z_block[i:j].view(g, r * f * d, n * b)
+            dz = torch.bmm(second[e].mT, to.last(dys).mT, out=_buffer("dz", x, f, g * r * b, d * n))
+            dz = to.first_from_second(dz)
+            # the gate is in dz already; z · dz is its own gradient, times itself
+            products = torch.mul(zs, dz, out=_buffer("z · dz", x, *zs.shape))
+            dgate[i:j] = products.view(-1, n, b).sum((0, 2)) if b > 1 else products.view(-1, n).sum(0)
+            torch.bmm(dz.mT, first[e], out=rows[i:j].view(g, n * b, a))
+            dsecond[e].baddbmm_(to.last(dys).mT, to.second(zs))
+            dfirst[e].baddbmm_(dz, to.first(xs))
+        dx[block.start:block.stop] = to.combine_inputs(rows, block)
+        dgate /= gate.clamp(min=torch.finfo(gate.dtype).tiny)  # a gate of zero passes no gradient to its logit
+        dgates[block.start:block.stop].view(-1)[block.order] = dgate
+    return dx, dgates, dfirst, dsecond
+
+
+@_expert_einsum_backward.register_fake
+def _(dy, x, z, order, gates, chosen, first, second, sizes, swapped):
+    return tuple(torch.empty_like(t) for t in (x, gates, first, second))
+
+
+def _expert_einsum_setup(ctx, inputs, output):
+    x, gates, chosen, first, second, ctx.sizes, ctx.swapped = inputs
+    _, z, order = output
+    ctx.save_for_backward(x, z, order, gates, chosen, first, second)
+    ctx.mark_non_differentiable(z, order)
+    ctx.set_materialize_grads(False)
+
+
+def _expert_einsum_autograd(ctx, dy, *_):
+    x, z, order, gates, chosen, first, second = ctx.saved_tensors
+    dx, dgates, dfirst, dsecond = _expert_einsum_backward(dy.contiguous(), x, z, order, gates, chosen, first, second,
+                                                          ctx.sizes, ctx.swapped)
+    return dx, dgates, None, dfirst, dsecond, None, None
+
+
+_expert_einsum.register_autograd(_expert_einsum_autograd, setup_context=_expert_einsum_setup)
+
+
+def _einsum_flops(chosen_shape, first_shape, second_shape, sizes) -> int:
+    """Both products, for every assignment."""
+    a, b, g, d, e, f, r = sizes
+    return 2 * math.prod(chosen_shape) * (g * b * a * r * f * d + f * d * e * g * r * b)
+
+
+@register_flop_formula(torch.ops.structured.expert_einsum)
+def _(x_shape, gates_shape, chosen_shape, first_shape, second_shape, sizes, *args, **kwargs) -> int:
+    return _einsum_flops(chosen_shape, first_shape, second_shape, sizes)
+
+
+@register_flop_formula(torch.ops.structured.expert_einsum_backward)
+def _(dy_shape, x_shape, z_shape, order_shape, gates_shape, chosen_shape, first_shape, second_shape, sizes, *args, **kwargs) -> int:
+    return 2 * _einsum_flops(chosen_shape, first_shape, second_shape, sizes)
+
+
+def expert_einsum(x: Tensor, gates: Tensor, chosen: Tensor, first: Tensor, second: Tensor, sizes, swapped) -> Tensor:
+    """y[t] = Σ_j gates[t, j] · W[chosen[t, j]] x[t], where W[e] is the einsum of expert e's two cores.
+
+    x (T, d_in), gates and chosen (T, k), first (E, γ, ρφδ, α), second (E, φ, ε, γρβ), sizes the seven of the
+    contraction, swapped where B goes first -> (T, d_out). Takes part in autocast.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, first, second = x.to(dtype), first.to(dtype), second.to(dtype)
+    y, _, _ = _expert_einsum(x.contiguous(), gates.to(x.dtype), chosen, first, second, list(sizes), swapped)
+    return y

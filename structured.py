@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import segment_product
+from kernels import expert_einsum, segment_product
 
 # ---- The space: exponents, sizes, taxonomy --------------------------------------------------------------------------
 
@@ -341,6 +341,14 @@ class Einsum(Structured):
         y = y if self.order[0] == "A" else y.mT  # (T, φ, ε, δ)
         return self.add_bias(y.reshape(*lead, self.d_out), ends)
 
+    def mixture(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+        """Σ_j gates[t, j] · expert chosen[t, j] of x[t], gathered and combined in one pass: x (T, d_in) -> (T, d_out)."""
+        y = expert_einsum(x, gates, chosen, self.core(self.order[0]), self.core(self.order[1]), self._contraction(),
+                          self.order[0] == "B")
+        if self.bias is not None:
+            y = y + (gates[..., None] * self.bias[chosen]).sum(1).to(y.dtype)
+        return y
+
     def cores(self) -> tuple[Tensor, Tensor]:
         """A[γ, α, δ, φ, ρ] and B[γ, β, ε, φ, ρ] as they act; with experts, a leading E. A left-out core is a one."""
         a, b, g, d, e, f, r = self._contraction()
@@ -450,12 +458,12 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx, x, order, place):
         ctx.save_for_backward(place)
         ctx.k = order.numel() // x.shape[0]
-        return x[order // ctx.k]
+        return x.index_select(0, order // ctx.k)
 
     @staticmethod
     def backward(ctx, grad):
         (place,) = ctx.saved_tensors
-        return grad[place].view(-1, ctx.k, grad.shape[1]).sum(1), None, None
+        return F.embedding_bag(place.view(-1, ctx.k), grad, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -463,17 +471,16 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, gates, order, place):
-        ctx.save_for_backward(y, gates, order, place)
-        T, k = gates.shape
-        return torch.bmm(gates.to(y.dtype)[:, None], y[place].view(T, k, -1))[:, 0]
+        gates = gates.to(y.dtype)
+        ctx.save_for_backward(y, gates, order)
+        return F.embedding_bag(place.view(gates.shape), y, per_sample_weights=gates, mode="sum")
 
     @staticmethod
     def backward(ctx, grad):
-        y, gates, order, place = ctx.saved_tensors
-        T, k = gates.shape
-        dy = grad[order // k] * gates.flatten()[order, None].to(grad.dtype)
-        dgates = torch.bmm(y[place].view(T, k, -1), grad[:, :, None])[:, :, 0]
-        return dy, dgates.to(gates.dtype), None, None
+        y, gates, order = ctx.saved_tensors
+        rows = grad.index_select(0, order // gates.shape[1])
+        dgates = torch.empty_like(gates).view(-1).index_copy_(0, order, (rows * y).sum(1)).view(gates.shape)
+        return rows * gates.flatten()[order, None], dgates, None, None
 
 
 class MoE(nn.Module):
@@ -505,11 +512,15 @@ class MoE(nn.Module):
             logits = F.linear(rows.to(self.router.dtype), self.router)  # (T, E)
         top_logits, chosen = logits.topk(self.top_k)  # (T, k)
         gates = top_logits.softmax(dim=-1)
-        order = chosen.flatten().argsort(stable=True)  # assignments by expert
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         counts = F.one_hot(chosen, self.num_experts).sum((0, 1))  # (E,)
-        y = self.experts(_Dispatch.apply(rows, order, place), counts.cumsum(0))
-        y = _Combine.apply(y, gates, order, place).view(*x.shape[:-1], -1)
+        if x.device.type == "cpu" and isinstance(self.experts, Einsum) and len(self.experts.order) == 2:
+            y = self.experts.mixture(rows, gates, chosen)
+        else:
+            order = chosen.flatten().argsort(stable=True)  # assignments by expert
+            place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+            y = self.experts(_Dispatch.apply(rows, order, place), counts.cumsum(0))
+            y = _Combine.apply(y, gates, order, place)
+        y = y.view(*x.shape[:-1], -1)
         return (y, self._aux(logits, counts)) if return_aux else y
 
     def _aux(self, logits: Tensor, counts: Tensor) -> Aux:
