@@ -242,6 +242,11 @@ class GPT(nn.Module):
                 total -= experts * (moe.num_experts - moe.top_k) // moe.num_experts
         return total
 
+    def router_shape(self) -> tuple[int, int]:
+        """(R, E): how many routers there are, and the experts of each."""
+        routers = sum(isinstance(m, structured.MoE) for m in self.modules())
+        return routers, (self.config.num_experts or self.config.ffn_experts) if routers else 0
+
     def describe(self) -> list[str]:
         """One line for each projection of a block: its structure and sizes."""
         lines = []
@@ -276,7 +281,7 @@ class GPT(nn.Module):
         return torch.optim.AdamW(
             [dict(params=params, lr=learning_rate * m, lr_multiplier=m, weight_decay=weight_decay / m * decays)
              for (m, decays), params in groups.items()],
-            lr=learning_rate, betas=betas, fused=device_type == "cuda" or None)
+            lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu") or None)
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
