@@ -2,8 +2,8 @@
 
     python train.py config/btt_moe.py config/quickstart.py                      one process: a GPU, or the CPU
     torchrun --nproc_per_node=8 train.py config/btt_moe.py                      eight GPUs of one node
-    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=ADDRESS train.py config/btt_moe.py
-                                                                                two nodes; --node_rank=1 on the other
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/btt_moe.py
+                                                                                two nodes: the same on both
     python train.py config/btt_moe.py --init_from=resume                        go on where a run ended
 
 Config files and --key=value override the keys below, from left to right; --help lists them.
@@ -380,22 +380,18 @@ def learning_rate_at(it: int) -> float:
 def evaluate() -> tuple[float, torch.Tensor]:
     """(validation cross-entropy in nats per token, load (R, E) of each router's experts), shared by all processes."""
     model.eval()
-    total, load = torch.zeros((), device=device, dtype=torch.float32), 0.0
+    total, load = torch.zeros((), device=device), torch.zeros(raw_model.router_shape(), device=device)
     for i in range(rank_id, eval_iters, world_size):
         X, Y = val_batch(i)
         with autocast:
-            _, loss, aux = raw_model(X, Y, return_aux=True) if ddp else model(X, Y, return_aux=True)
-        total, load = total + loss, load + aux.load
+            _, loss, aux = (model.module if ddp else model)(X, Y, return_aux=True)
+        total += loss
+        load += aux.load
     model.train()
     if ddp:
-        load = load if torch.is_tensor(load) else torch.zeros_like(aux_shape)
         dist.all_reduce(total)
         dist.all_reduce(load)
     return total.item() / eval_iters, load / eval_iters
-
-
-aux_shape = torch.zeros(sum(1 for m in raw_model.modules() if type(m).__name__ == "MoE"),
-                        num_experts or ffn_experts, device=device)
 
 
 def seed_dropout() -> None:
