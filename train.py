@@ -82,6 +82,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tokenizer
 from configurator import fail
+from data.common import open_dataset
 from model import GPT, GPTConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -155,29 +156,17 @@ def mean_over_processes(x: torch.Tensor) -> torch.Tensor:
 # ---- Data: which tokens an iteration sees depends on seed, iteration and place in the global batch alone ------------
 
 def load_dataset() -> tuple[dict, dict]:
-    """(meta.json, {split: token ids on disk}) of the dataset; whatever is wrong with it ends in one sentence."""
+    """(meta.json, {split: token ids on disk}); whatever is wrong with the dataset ends in one sentence."""
     folder = dataset if os.path.isdir(dataset) else os.path.join(HERE, "data", dataset)
-    script = os.path.join("data", dataset, "prepare.py")
-    advice = f"run: python {script}" if os.path.exists(os.path.join(HERE, script)) else "see data/*/prepare.py"
+    if not os.path.isdir(folder):
+        fail(f"there is no dataset {dataset!r}: give a path, or the name of a folder under data/ (made by data/*/prepare.py)")
     try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
-        item = np.dtype({"uint8": "<u1", "uint16": "<u2"}[meta["dtype"]])
-        int(meta["vocab_size"]), meta["tokenizer"]["name"]
-    except FileNotFoundError:
-        fail(f"dataset {dataset!r} is not prepared ({folder} has no meta.json): {advice}")
-    except (ValueError, KeyError, TypeError) as e:
-        fail(f"{folder}/meta.json is not a dataset's description ({type(e).__name__}: {e}): {advice}")
-    splits = {}
-    for split in ("train", "val"):
-        path = os.path.join(folder, f"{split}.bin")
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size != meta[f"{split}_tokens"] * item.itemsize:
-            fail(f"{path} holds {size} bytes, but meta.json promises {meta[f'{split}_tokens']} tokens of {item.itemsize} "
-                 f"bytes: {advice}")
-        if size // item.itemsize <= block_size:
-            fail(f"{path} holds {size // item.itemsize} tokens, too few for block_size = {block_size}")
-        splits[split] = np.memmap(path, dtype=item, mode="r")
+        meta, splits = open_dataset(folder)
+    except ValueError as e:
+        fail(str(e))
+    for split, tokens in splits.items():
+        if len(tokens) <= block_size:
+            fail(f"{split}.bin of {folder} holds {len(tokens)} tokens, too few for block_size = {block_size}")
     return meta, splits
 
 

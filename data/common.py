@@ -42,26 +42,23 @@ def open_dataset(folder):
     Raises ValueError, one sentence, if there is no whole dataset in the folder.
     """
     folder = Path(folder)
+    script = folder / "prepare.py"
+    advice = f"run: python {os.path.relpath(script)}" if script.is_file() else "make one with data/*/prepare.py"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         dtype = DTYPES[meta["dtype"]]
         counts = {split: int(meta[f"{split}_tokens"]) for split in ("train", "val")}
         int(meta["vocab_size"]), meta["tokenizer"]
     except OSError as error:
-        raise ValueError(
-            f"there is no whole dataset in {folder} (no readable meta.json): run {folder / 'prepare.py'} first"
-        ) from error
+        raise ValueError(f"there is no whole dataset in {folder} (no readable meta.json): {advice}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'meta.json'} does not describe a dataset: run prepare.py again") from error
+        raise ValueError(f"{folder / 'meta.json'} does not describe a dataset: {advice}") from error
     tokens = {}
     for split, count in counts.items():
         path = folder / f"{split}.bin"
         size = path.stat().st_size if path.is_file() else 0
         if count < 1 or size != count * dtype.itemsize:
-            raise ValueError(
-                f"{path} holds {size} bytes where meta.json says {count} tokens of {dtype.itemsize}: "
-                "run prepare.py again"
-            )
+            raise ValueError(f"{path} holds {size} bytes where meta.json says {count} tokens of {dtype.itemsize}: {advice}")
         tokens[split] = np.memmap(path, dtype=dtype, mode="r")
     return meta, tokens
 
