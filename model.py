@@ -258,16 +258,19 @@ class GPT(nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def lr_multipliers(self, base_width: int) -> dict[str, float]:
-        """{parameter name: factor on the learning rate} under µP for Adam; what no layer speaks for has 1."""
+    def lr_multipliers(self, base_width: int | None) -> dict[str, float]:
+        """{parameter name: factor on the learning rate} under µP for Adam; what no layer speaks for has 1, and without a
+        base width everything has."""
         multipliers = {name: 1.0 for name, _ in self.named_parameters()}
+        if base_width is None:
+            return multipliers
         for prefix, module in self.named_modules():
             if isinstance(module, (structured.Structured, structured.MoE)):
                 multipliers |= {f"{prefix}.{n}": m for n, m in module.lr_multipliers(base_width).items()}
         return multipliers
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
-                             device_type: str, base_width: int = 128) -> torch.optim.AdamW:
+                             device_type: str, base_width: int | None = 128) -> torch.optim.AdamW:
         """AdamW with one group per distinct learning rate; each group keeps its 'lr_multiplier' for the schedule.
 
         Cores, routers and embeddings decay, gains, biases and norms do not. The decay is divided by the multiplier:
