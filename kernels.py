@@ -233,8 +233,7 @@ class _Block:
 
 
 def _blocks(chosen: Tensor, order: Tensor, num_experts: int, rows: int):
-    """Blocks of as many tokens as give each expert `rows` rows, if the load is even. `order` (T · k,) is sorted here, or
-    read where it is already."""
+    """Blocks of as many tokens as give each expert `rows` rows, if the load is even; `order` is that of _sort_blocks."""
     T, k = chosen.shape
     size = max(1, rows * num_experts // k)
     for start in range(0, T, size):
@@ -322,6 +321,8 @@ def _expert_einsum_setup(ctx, inputs, output):
 
 
 def _expert_einsum_autograd(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 7
     x, z, order, gates, chosen, first, second = ctx.saved_tensors
     dx, dgates, dfirst, dsecond = _expert_einsum_backward(dy.contiguous(), x, z, order, gates, chosen, first, second,
                                                           ctx.sizes, ctx.swapped)

@@ -405,8 +405,8 @@ class Dyad(Structured):
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         D, lead, T = self.blocks, x.shape[:-1], x.numel() // self.d_in
-        blocked = x.reshape(T, D, -1).transpose(0, 1)  # (D, T, i), x[b·i + j]
-        strided = x.reshape(T, -1, D).permute(2, 0, 1)  # (D, T, i), x[j·D + b]
+        blocked = x.reshape(T, D, self.d_in // D).transpose(0, 1)  # (D, T, i), x[b·i + j]
+        strided = x.reshape(T, self.d_in // D, D).permute(2, 0, 1)  # (D, T, i), x[j·D + b]
         lower = _product(blocked, self.core("wl"), ends)  # (D, T, o)
         upper = _product(blocked if self.variant == "ot" else strided, self.core("wu"), ends)
         if self.variant == "it":
@@ -450,20 +450,19 @@ class Aux(NamedTuple):
 class _Dispatch(torch.autograd.Function):
     """Rows of x (T, d), one for each of k assignments per token, in the order of their experts -> (T·k, d).
 
-    `order` lists the assignments (token · k + choice) by expert, `place` is its inverse. The gradient is a gather too:
+    `order` lists the assignments (token · k + choice) by expert, `place` (T, k) is its inverse. The gradient is a gather too:
     a token's k rows are read back and summed, which is deterministic and cheaper than scattered additions.
     """
 
     @staticmethod
     def forward(ctx, x, order, place):
         ctx.save_for_backward(place)
-        ctx.k = order.numel() // x.shape[0]
-        return x.index_select(0, order // ctx.k)
+        return x.index_select(0, order // place.shape[1])
 
     @staticmethod
     def backward(ctx, grad):
         (place,) = ctx.saved_tensors
-        return F.embedding_bag(place.view(-1, ctx.k), grad, mode="sum"), None, None
+        return F.embedding_bag(place, grad, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -509,7 +508,8 @@ class MoE(nn.Module):
         """x (..., d_in) -> y (..., d_out), or (y, Aux)."""
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(rows.to(self.router.dtype), self.router)  # (T, E)
+            precision = torch.promote_types(self.router.dtype, torch.float32)
+            logits = F.linear(rows.to(precision), self.router.to(precision))  # (T, E)
         top_logits, chosen = logits.topk(self.top_k)  # (T, k)
         gates = top_logits.softmax(dim=-1)
         counts = F.one_hot(chosen, self.num_experts).sum((0, 1))  # (E,)
@@ -518,9 +518,9 @@ class MoE(nn.Module):
         else:
             order = chosen.flatten().argsort(stable=True)  # assignments by expert
             place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-            y = self.experts(_Dispatch.apply(rows, order, place), counts.cumsum(0))
+            y = self.experts(_Dispatch.apply(rows, order, place.view(chosen.shape)), counts.cumsum(0))
             y = _Combine.apply(y, gates, order, place)
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], y.shape[-1])
         return (y, self._aux(logits, counts)) if return_aux else y
 
     def _aux(self, logits: Tensor, counts: Tensor) -> Aux:

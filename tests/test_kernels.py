@@ -1,0 +1,304 @@
+"""kernels.py: each path against a loop over rows, against the others, and as operators of torch.library."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+import structured
+from structured import Sizes
+
+# (B, K, M) and the rows of each expert: empty ones at the start, in the middle and at the end; no rows at all
+SHAPES = [(1, 8, 16), (3, 5, 7), (2, 9, 4), (4, 1, 1), (1, 33, 3)]
+COUNTS = [(4, 4, 4), (0, 3, 0, 6, 1, 0), (0, 0, 11), (1,), (0, 0)]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+# sizes of one expert, (α β γ δ ε φ ρ): Monarch, BTT, Tensor-Train, β, γ, δ, φ, ρ all above 1, B first, low rank
+EXPERTS = [Sizes(4, 1, 4, 1, 4, 4, 1), Sizes(4, 1, 3, 1, 5, 4, 3), Sizes(4, 3, 1, 4, 3, 1, 2), Sizes(4, 2, 3, 2, 5, 2, 3),
+           Sizes(2, 5, 2, 5, 2, 3, 2), Sizes(1, 4, 4, 4, 1, 4, 1), Sizes(12, 1, 1, 1, 16, 1, 2), Sizes(3, 3, 2, 3, 3, 2, 1)]
+all_experts = pytest.mark.parametrize("sizes", EXPERTS, ids=lambda s: "x".join(map(str, s)))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+# ---- segment_product ------------------------------------------------------------------------------------------------
+
+def naive_product(x, w, ends):
+    """A row at a time, in float64."""
+    x, w, expert = x.double(), w.double(), torch.searchsorted(ends, torch.arange(x.shape[1]), right=True)
+    rows = [torch.stack([w[expert[n], b] @ x[b, n] for b in range(x.shape[0])]) for n in range(x.shape[1])]
+    return torch.stack(rows, dim=1) if rows else x @ w[0].mT
+
+
+def segments(shape, counts, dtype):
+    B, K, M = shape
+    ends = torch.tensor(counts).cumsum(0)
+    make = dict(dtype=dtype, requires_grad=True)
+    return torch.randn(B, sum(counts), K, **make), torch.randn(len(counts), B, M, K, **make), ends
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_segment_product(shape, counts, dtype):
+    """Every path multiplies each row by its own expert's matrix, and so do the gradients."""
+    x, w, ends = segments(shape, counts, dtype)
+    y = naive_product(x, w, ends)
+    dy = torch.randn_like(y).to(dtype)
+    dx, dw = torch.autograd.grad(y, (x, w), dy.double(), allow_unused=True,
+                                 materialize_grads=True)
+    tolerance = TOLERANCE[dtype]
+
+    actual = kernels.segment_product(x, w, ends)
+    assert actual.dtype == dtype
+    close(actual, y, tolerance)
+    for a, expected in zip(torch.autograd.grad(actual, (x, w), dy), (dx, dw)):
+        close(a, expected, 2 * tolerance)
+
+    x, w = x.detach(), w.detach()
+    close(kernels.loop_product(x, w, ends), y, tolerance)
+    close(kernels.loop_product_grad_w(x, dy, ends), dw, 2 * tolerance)
+    if sum(counts) and dtype != torch.float64:
+        close(kernels.grouped_product(x, w, ends), y, tolerance)
+        close(kernels.grouped_product_grad_w(x, dy, ends), dw, 2 * tolerance)
+
+
+def test_only_the_gradients_that_are_needed():
+    x, w, ends = segments((2, 5, 3), (2, 0, 3), torch.float64)
+    kernels.segment_product(x.detach(), w, ends).sum().backward()
+    kernels.segment_product(x, w.detach(), ends).sum().backward()
+    expected = torch.autograd.grad(naive_product(x, w, ends).sum(), (x, w))
+    close(x.grad, expected[0], 1e-10)
+    close(w.grad, expected[1], 1e-10)
+
+
+def test_segment_product_takes_part_in_autocast():
+    x, w, ends = segments((2, 5, 3), (2, 0, 3), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = kernels.segment_product(x, w, ends)
+    assert y.dtype == torch.bfloat16
+    close(y, naive_product(x, w, ends), 5e-2)
+    y.float().sum().backward()
+    assert x.grad.dtype == w.grad.dtype == torch.float32
+
+
+# ---- expert_einsum --------------------------------------------------------------------------------------------------
+
+class Plain(nn.Module):
+    """Experts that are no Einsum to MoE: it dispatches to them in general, through segment_product."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.inner = experts
+
+    def forward(self, rows, ends):
+        return self.inner(rows, ends)
+
+
+def mixture(sizes, num_experts=4, top_k=2, **options):
+    """A mixture of einsums in float64, every parameter random, and the same with the general dispatch."""
+    moe = structured.linear("einsum", sizes.d_in, sizes.d_out, sizes=sizes, num_experts=num_experts, top_k=top_k,
+                            **options).double()
+    with torch.no_grad():
+        for p in moe.parameters():
+            p.normal_()
+    general = structured.MoE(sizes.d_in, Plain(moe.experts), num_experts, top_k)
+    general.router = moe.router
+    return moe, general
+
+
+def check_same(moe, general, x):
+    x.requires_grad_()
+    y, expected = moe(x), general(x)
+    close(y, expected, 1e-9)
+    inputs, dy = [x, *moe.parameters()], torch.randn_like(y)
+    for a, e in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)):
+        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9 * e.abs().max().item())
+
+
+def test_experts_contract_in_both_orders():
+    assert {sizes.order() for sizes in EXPERTS} == {("A", "B"), ("B", "A")}
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@all_experts
+def test_expert_einsum_is_the_general_path(sizes, top_k):
+    for tokens in (1, 50):
+        check_same(*mixture(sizes, top_k=top_k, bias=True), torch.randn(tokens, sizes.d_in, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sizes", [EXPERTS[i] for i in (1, 3, 4)], ids=["btt", "full", "B first"])
+@pytest.mark.parametrize("balance", ["random", "skewed", "one expert"])
+def test_expert_einsum_of_many_tokens(sizes, balance, monkeypatch):
+    """Several blocks of tokens, several pieces of one expert within a block."""
+    if hasattr(kernels, "_Layout"):
+        init = kernels._Layout.__init__
+
+        def few_rows(self, *args):
+            init(self, *args)
+            self.rows = 16
+        monkeypatch.setattr(kernels._Layout, "__init__", few_rows)
+    moe, general = mixture(sizes, num_experts=5, top_k=2 if balance == "random" else 1)
+    x = torch.randn(300, sizes.d_in, dtype=torch.float64)
+    with torch.no_grad():
+        if balance == "skewed":  # one expert gets most of every block, the others something
+            x[:, 0] = 1
+            moe.router[2, 0] += 1.5 * sizes.d_in ** 0.5
+            assert (moe(x, return_aux=True)[1].load > torch.tensor([0, 0, 0.5, 0, 0])).all()
+        if balance == "one expert":
+            x = x.abs()
+            moe.router.copy_(torch.tensor([1.0, 2, 5, 3, 4])[:, None].expand_as(moe.router))
+    check_same(moe, general, x)
+
+
+def test_expert_einsum_at_full_piece_size():
+    """More tokens than the rows that a block or a piece holds, as they are."""
+    sizes = EXPERTS[0]
+    moe, general = mixture(sizes, num_experts=8, top_k=1)
+    check_same(moe, general, torch.randn(20000, sizes.d_in, dtype=torch.float64))
+
+
+@all_experts
+def test_expert_einsum_takes_part_in_autocast(sizes):
+    moe = mixture(sizes)[0].float()
+    for p in moe.experts.parameters():
+        nn.init.normal_(p, std=0.3)
+    x = torch.randn(64, sizes.d_in, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = moe(x)
+    exact = moe(x)
+    inputs, dy = [x, *moe.parameters()], torch.randn_like(exact)
+    pairs = [(y, exact), *zip(torch.autograd.grad(y, inputs, dy.bfloat16()), torch.autograd.grad(exact, inputs, dy))]
+    assert y.dtype == torch.bfloat16
+    for a, e in pairs:
+        assert (a.float() - e).norm() < 0.03 * e.norm()
+
+
+def test_gate_of_zero_passes_no_nan():
+    """A chosen expert whose gate underflows to 0 gets a gradient of zero, not 0 / 0."""
+    moe, general = mixture(EXPERTS[1], num_experts=2)
+    with torch.no_grad():
+        moe.router[0], moe.router[1] = 1000.0, -1000.0
+    check_same(moe, general, torch.rand(5, moe.d_in, dtype=torch.float64) + 1)
+
+
+@pytest.mark.parametrize("path", [0, 1], ids=["einsum", "general"])
+def test_undefined_gradient(path):
+    """A branch after the mixture that hands back no gradient counts as one of zeros."""
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+    moe = mixture(EXPERTS[0])[path]
+    x = torch.randn(6, moe.d_in, dtype=torch.float64, requires_grad=True)
+    (Stop.apply(moe(x)).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+# ---- As operators ---------------------------------------------------------------------------------------------------
+
+def segment_arguments(grad):
+    x, w, ends = segments((2, 5, 3), (4, 0, 2), torch.float32)
+    return (x, w, ends) if grad else (x.detach(), torch.randn(2, 6, 3), ends)
+
+
+def einsum_arguments(sizes, grad=False):
+    """What expert_einsum's operator takes, in the letters of the contraction."""
+    order = sizes.order()
+    a, b, g, d, e, f, r = contraction = sizes if order[0] == "A" else sizes.swapped()
+    E, T, k = 3, 10, 2
+    make = dict(requires_grad=grad)
+    chosen = torch.rand(T, E).topk(k).indices
+    return (torch.randn(T, sizes.d_in, **make), torch.rand(T, k, **make), chosen, torch.randn(E, g, r * f * d, a, **make),
+            torch.randn(E, f, e, g * r * b, **make), list(contraction), order[0] == "B")
+
+
+def einsum_backward_arguments(sizes):
+    x, gates, chosen, first, second, contraction, swapped = arguments = einsum_arguments(sizes)
+    y, *saved = kernels._expert_einsum(*arguments)
+    return (torch.randn_like(y), x, *saved, gates, chosen, first, second, contraction, swapped)
+
+
+def test_operators_are_well_formed():
+    """Schemas, fake shapes, autograd registration, and tracing with dynamic shapes."""
+    torch.library.opcheck(kernels._segment_product, segment_arguments(True))
+    torch.library.opcheck(kernels._segment_product_grad_w, segment_arguments(False))
+    for sizes in EXPERTS[3:5]:
+        torch.library.opcheck(kernels._expert_einsum, einsum_arguments(sizes, True))
+        torch.library.opcheck(kernels._expert_einsum_backward, einsum_backward_arguments(sizes))
+
+
+def product_in_place(out, left, right, **_):
+    return 2 * math.prod(left) * right[-1]
+
+
+def flops(run, *args):
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: product_in_place}) as counter:
+        run(*args)
+    return counter.get_total_flops()
+
+
+def test_flops_of_segment_product_are_those_of_its_loop():
+    for shape in SHAPES:
+        x, w, ends = (t.detach() for t in segments(shape, (0, 3, 0, 6, 1), torch.float32))
+        B, K, M = shape
+        dy = torch.randn(B, 10, M)
+        assert flops(kernels.loop_product, x, w, ends) == flops(kernels._segment_product, x, w, ends) == 2 * B * 10 * K * M
+        assert flops(kernels.loop_product_grad_w, x, dy, ends) == flops(kernels._segment_product_grad_w, x, dy, ends)
+        assert flops(kernels.loop_product_grad_w, x, dy, ends) == 2 * B * 10 * K * M
+
+
+@all_experts
+def test_flops_of_expert_einsum_are_those_of_its_products(sizes):
+    """The registered formula, the products inside, and the sizes' own count for 10 tokens and 2 experts each."""
+    forward, backward = einsum_arguments(sizes), einsum_backward_arguments(sizes)
+    executed = flops(kernels._expert_einsum._init_fn, *forward)
+    assert executed == flops(kernels._expert_einsum, *forward) == 10 * 2 * sizes.flops()
+    executed = flops(kernels._expert_einsum_backward._init_fn, *backward)
+    assert executed == flops(kernels._expert_einsum_backward, *backward) == 2 * 10 * 2 * sizes.flops()
+
+
+def kinds_of_mixture():
+    standard = nn.ModuleDict(dict(up=structured.unrouted("btt", 16, 32, num_experts=4),
+                                  down=structured.unrouted("dense", 32, 16, num_experts=4)))
+    standard.forward = lambda rows, ends: standard["down"](standard["up"](rows, ends).relu(), ends)
+    return dict(btt=structured.linear("btt", 16, 16, num_experts=4, bias=True), mlp=structured.MoE(16, standard, 4, 2),
+                dense=structured.linear("dense", 16, 16, num_experts=4, bias=True),
+                dyad=structured.linear("dyad", 16, 16, num_experts=4))
+
+
+@pytest.mark.parametrize("kind", ["btt", "dense", "dyad", "mlp"])
+def test_compiled_mixture(kind):
+    """One graph without breaks, the same results, and no recompilation when the routing changes."""
+    torch._dynamo.reset()
+    moe = kinds_of_mixture()[kind]
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(moe, fullgraph=True, backend=backend)
+    loads = []
+    for shift in (0, 1, 2, 3):
+        x = torch.randn(24, 16, requires_grad=True)
+        with torch.no_grad():
+            moe.router.copy_(moe.router.roll(shift, 0) * (1 if shift < 3 else 100))
+        results = []
+        for run in (moe, compiled):
+            y, aux = run(x, return_aux=True)
+            grads = torch.autograd.grad(y.square().sum() + aux.loss(), [x, *moe.parameters()])
+            results.append((y, *aux, *grads))
+        loads.append(tuple(aux.load.tolist()))
+        for a, e in zip(*results):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 * max(1, e.abs().max().item()))
+    assert len(set(loads)) == 4 and backend.frame_count == 1

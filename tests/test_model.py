@@ -1,0 +1,431 @@
+"""model.py: what a GPT of structured projections must hold, whatever the structure."""
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig
+from structured import STRUCTURES
+
+SMALL = dict(block_size=12, vocab_size=40, n_layer=2, n_head=2, n_embd=16)
+KINDS = {name: dict(struct=name) for name in STRUCTURES if name != "einsum"}
+KINDS |= {f"dyad_{v}": dict(struct="dyad", dyad_variant=v) for v in ("ot", "dt")}
+KINDS |= {"einsum": dict(struct="einsum", theta=(0.75, 0, 0.25, 0, 0.25, 0.75, 0)),
+          "btt_moe": dict(struct="btt", num_experts=4), "low_rank_moe": dict(struct="low_rank", num_experts=4),
+          "dense_moe": dict(struct="dense", num_experts=4), "moe": dict(ffn_experts=4),
+          "moe of btt": dict(struct="btt", ffn_experts=4), "attn": dict(struct="btt", layers="attn", num_experts=4),
+          "mlp": dict(struct="btt", layers="mlp", num_experts=4)}
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+some_kinds = pytest.mark.parametrize("kind", ["dense", "btt", "btt_moe", "moe", "dyad"])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def build(kind="dense", **options):
+    return GPT(GPTConfig(**SMALL | KINDS[kind] | options))
+
+
+def awake(kind="dense", **options):
+    """A model in float64 with nothing at its init: an output of zeros would hide what it computes."""
+    model = build(kind, **options).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+    return model.eval()
+
+
+def tokens(*shape, vocab_size=SMALL["vocab_size"]):
+    return torch.randint(vocab_size, shape)
+
+
+def projections(model):
+    return {f"{i}.{name}": getattr(part, name) for i, block in enumerate(model.blocks)
+            for part, names in ((block.attn, "qkvo"), (block.mlp, ("up", "down"))) for name in names if hasattr(part, name)}
+
+
+# ---- Forward --------------------------------------------------------------------------------------------------------
+
+@all_kinds
+@pytest.mark.parametrize("qk_norm, bias", [(True, False), (False, True)])
+def test_first_loss_is_that_of_the_uniform_guess(kind, qk_norm, bias):
+    model = build(kind, qk_norm=qk_norm, bias=bias)
+    logits, loss = model(tokens(2, 12), tokens(2, 12))
+    assert logits.shape == (2, 12, 40) and loss.item() == pytest.approx(math.log(40), rel=0.01)
+    logits, loss = model(tokens(2, 5))
+    assert logits.shape == (2, 1, 40) and loss is None
+
+
+@some_kinds
+def test_loss_is_the_mean_negative_log_likelihood(kind):
+    model, idx, targets = awake(kind), tokens(2, 12), tokens(2, 12)
+    targets[0, :3] = -1  # ignored
+    logits, loss = model(idx, targets)
+    p = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
+    terms = [-p[b, t, targets[b, t]].log() for b in range(2) for t in range(12) if targets[b, t] >= 0]
+    assert loss.item() == pytest.approx(sum(terms).item() / len(terms), rel=1e-4)
+    torch.testing.assert_close(model(idx)[0], logits[:, -1:])
+
+
+@all_kinds
+def test_later_tokens_do_not_change_earlier_logits(kind):
+    model, idx = awake(kind), tokens(2, 12)
+    before = model(idx, idx)[0]
+    for t in (1, 7, 11):
+        other = idx.clone()
+        other[:, t:] = (other[:, t:] + 1 + tokens(2, 12 - t, vocab_size=39)) % 40
+        after = model(other, idx)[0]
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=1e-5, atol=1e-5)
+        assert (after[:, t] != before[:, t]).any(dim=-1).all()
+
+
+def test_attention_sees_what_came_before():
+    model, idx = awake(), tokens(2, 12)
+    other = idx.clone()
+    other[:, 0] = (other[:, 0] + 1) % 40
+    assert ((model(idx, idx)[0] - model(other, idx)[0]).abs().amax(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("kind", ["dense", "btt"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_forward_is_gpt2(kind, qk_norm):
+    """The whole model written out with matrices: pre-norm blocks, µP's 8/hs logits, branches times √(3/n_layer)."""
+    def norm(x, layer):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+
+    def linear(x, layer):
+        return x @ layer.to_dense().T + layer.bias
+    model, idx = awake(kind, n_layer=4, bias=True, qk_norm=qk_norm), tokens(12)
+    x = model.wte.weight[idx] + model.wpe.weight[:12]
+    scale = math.sqrt(3 / 4)
+    for block in model.blocks:
+        h, heads = norm(x, block.ln_1), []
+        q, k, v = (linear(h, layer) for layer in (block.attn.q, block.attn.k, block.attn.v))
+        for head in range(2):
+            qh, kh, vh = (z[:, 8 * head:8 * head + 8] for z in (q, k, v))
+            if qk_norm:
+                qh, kh = norm(qh, block.attn.q_norm), norm(kh, block.attn.k_norm)
+            scores = (qh @ kh.T) * 8 / 8
+            scores = scores.masked_fill(torch.arange(12)[:, None] < torch.arange(12), -math.inf)
+            heads.append(scores.softmax(-1) @ vh)
+        x = x + scale * linear(torch.cat(heads, dim=-1), block.attn.o)
+        h = linear(norm(x, block.ln_2), block.mlp.up)
+        h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+        x = x + scale * linear(h, block.mlp.down)
+    logits = norm(x, model.ln_f) @ model.lm_head.to_dense().T
+    torch.testing.assert_close(model(idx[None], idx[None])[0][0].double(), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_embd, n_head", [(16, 4), (32, 1)])
+def test_attention_logits_scale_with_8_over_head_size(n_embd, n_head):
+    """Unlike 1 / √hs: seen in the weights on the first of two tokens."""
+    model = awake(n_layer=1, n_embd=n_embd, n_head=n_head, qk_norm=False)
+    attn, x, seen = model.blocks[0].attn, torch.randn(1, 2, n_embd, dtype=torch.float64), []
+    attn.o.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    attn(x, [])
+    hs = n_embd // n_head
+    q, k, v = ((x[0] @ layer.to_dense().T).view(2, n_head, hs) for layer in (attn.q, attn.k, attn.v))
+    weights = ((q[1][:, None] * k.transpose(0, 1)).sum(-1) * 8 / hs).softmax(-1)  # (nh, 2)
+    expected = (weights[..., None] * v.transpose(0, 1)).sum(1).flatten()
+    torch.testing.assert_close(seen[0][0, 1], expected)
+
+
+@pytest.mark.parametrize("kind, routers", [("dense", 0), ("btt_moe", 12), ("moe", 2), ("attn", 8), ("mlp", 4)])
+def test_routers_report(kind, routers):
+    model = awake(kind)
+    reports = []
+    for module in model.modules():
+        if type(module).__name__ == "MoE":
+            module.register_forward_hook(lambda module, args, out: reports.append(out[1]))
+    _, loss, aux = model(tokens(3, 12), tokens(3, 12), return_aux=True)
+    assert len(reports) == routers and aux.load.shape == (routers, 4 if routers else 0)
+    torch.testing.assert_close(aux.load.sum(1), torch.ones(routers, dtype=torch.float64))
+    expected = sum(r.switch + 0.1 * r.z for r in reports) / routers if routers else torch.zeros(()).double()
+    torch.testing.assert_close(aux.loss, expected)
+    if routers:  # cross-entropy alone is the loss; the routers' own gradient comes from aux.loss
+        assert set(torch.autograd.grad(aux.loss, [m.router for m in model.modules() if hasattr(m, "router")]))
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "btt_moe"])
+def test_dropout(kind):
+    model, idx = awake(kind, dropout=0.5), tokens(2, 12)
+    torch.testing.assert_close(model(idx, idx)[0], model(idx, idx)[0], rtol=0, atol=0)
+    model.train()
+    assert not torch.allclose(model(idx, idx)[0], model(idx, idx)[0])
+    plain = awake(kind).train()
+    torch.testing.assert_close(plain(idx, idx)[0], plain(idx, idx)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("site", ["embeddings", "attention", "attention branch", "mlp branch"])
+def test_every_place_of_dropout(site):
+    """Each place drops by itself, when the others let everything through."""
+    model, idx = awake(dropout=0.5, n_layer=1), tokens(2, 12)
+    block = model.blocks[0]
+    places = {"embeddings": model.dropout, "attention branch": block.attn.resid_dropout, "mlp branch": block.dropout}
+    model.train()
+    for name, place in places.items():
+        if name != site:
+            place.p = 0.0
+    if site != "attention":
+        block.attn.dropout = 0.0
+    assert not torch.allclose(model(idx, idx)[0], model(idx, idx)[0])
+
+
+@all_kinds
+def test_bias(kind):
+    model, idx = awake(kind, bias=True), tokens(2, 12)
+    names = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    for layer in projections(model):
+        assert sum(name.startswith(f"blocks.{layer[0]}.") and f".{layer[2:]}." in name for name in names) == 1
+    assert sum("ln_" in name for name in names) == 5 and sum("_norm" in name for name in names) == 4
+    assert not any(name.endswith("bias") for name, _ in build(kind).named_parameters())
+    logits = model(idx, idx)[0]
+    for name, p in model.named_parameters():
+        if name in names and "k_norm" not in name:  # one vector more on every key moves a query's logits alike
+            with torch.no_grad():
+                p += torch.randn_like(p)
+                assert not torch.equal(logits, changed := model(idx, idx)[0]), name
+            logits = changed
+
+
+# ---- Initialization and parameters ----------------------------------------------------------------------------------
+
+@all_kinds
+def test_branches_and_head_start_at_zero(kind):
+    """At init every block is the identity, and only what ends a branch is zero."""
+    model, x = build(kind), torch.randn(2, 12, 16)
+    for block in model.blocks:
+        assert torch.equal(block(x, []), x)
+    assert (model.lm_head.to_dense() == 0).all()
+    zero = [name for name, p in model.named_parameters() if (p == 0).all()]
+    assert all(any(last in name for last in (".o.", ".down.", "lm_head.")) for name in zero), zero
+    for embedding in (model.wte, model.wpe):
+        assert embedding.weight.std().item() == pytest.approx(0.02, rel=0.25)
+
+
+@all_kinds
+def test_every_parameter_gets_a_gradient(kind):
+    """Also those of the experts that no token chose: DDP and the optimizer count on it."""
+    model = build(kind, bias=True, top_k=1)
+    model(tokens(1, 1), tokens(1, 1))[1].backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+    model = awake(kind, bias=True).train()
+    model(tokens(4, 12), tokens(4, 12))[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "k_norm.bias" not in name)
+
+
+@pytest.mark.parametrize("kind", ["dense", "btt", "btt_moe"])
+def test_training_overfits_a_batch(kind):
+    model = build(kind)
+    optimizer = model.configure_optimizers(0.1, 0.02, (0.9, 0.95), "cpu", base_width=16)
+    idx, targets = tokens(2, 12), tokens(2, 12)
+    for _ in range(60):
+        loss = model(idx, targets)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.2 * math.log(40)
+
+
+def test_num_params():
+    """Counted by hand, d = 16, hs = 8, one layer: embeddings, norms, projections, routers, head."""
+    rest = 40 * 16 + 12 * 16 + 3 * 16 + 2 * 8 + 16 * 40  # wte, wpe, three norms, q and k norms, lm_head
+    attn, mlp, router = 4 * 16 * 16, 2 * 16 * 64, 4 * 16
+    model = build(n_layer=1)
+    assert model.num_params() == model.num_params(active=True) == rest + attn + mlp
+    model = build("moe", n_layer=1)
+    assert model.num_params() == rest + attn + 4 * mlp + router
+    assert model.num_params(active=True) == rest + attn + 2 * mlp + router
+    # rank 1: 16 -> 16 as 4·4 -> 4·4 (64 + 64), 16 -> 64 as 4·4 -> 8·8 (128 + 256), 64 -> 16 (256 + 128)
+    expert = 4 * 128 + 2 * 384 + 4 * 2  # gains of both cores of v, o, up and down
+    for top_k in (1, 2, 4):
+        model = build("btt_moe", n_layer=1, top_k=top_k)
+        assert model.num_params() == rest + 4 * expert + 5 * router + 4 * 64
+        assert model.num_params(active=True) == rest + top_k * expert + 5 * router + 4 * 64
+    biases = 4 * 16 + 64 + 16 + 3 * 16 + 2 * 8
+    assert build(n_layer=1, bias=True).num_params() == rest + attn + mlp + biases
+    assert build(n_layer=1, qk_norm=False).num_params() == rest + attn + mlp - 2 * 8
+
+
+def test_layers_choose_what_is_structured():
+    def cores(model):
+        return {name: sum(p.numel() for p in layer.parameters()) for name, layer in projections(model).items()}
+    dense, every = cores(build("dense")), cores(build("btt_moe"))
+    for part, kind in (("qkvo", "attn"), (("up", "down"), "mlp")):
+        expected = {name: (every if name[2:] in part else dense)[name] for name in dense}
+        assert cores(build(kind)) == expected and expected not in (dense, every)
+
+
+def test_options_reach_the_projections():
+    model = build("btt", rank=3)
+    assert all(layer.sizes.rho == 3 for layer in projections(model).values())
+    assert all(layer.blocks == 2 and layer.variant == "dt" for layer in
+               projections(build("dyad", dyad_blocks=2, dyad_variant="dt")).values())
+    assert all(layer.top_k == 3 and layer.num_experts == 4 for layer in projections(build("btt_moe", top_k=3)).values())
+    assert not any("gain" in name for name, _ in build("btt", weight_norm=False).named_parameters())
+    gains = [name for name, _ in build("btt").named_parameters() if "gain" in name]
+    assert gains and not any(".q." in name or ".k." in name for name in gains)  # a norm would undo them
+    assert any(".q." in name for name, _ in build("btt", qk_norm=False).named_parameters() if "gain" in name)
+
+
+# ---- Cost -----------------------------------------------------------------------------------------------------------
+
+@all_kinds
+def test_flops_are_those_executed(kind):
+    model, idx = awake(kind), tokens(3, 12)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx, idx)
+    assert counter.get_total_flops() == 3 * 12 * model.flops_per_token()
+    forward = counter.get_total_flops()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    # recomputed or not, attention's backward is twice its forward; embeddings have no products
+    assert counter.get_total_flops() - forward == pytest.approx(2 * forward, rel=0.01)
+    assert model.flops_per_token() - model.flops_per_token(output_layer=False) == 2 * 16 * 40
+
+
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
+
+@all_kinds
+@pytest.mark.parametrize("base_width", [16, 128])
+def test_learning_rates_are_those_of_mup(kind, base_width):
+    """DESIGN 4, parameter by parameter; one group for each learning rate and decay."""
+    model, lr, decay = build(kind, bias=True), 0.01, 0.1
+    optimizer = model.configure_optimizers(decay, lr, (0.9, 0.95), "cpu", base_width=base_width)
+    expected, modules = {}, dict(model.named_modules())
+    for name, p in model.named_parameters():
+        parent, leaf = name.rpartition(".")[::2]
+        layer, factor = modules[parent], 1.0
+        if leaf == "router":
+            factor = base_width / p.shape[1]
+        elif leaf in ("wl", "wu"):
+            factor = base_width / (2 * p.shape[-1])
+        elif leaf in ("A", "B"):
+            a, b, g, d, e, f, r = layer.sizes
+            if layer.order == ("A",):
+                factor = base_width / layer.d_in
+            elif leaf == "A":
+                factor = base_width / 2 / (a if layer.order[0] == "A" else a * g * r)
+            else:
+                factor = base_width / 2 / (b if layer.order[0] == "B" else b * g * r)
+        else:
+            assert "gain" in leaf or leaf == "bias" or isinstance(layer, (torch.nn.Embedding, torch.nn.LayerNorm))
+        decays = not ("gain" in leaf or leaf == "bias" or isinstance(layer, torch.nn.LayerNorm))
+        expected[p] = lr * factor, decay / factor * decays
+    seen = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(seen) == len(set(seen)) == len(expected)
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(lr * group["lr_multiplier"])
+        for p in group["params"]:
+            assert (group["lr"], group["weight_decay"]) == pytest.approx(expected[p])
+            if group["weight_decay"]:  # a step shrinks every matrix alike
+                assert group["lr"] * group["weight_decay"] == pytest.approx(lr * decay)
+    kinds = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert len(kinds) == len(set(kinds))
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+# ---- Generation -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("vocab_size", [1030, 1088, 500])
+def test_no_token_outside_the_vocabulary(vocab_size):
+    """A large vocabulary's output layer is padded to a multiple of 64; what lies beyond is never seen."""
+    model = build(vocab_size=vocab_size)
+    rows = model.lm_head.to_dense().shape[0]
+    assert rows == (1088 if vocab_size > 1024 else vocab_size)
+    with torch.no_grad():
+        (weight,) = model.lm_head.parameters()
+        weight.view(rows, -1)[vocab_size:] = torch.randn(rows - vocab_size, 16) * 1e4
+    idx = tokens(4, 6, vocab_size=vocab_size)
+    logits, loss = model(idx, idx)
+    assert logits.shape == (4, 6, vocab_size) and loss.item() == pytest.approx(math.log(vocab_size), rel=0.01)
+    for options in (dict(temperature=0), dict(temperature=1.0), dict(temperature=0.1, top_k=2000)):
+        assert model.generate(idx, 20, **options).max() < vocab_size
+
+
+@all_kinds
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=1.3, top_k=20)])
+def test_cache_changes_no_token(kind, options):
+    """Within the window and past block_size, where it slides more than once; also from a prompt that is too long."""
+    model = awake(kind)
+    for prompt, new in ((3, 22), (12, 5), (20, 5)):
+        idx = tokens(2, prompt)
+        runs = [model.generate(idx, new, use_cache=use_cache, generator=torch.Generator().manual_seed(1), **options)
+                for use_cache in (True, False)]
+        assert torch.equal(*runs) and runs[0].shape == (2, prompt + new) and torch.equal(runs[0][:, :prompt], idx)
+        assert len(set(runs[0][0].tolist())) > 3  # not one token over and over
+
+
+@pytest.mark.parametrize("kind", ["dense", "btt_moe", "moe"])
+def test_cache_reads_each_token_once(kind):
+    """Positions run through the model for each new token: the prompt, then one at a time while the window has room."""
+    model, read = awake(kind), []
+    model.wte.register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    model.generate(tokens(2, 4), 9)
+    assert read == [4] + [1] * 8
+    read.clear()
+    model.generate(tokens(2, 4), 100)
+    assert len(read) == 100 and max(read) <= 12 and sum(read) < 100 * 12 / 2
+    read.clear()
+    model.generate(tokens(2, 4), 9, use_cache=False)
+    assert read == list(range(4, 13))
+
+
+def test_greedy_tokens_are_the_likeliest():
+    model, idx = awake(), tokens(2, 3)
+    for token in model.stream(idx, 9, temperature=0):
+        torch.testing.assert_close(token, model(idx)[0][:, -1].argmax(-1, keepdim=True))
+        idx = torch.cat([idx, token], dim=1)
+
+
+def test_sampling_follows_temperature_and_top_k():
+    """Frequencies over many draws of one token, against the softmax by hand."""
+    model, idx = awake(), tokens(1, 3)
+    with torch.no_grad():
+        model.lm_head.A *= 1.5 / model(idx)[0].std()  # neither flat nor certain
+    logits = model(idx)[0][0, -1]
+    for temperature, top_k in ((1.0, None), (0.5, None), (1.0, 3), (2.0, 1), (1.0, 99)):
+        p = logits.div(temperature).exp()
+        if top_k and top_k < 40:
+            p[logits.argsort(descending=True)[top_k:]] = 0
+        drawn = model.generate(idx.expand(5000, 3), 1, temperature=temperature, top_k=top_k)[:, -1]
+        frequencies = torch.bincount(drawn, minlength=40) / 5000
+        assert (frequencies - p / p.sum()).abs().max() < 0.03
+        assert not top_k or len(drawn.unique()) <= top_k
+
+
+def test_generation_needs_a_prompt():
+    with pytest.raises(ValueError, match="at least one token"):
+        build().generate(tokens(1, 0), 3)
+
+
+def test_more_tokens_than_block_size():
+    with pytest.raises(ValueError, match="13 tokens.*block_size = 12"):
+        build()(tokens(1, 13))
+
+
+# ---- Configuration --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, message", [
+    (dict(n_head=5), "n_head = 5 must divide n_embd = 16"), (dict(layers="ffn"), "'ffn'"), (dict(dropout=1.0), "dropout.*1.0"),
+    (dict(dropout=-0.1), "dropout.*-0.1"), (dict(num_experts=4, ffn_experts=4), "num_experts.*ffn_experts"),
+    (dict(num_experts=1), "num_experts.*1"), (dict(ffn_experts=-2), "ffn_experts.*-2"), (dict(num_experts=4, top_k=5), "top_k.*5"),
+    (dict(ffn_experts=4, top_k=0), "top_k.*0"), *((dict([(name, 0)]), f"{name}.*0") for name in SMALL)])
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        GPTConfig(**SMALL | options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(struct="lowrank"), "'lowrank'"), (dict(struct="einsum"), "theta"), (dict(struct="btt", n_embd=17, n_head=1), "17"),
+    (dict(struct="btt", theta=(1, 0, 0, 1, 0, 0, 0)), "theta"), (dict(struct="dyad", dyad_blocks=3), "3")])
+def test_structure_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        GPT(GPTConfig(**SMALL | options))
