@@ -1,7 +1,13 @@
 import importlib.util
+import json
+import multiprocessing
 import os
+import runpy
 import shutil
+import socket
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -31,3 +37,86 @@ def tiktoken_cache(tmp_path_factory):
         del os.environ["TIKTOKEN_CACHE_DIR"]
     else:
         os.environ["TIKTOKEN_CACHE_DIR"] = before
+
+
+# Runs of train.py and sample.py. A program of its own would spend most of its time importing torch; these are forked
+# from a server that has imported it and nothing of the project, and run the script as __main__ from its first line.
+
+PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+PROCESSES.set_forkserver_preload(["numpy", "pytest", "torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel"])
+
+
+def _run_script(script, arguments, environment, out, err, before):
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), stream)
+    import torch
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    sys.argv = [str(ROOT / script), *arguments]
+    if before is not None:
+        before()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """run("train.py", "config/btt.py", "--seed=1", ...) -> subprocess.CompletedProcess, of the first process.
+
+    processes=2: as many as torchrun would start. before: a function of a test module that each process calls first.
+    """
+    def run(script, *arguments, processes=1, before=None, **environment):
+        folder = tmp_path_factory.mktemp("run")
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        started = []
+        for rank in range(processes):
+            ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes)) if processes > 1 else {}
+            files = [str(folder / f"{name}{rank}") for name in ("out", "err")]
+            started.append(PROCESSES.Process(
+                target=_run_script, args=(script, [str(a) for a in arguments], environment | ranks, *files, before)))
+            started[-1].start()
+        for process in started:
+            process.join(300)
+            process.kill()
+            process.join()
+        code = next((p.exitcode for p in started if p.exitcode), 0)
+        out, err = ((folder / f"{name}0").read_text(encoding="utf-8") for name in ("out", "err"))
+        return subprocess.CompletedProcess([script, *arguments], code, out, err)
+    return run
+
+
+def write_ids(folder, train, val):
+    """A dataset of the 96 characters, written by hand."""
+    folder.mkdir()
+    meta = {"tokenizer": {"name": "char", "characters": "\n" + bytes(range(32, 127)).decode("ascii")},
+            "vocab_size": 96, "dtype": "uint8", "train_tokens": len(train), "val_tokens": len(val), "source": {}}
+    (folder / "train.bin").write_bytes(bytes(train))
+    (folder / "val.bin").write_bytes(bytes(val))
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def python_text(tmp_path_factory):
+    """A dataset of some 200,000 characters of Python's own sources."""
+    library = Path(sysconfig.get_path("stdlib"))
+    text = "".join((library / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "ast", "inspect"))
+    ids = [0 if c == "\n" else ord(c) - 31 for c in text if c == "\n" or " " <= c <= "~"]
+    return write_ids(tmp_path_factory.mktemp("data") / "python_text", ids[:-20_000], ids[-20_000:])
+
+
+@pytest.fixture(scope="session")
+def alphabet(tmp_path_factory):
+    """A dataset whose train and val tokens are 0, 1, ... 95: a window's first token is its place."""
+    return write_ids(tmp_path_factory.mktemp("data") / "alphabet", range(96), range(96))
+
+
+class Hostile:
+    """Unpickled, it makes the file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
