@@ -70,6 +70,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -217,7 +218,8 @@ def load_checkpoint(path: str) -> dict:
     """The contents of a checkpoint, mapped from the file rather than read into memory."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["model"], checkpoint["optimizer"], checkpoint["model_args"], checkpoint["iteration"]
+        for key in ("model", "optimizer", "scaler", "model_args", "iteration", "tokens", "flops", "best_val_loss"):
+            checkpoint[key]
     except FileNotFoundError:
         fail(f"there is no checkpoint {path} to resume from: use --init_from=scratch, or another --out_dir")
     except Exception as e:
@@ -252,14 +254,14 @@ def save_checkpoint(best: bool) -> None:
 
 if init_from == "resume":
     checkpoint = load_checkpoint(ckpt_path)
+    hyperparameters = [dict(betas=g["betas"], weight_decay=g["weight_decay"]) for g in optimizer.param_groups]
     raw_model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
     iteration, best_val_loss = checkpoint["iteration"], checkpoint["best_val_loss"]
     tokens_seen, flops_spent = checkpoint["tokens"], checkpoint["flops"]
-    # the groups of the checkpoint carry the hyperparameters of its time
-    for group in optimizer.param_groups:
-        group.update(betas=(beta1, beta2), weight_decay=weight_decay / group["lr_multiplier"] * (group["weight_decay"] > 0))
+    for group, values in zip(optimizer.param_groups, hyperparameters):
+        group.update(values)  # those of this run, not of the checkpoint
     del checkpoint
     say(f"resuming {out_dir} at iteration {iteration}")
 
@@ -270,9 +272,9 @@ if ddp:
 
 # ---- Speed: FLOPs of a token against the peak of the devices --------------------------------------------------------
 
-# dense bfloat16 and float16 FLOP/s from the makers' data sheets; the first name that the device's name contains counts
+# dense bfloat16 and float16 FLOP/s from the makers' data sheets; the first that is a word of the device's name counts
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "L4": 121e12, "A40": 150e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12}
+              "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12}
 
 
 def peak_flops() -> tuple[float, str]:
@@ -280,15 +282,16 @@ def peak_flops() -> tuple[float, str]:
     if device_type == "cuda" and dtype != "float32":
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_FLOPS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return flops * world_size, f"{name}'s data sheet"
-    a = torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype))
+    n = 1024 if device_type == "cpu" else 4096
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     times = []
     for _ in range(5):
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for the device
         times.append(time.perf_counter() - start)
-    return 2 * 2048 ** 3 / min(times) * world_size, "a 2048 x 2048 product timed at the start"
+    return 2 * n ** 3 / min(times) * world_size, f"a {n} x {n} product timed at the start"
 
 
 peak, peak_source = peak_flops()
@@ -309,7 +312,6 @@ log_path = os.path.join(out_dir, "log.jsonl")
 
 def open_log():
     """log.jsonl, empty, or as it was when the checkpoint was written: later points are about to be made again."""
-    os.makedirs(out_dir, exist_ok=True)
     kept = []
     if init_from == "resume" and os.path.exists(log_path):
         with open(log_path, encoding="utf-8") as f:
@@ -345,7 +347,11 @@ def start_wandb():
 
 
 if master:
-    log_file = open_log()
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        log_file = open_log()
+    except OSError as e:
+        fail(f"out_dir {out_dir} cannot be written: {e.strerror}")
 wandb_run = start_wandb()
 log(type="run", config=config, model_args=model_args, torch=torch.__version__, python=sys.version.split()[0],
     device=torch.cuda.get_device_name(device) if device_type == "cuda" else device_type, processes=world_size,

@@ -48,7 +48,8 @@ def open_dataset(folder):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         dtype = DTYPES[meta["dtype"]]
         counts = {split: int(meta[f"{split}_tokens"]) for split in ("train", "val")}
-        int(meta["vocab_size"]), meta["tokenizer"]
+        if type(meta["vocab_size"]) is not int or meta["tokenizer"]["name"] not in ("char", "gpt2"):
+            raise ValueError
     except OSError as error:
         raise ValueError(f"there is no whole dataset in {folder} (no readable meta.json): {advice}") from error
     except (ValueError, KeyError, TypeError) as error:
