@@ -281,7 +281,7 @@ def _expert_einsum_backward(dy: Tensor, x: Tensor, z: Tensor, order: Tensor, gat
                             first: Tensor, second: Tensor, sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     to = _Layout(sizes, swapped)
     a, b, g, d, e_, f, r = sizes
-    (T, k), E = chosen.shape, first.shape[0]
+    k, E = chosen.shape[1], first.shape[0]
     dx, dgates = torch.empty_like(x), torch.empty_like(gates)
     dfirst, dsecond = torch.zeros_like(first), torch.zeros_like(second)
     for block in _blocks(chosen, order, E, to.rows):
