@@ -666,3 +666,24 @@ def test_scale_at_init_does_not_depend_on_width(case, d):
         for _ in range(20):
             v = torch.nn.functional.normalize(W.T @ (W @ v), dim=0)
         assert (W @ v).norm() < 4.5 and ((W @ v).norm() > 0.4 or struct == "einsum")
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+@pytest.mark.parametrize("struct", ["dense", "btt", "dyad"])
+def test_no_rows(struct, num_experts):
+    x = torch.zeros(0, 3, 16, requires_grad=True)
+    y = linear(struct, 16, 64, num_experts=num_experts)(x)
+    y.sum().backward()
+    assert y.shape == (0, 3, 64) and x.grad.shape == x.shape
+
+
+def test_router_of_a_bfloat16_layer_works_in_float32():
+    """Logits that bfloat16 would round to a tie still choose the larger."""
+    moe = linear("dense", 16, 16, num_experts=2, top_k=1).bfloat16()
+    x = torch.ones(1, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        moe.router[:] = 1
+        moe.router[1, 0] = 1 + 2 ** -7  # the sum 16 + 2^-7 is 16 in bfloat16
+        moe.router[0, 0] = 1
+    _, aux = moe(x, return_aux=True)
+    assert aux.load.tolist() == [0, 1]
