@@ -34,6 +34,7 @@ class GPTConfig:
     ffn_experts: int = 0            # standard MoE: experts that are whole MLPs
     weight_norm: bool | None = None  # normalize cores; None: for every structure but dense
     qk_norm: bool = True            # layer norm of queries and keys, per head
+    head_aligned: bool = False      # in attention, φ of q, k, v and γ of the output projection run over the heads
     dyad_blocks: int = 4
     dyad_variant: str = "it"
 
@@ -46,6 +47,11 @@ class GPTConfig:
             raise ValueError(f"n_head = {self.n_head} must divide n_embd = {self.n_embd}")
         if self.layers not in ("all", "attn", "mlp"):
             raise ValueError(f"layers must be 'all', 'attn' or 'mlp'; got {self.layers!r}")
+        if self.head_aligned and self.layers == "mlp":
+            raise ValueError("head_aligned needs structured attention: layers must be 'all' or 'attn', not 'mlp'")
+        if self.head_aligned and self.struct not in ("monarch", "btt", "einsum"):
+            raise ValueError("head_aligned needs a structure with γ and φ: monarch, btt, or an einsum that has both; "
+                             f"struct is {self.struct!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
         if self.num_experts and self.ffn_experts:
@@ -106,10 +112,11 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.layer, self.dropout = config.n_head, layer, config.dropout
         self.head_size = d // config.n_head
         # under QK norm a gain on q or k would be undone by the norm
-        self.q = projection(config, "attn", d, d, gain=not config.qk_norm)
-        self.k = projection(config, "attn", d, d, gain=not config.qk_norm)
-        self.v = projection(config, "attn", d, d)
-        self.o = projection(config, "attn", d, d, zero_init=True)
+        to_heads, from_heads = (dict(phi=config.n_head), dict(gamma=config.n_head)) if config.head_aligned else ({}, {})
+        self.q = projection(config, "attn", d, d, gain=not config.qk_norm, **to_heads)
+        self.k = projection(config, "attn", d, d, gain=not config.qk_norm, **to_heads)
+        self.v = projection(config, "attn", d, d, **to_heads)
+        self.o = projection(config, "attn", d, d, zero_init=True, **from_heads)
         self.q_norm = nn.LayerNorm(self.head_size, bias=config.bias) if config.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_size, bias=config.bias) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)

@@ -60,6 +60,12 @@ class Sizes(NamedTuple):
             fans[order[1]] = (b * g * r, e)
         return fans
 
+    def uses(self) -> dict[str, int]:
+        """How often one token uses each entry of a core: the rows per token of the product that it takes part in."""
+        order = self.order()
+        sizes = self if order[0] == "A" else self.swapped()
+        return dict(zip(order, (sizes.beta, sizes.delta)))
+
     def params(self) -> int:
         return sum(self.core_sizes().values())
 
@@ -129,12 +135,14 @@ class Theta(NamedTuple("Theta", [(name, float) for name in Sizes._fields])):
         """Compute intensity, f - 1: FLOPs per token and dimension grow as d^ν."""
         return self.flops_exponent - 1
 
-    def sizes(self, d_in: int, d_out: int, rank: int | None = None) -> Sizes:
+    def sizes(self, d_in: int, d_out: int, rank: int | None = None, *, gamma: int | None = None,
+              phi: int | None = None) -> Sizes:
         """Integer sizes that multiply out to the widths exactly: the divisor triples nearest to d^θ in log space, ties
-        broken towards fewer FLOPs, then fewer parameters. `rank` overrides ρ = min(d_in, d_out)^θρ, rounded.
+        broken towards fewer FLOPs, then fewer parameters. `rank` overrides ρ = min(d_in, d_out)^θρ, rounded; `gamma`
+        and `phi` fix the size of their index, and α and β, or δ and ε, share the rest of the width.
 
         Raises ValueError where a width is not positive, has no factorization near the targets, or the rank is not
-        within 1 ... min(d_in, d_out).
+        within 1 ... min(d_in, d_out), and where a fixed index has no exponent or does not divide its width.
         """
         for name, d in (("d_in", d_in), ("d_out", d_out)):
             if d < 1:
@@ -143,7 +151,13 @@ class Theta(NamedTuple("Theta", [(name, float) for name in Sizes._fields])):
             rank = max(1, round(min(d_in, d_out) ** self.rho))
         if not 1 <= rank <= min(d_in, d_out):
             raise ValueError(f"rank must be between 1 and {min(d_in, d_out)} for {d_in} -> {d_out}; got {rank}")
-        return _nearest_sizes(self, d_in, d_out, rank)
+        for name, fixed, d, exponents in (("gamma", gamma, d_in, self[:3]), ("phi", phi, d_out, self[3:6])):
+            if fixed is not None and not 0 < exponents[2] < 1:
+                raise ValueError(f"{name} cannot be fixed at {fixed}: a structure whose θ has {name} = {exponents[2]:g} "
+                                 "leaves no choice, one like btt or monarch does")
+            if fixed is not None and (fixed < 1 or d % fixed):
+                raise ValueError(f"{name} = {fixed} must divide the width {d}")
+        return _nearest_sizes(self, d_in, d_out, rank, gamma, phi)
 
 
 def _divisors(n: int) -> list[int]:
@@ -170,11 +184,18 @@ def _is_sensible(triple, exponents, d: int) -> bool:
     return all(abs(math.log(size) - e * math.log(d)) <= math.log(4) + 1e-9 for size, e in zip(triple, exponents))
 
 
+def _nearest_triples_with(last: int, d: int, exponents) -> list[tuple[int, int, int]]:
+    """The same with the last size given: the other two share what is left in the ratio of their exponents."""
+    rest = exponents[0] + exponents[1]
+    return [(i, j, last) for i, j, _ in _nearest_triples(d // last, (exponents[0] / rest, exponents[1] / rest, 0))]
+
+
 @functools.lru_cache(maxsize=4096)
-def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int) -> Sizes:
-    ins, outs = _nearest_triples(d_in, theta[:3]), _nearest_triples(d_out, theta[3:6])
-    for d, triples, exponents in ((d_in, ins, theta[:3]), (d_out, outs, theta[3:6])):
-        if not _is_sensible(triples[0], exponents, d):
+def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma: int | None, phi: int | None) -> Sizes:
+    ins, outs = (_nearest_triples(d, exponents) if fixed is None else _nearest_triples_with(fixed, d, exponents)
+                 for fixed, d, exponents in ((gamma, d_in, theta[:3]), (phi, d_out, theta[3:6])))
+    for fixed, d, triples, exponents in ((gamma, d_in, ins, theta[:3]), (phi, d_out, outs, theta[3:6])):
+        if fixed is None and not _is_sensible(triples[0], exponents, d):
             targets = " x ".join(f"{d ** e:.1f}" for e in exponents if e > 0)
             near = " or ".join(str(w) for w in _widths_that_factor(d, exponents))
             raise ValueError(f"the map {d_in} -> {d_out} has no sensible factorization: {d} does not split into about "

@@ -148,6 +148,18 @@ class Einsum(Structured):
             y = y + (gates[..., None] * self.bias[chosen]).sum(1).to(y.dtype)
         return y
 
+    def lr_multipliers(self, base_width: int) -> dict[str, float]:
+        """As for every layer, times √(u / u0) for a core whose entries a token uses u times, u0 at the base width.
+
+        Shared parameters (ω > 0): the gradient of a token is a sum of u rank-one terms, one for each place. Adam brings
+        the sum to the size of one, so each place moves by 1 / √u of what it would alone, and u = d^t grows with the width.
+        """
+        multipliers = super().lr_multipliers(base_width)
+        for (name, uses), d in zip(self.sizes.uses().items(), (self.d_in, self.d_out)):
+            if uses > 1:  # u / u0 = (d / d0)^t
+                multipliers[name] *= (d / base_width) ** (math.log(uses, d) / 2)
+        return multipliers
+
     def cores(self) -> tuple[Tensor, Tensor]:
         """A[γ, α, δ, φ, ρ] and B[γ, β, ε, φ, ρ] as they act; with experts, a leading E. A left-out core is a one."""
         a, b, g, d, e, f, r = self._contraction()
@@ -349,11 +361,12 @@ class MoE(nn.Module):
 
 # ---- The one way to make a layer ------------------------------------------------------------------------------------
 
-def layer_sizes(struct: str, d_in: int, d_out: int, *, rank=None, theta=None, num_experts=0) -> Sizes:
+def layer_sizes(struct: str, d_in: int, d_out: int, *, rank=None, theta=None, gamma=None, phi=None,
+                num_experts=0) -> Sizes:
     """Sizes of a named structure (any but dyad) between two widths; of one expert, where there are experts.
 
     Raises ValueError, in one sentence, for an unknown name, a rank that the structure does not have, a theta that is
-    missing or not wanted, and widths that do not factor.
+    missing or not wanted, widths that do not factor, and a γ or φ that cannot be fixed.
     """
     if struct not in STRUCTURES:
         raise ValueError(f"struct must be one of {', '.join(STRUCTURES)}; got {struct!r}")
@@ -368,11 +381,11 @@ def layer_sizes(struct: str, d_in: int, d_out: int, *, rank=None, theta=None, nu
         rank = max(1, min(d_in, d_out) // num_experts)  # together, the experts have full rank
     elif rank is None and num_experts and struct != "einsum":
         rank = 1
-    return theta.sizes(d_in, d_out, rank)
+    return theta.sizes(d_in, d_out, rank, gamma=gamma, phi=phi)
 
 
 def linear(struct: str, d_in: int, d_out: int, *, bias: bool = False, rank: int | None = None, theta=None,
-           sizes=None, num_experts: int = 0, top_k: int = 2, weight_norm: bool | None = None, gain: bool = True,
+           sizes=None, gamma: int | None = None, phi: int | None = None, num_experts: int = 0, top_k: int = 2, weight_norm: bool | None = None, gain: bool = True,
            zero_init: bool = False, dyad_blocks: int = 4, dyad_variant: str = "it") -> nn.Module:
     """A linear layer, x (..., d_in) -> (..., d_out), whose matrix has the named structure.
 
@@ -380,6 +393,7 @@ def linear(struct: str, d_in: int, d_out: int, *, bias: bool = False, rank: int 
     rank          ρ; None: the structure's own, or 1 per expert (low_rank: d / E)
     theta         seven exponents (a tuple, a Theta, or text), for struct 'einsum' alone
     sizes         the seven integer sizes themselves, instead of rank and theta
+    gamma, phi    the size of γ or φ, where θ leaves it open: the number of heads that the input or output consists of
     num_experts   0, or E experts of the structure with a router, top_k of them per token
     weight_norm   normalize the cores; None: for every structure but dense. `gain`: with a learned scalar per core
     zero_init     start the last core at zero, for a projection that ends a residual branch
@@ -387,31 +401,32 @@ def linear(struct: str, d_in: int, d_out: int, *, bias: bool = False, rank: int 
 
     Raises ValueError, in one sentence, for whatever cannot be made.
     """
-    layer = unrouted(struct, d_in, d_out, bias=bias, rank=rank, theta=theta, sizes=sizes, num_experts=num_experts,
-                     weight_norm=weight_norm, gain=gain, zero_init=zero_init, dyad_blocks=dyad_blocks,
-                     dyad_variant=dyad_variant)
+    layer = unrouted(struct, d_in, d_out, bias=bias, rank=rank, theta=theta, sizes=sizes, gamma=gamma, phi=phi,
+                     num_experts=num_experts, weight_norm=weight_norm, gain=gain, zero_init=zero_init,
+                     dyad_blocks=dyad_blocks, dyad_variant=dyad_variant)
     return MoE(d_in, layer, num_experts, top_k) if num_experts else layer
 
 
-def unrouted(struct, d_in, d_out, *, rank=None, theta=None, sizes=None, num_experts=0, weight_norm=None,
-             dyad_blocks=4, dyad_variant="it", **options) -> Structured:
+def unrouted(struct, d_in, d_out, *, rank=None, theta=None, sizes=None, gamma=None, phi=None, num_experts=0,
+             weight_norm=None, dyad_blocks=4, dyad_variant="it", **options) -> Structured:
     """The layer of linear() without a router: with experts it maps rows sorted by expert, as MoE hands them over."""
     options |= dict(num_experts=num_experts, weight_norm=struct != "dense" if weight_norm is None else weight_norm)
     if struct == "dyad":
-        if rank is not None or theta is not None or sizes is not None:
-            raise ValueError("struct 'dyad' takes dyad_blocks and dyad_variant, not rank, theta or sizes")
+        if (rank, theta, sizes, gamma, phi) != (None,) * 5:
+            raise ValueError("struct 'dyad' takes dyad_blocks and dyad_variant, not rank, theta, sizes, gamma or phi")
         return Dyad(d_in, d_out, dyad_blocks, dyad_variant, **options)
     if sizes is not None:
-        return Einsum(_explicit_sizes(sizes, d_in, d_out, rank, theta), **options)
-    return Einsum(layer_sizes(struct, d_in, d_out, rank=rank, theta=theta, num_experts=num_experts), **options)
+        return Einsum(_explicit_sizes(sizes, d_in, d_out, (rank, theta, gamma, phi)), **options)
+    return Einsum(layer_sizes(struct, d_in, d_out, rank=rank, theta=theta, gamma=gamma, phi=phi, num_experts=num_experts),
+                  **options)
 
 
-def _explicit_sizes(sizes, d_in: int, d_out: int, rank, theta) -> Sizes:
+def _explicit_sizes(sizes, d_in: int, d_out: int, others: tuple) -> Sizes:
     sizes = tuple(sizes)
     if len(sizes) != 7 or not all(isinstance(s, int) and s > 0 for s in sizes):
         raise ValueError(f"sizes must be seven positive integers ({', '.join(Sizes._fields)}); got {sizes}")
-    if rank is not None or theta is not None:
-        raise ValueError("sizes already say the rank and the structure: give neither rank nor theta with them")
+    if others != (None,) * len(others):
+        raise ValueError("sizes already say the rank and the structure: give no rank, theta, gamma or phi with them")
     sizes = Sizes(*sizes)
     if (sizes.d_in, sizes.d_out) != (d_in, d_out):
         raise ValueError(f"sizes {tuple(sizes)} make a map {sizes.d_in} -> {sizes.d_out}, not {d_in} -> {d_out}")
@@ -422,7 +437,7 @@ def table(d_in: int, d_out: int, base_width: int = 128) -> str:
     """Markdown table of every named structure at a width: the README's table is this output."""
     dense = d_in * d_out
     lines = ["| structure | θ (α β γ δ ε φ ρ) | sizes | parameters | of dense | FLOPs/token | of dense | ψ | ν | ω "
-             "| init std, lr × per core |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+             "| init std · lr × per core |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, theta in STRUCTURES.items():
         if name == "einsum":
             continue
@@ -433,7 +448,7 @@ def table(d_in: int, d_out: int, base_width: int = 128) -> str:
             continue
         params = sum(p.numel() for n, p in layer.named_parameters() if n in layer.fans())
         flops, lr = layer.flops_per_token(), layer.lr_multipliers(base_width)
-        cores = ", ".join(f"{n}: {layer.init_std(n):.3g}, {lr[n]:.3g}" for n in layer.fans())
+        cores = ", ".join(f"{n}: {layer.init_std(n):.3g} · {lr[n]:.3g}" for n in layer.fans())
         exponents = " ".join(f"{e:g}" for e in theta) if theta else "not an einsum"
         taxonomy = f"{theta.psi:g} | {theta.nu:g} | {theta.omega:g}" if theta else "1 | 1 | 0"
         sizes = layer.sizes if theta else f"{layer.blocks} blocks"

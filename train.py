@@ -42,11 +42,13 @@ ffn_experts: int = 0            # standard MoE: experts that are whole MLPs; 0: 
 aux_loss_weight: float = 0.01   # weight of the routers' load-balance and z losses
 weight_norm: bool | None = None  # normalize the cores; None: for every structure but dense
 qk_norm: bool = True            # layer norm of queries and keys, per head
+head_aligned: bool = False      # in attention, φ of q, k, v and γ of the output projection run over the heads
 dyad_blocks: int = 4            # blocks of struct 'dyad'
 dyad_variant: str = "it"        # 'it', 'ot' or 'dt'
 # AdamW; the learning rate is µP's: that of a dense layer of width mup_base_width
 learning_rate: float = 3e-3     # peak learning rate
 mup_base_width: int = 128       # d0: a core learns at learning_rate · d0 / (cores · fan_in)
+mup: bool = True                # False: every parameter learns at learning_rate, for comparison
 max_iters: int = 600000         # iterations
 weight_decay: float = 0.1       # every matrix shrinks by learning_rate · weight_decay an iteration
 beta1: float = 0.9              # decay of the first moment
@@ -208,7 +210,8 @@ try:
     raw_model = GPT(GPTConfig(**model_args)).to(device)
 except ValueError as e:
     fail(str(e))
-optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, mup_base_width)
+optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
+                                           mup_base_width if mup else None)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 iteration, tokens_seen, flops_spent, best_val_loss = 0, 0, 0.0, math.inf
 

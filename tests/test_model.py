@@ -290,7 +290,37 @@ def test_flops_are_those_executed(kind):
     assert model.flops_per_token() - model.flops_per_token(output_layer=False) == 2 * 16 * 40
 
 
+# ---- Heads -----------------------------------------------------------------------------------------------------------
+
+def test_head_aligned_projections_see_heads():
+    """A head is one φ of q, k, v and one γ of the output projection: between it and a block of the other side, γ or φ,
+    there is a product of ρ columns. Blocks of a projection that is not aligned have a greater rank."""
+    def ranks(layer, rows, columns):
+        blocks = layer.to_dense().detach().reshape(rows, 64 // rows, columns, 64 // columns).transpose(1, 2)
+        return set(torch.linalg.matrix_rank(blocks).flatten().tolist())
+    for aligned in (True, False):
+        attn = awake("btt", n_embd=64, n_head=4, rank=2, head_aligned=aligned).blocks[0].attn
+        for layer in (attn.q, attn.k, attn.v):
+            assert layer.sizes.phi == (4 if aligned else 8)
+            assert ranks(layer, 4, layer.sizes.gamma) == ({2} if aligned else {4})
+        assert attn.o.sizes.gamma == (4 if aligned else 8)
+        assert ranks(attn.o, attn.o.sizes.phi, 4) == ({2} if aligned else {4})
+
+
+@pytest.mark.parametrize("options, word", [(dict(struct="dense"), "'dense'"), (dict(struct="tt"), "'tt'"),
+                                           (dict(struct="dyad"), "'dyad'"), (dict(struct="btt", layers="mlp"), "'mlp'"),
+                                           (dict(struct="einsum", theta=(0.5, 0.5, 0, 0.5, 0.5, 0, 0)), "phi")])
+def test_head_aligned_needs_heads(options, word):
+    with pytest.raises(ValueError, match=word):
+        GPT(GPTConfig(**SMALL | options, head_aligned=True))
+
+
 # ---- Optimizer ------------------------------------------------------------------------------------------------------
+
+def test_without_mup_every_learning_rate_is_the_same():
+    optimizer = build("btt_moe").configure_optimizers(0.1, 0.01, (0.9, 0.95), "cpu", base_width=None)
+    assert {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.01, 0.1), (0.01, 0.0)}
+
 
 @all_kinds
 @pytest.mark.parametrize("base_width", [16, 128])
@@ -308,12 +338,13 @@ def test_learning_rates_are_those_of_mup(kind, base_width):
             factor = base_width / (2 * p.shape[-1])
         elif leaf in ("A", "B"):
             a, b, g, d, e, f, r = layer.sizes
+            first, width = leaf == layer.order[0], (layer.d_in if leaf == layer.order[0] else layer.d_out)
             if layer.order == ("A",):
                 factor = base_width / layer.d_in
-            elif leaf == "A":
-                factor = base_width / 2 / (a if layer.order[0] == "A" else a * g * r)
             else:
-                factor = base_width / 2 / (b if layer.order[0] == "B" else b * g * r)
+                fan_in, uses = {"A": (a, b if first else e), "B": (b, a if first else d)}[leaf]
+                factor = base_width / 2 / (fan_in if first else fan_in * g * r)
+                factor *= math.sqrt(uses / base_width ** (math.log(uses) / math.log(width)))  # cores that are shared
         else:
             assert "gain" in leaf or leaf == "bias" or isinstance(layer, (torch.nn.Embedding, torch.nn.LayerNorm))
         decays = not ("gain" in leaf or leaf == "bias" or isinstance(layer, torch.nn.LayerNorm))

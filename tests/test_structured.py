@@ -1,70 +1,24 @@
 """structured.py against independent truths: matrices by hand, brute force, autograd's own differences, counted FLOPs."""
 import itertools
 import math
-import random
 import re
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import structured
-from structured import DYAD_VARIANTS, STRUCTURES, Sizes, Theta, linear
-
-B_FIRST = (0.1, 0.6, 0.3, 0.6, 0.1, 0.3, 0.25)  # min(β, δ) > min(α, ε): contracting B first costs less
-NAMED = [name for name in STRUCTURES if name not in ("einsum", "dyad")]
-
-
-def random_theta(rng):
-    """Seven exponents, uniform on the two simplices; a small rank."""
-    parts = []
-    for _ in range(2):
-        i, j = sorted((rng.random(), rng.random()))
-        parts += [i, j - i, 1 - j]
-    return (*parts, 0.4 * rng.random())
-
-
-rng = random.Random(0)
-THETAS = [(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.25), B_FIRST, (0, 0.5, 0.5, 0.5, 0, 0.5, 0.2),
-          *(random_theta(rng) for _ in range(3))]
-CASES = {name: (name, {}) for name in NAMED}
-CASES |= {f"einsum{i}": ("einsum", dict(theta=theta)) for i, theta in enumerate(THETAS)}
-CASES |= {f"dyad_{v}": ("dyad", dict(dyad_variant=v)) for v in DYAD_VARIANTS}
-all_cases = pytest.mark.parametrize("case", CASES)
+from conftest import ROOT
+from structured import DYAD_VARIANTS, STRUCTURES, Theta, linear
+from structures import CASES, THETAS, all_cases, awaken, close, cost_of_order, make, randn
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def awaken(module, std=1.5):
-    """Every parameter random in float64: cores far above their initial rms, gains that are not 1, biases not 0."""
-    with torch.no_grad():
-        for name, p in module.double().named_parameters():
-            if "gain" in name:
-                p.uniform_(0.5, 1.5)
-            else:
-                p.normal_(std=std)
-    return module
-
-
-def make(case, d_in, d_out, **options):
-    struct, more = CASES[case]
-    return awaken(linear(struct, d_in, d_out, **more, **options))
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def close(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 # ---- Layers and their matrices --------------------------------------------------------------------------------------
@@ -330,174 +284,6 @@ def test_router_works_in_float32_under_autocast(struct, dtype):
     assert (y.float() - expected).norm() < 0.02 * expected.norm()
 
 
-# ---- The space ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("theta, message", [
-    ((1.5, -0.5, 0, 1, 0, 0, 0), "alpha"), ((1, 0, 0, 1, 0, 0, 1.1), "rho"), ((0.5, 0, 0, 1, 0, 0, 0), "gamma"),
-    ((1, 0, 0, 0.5, 0.2, 0.2, 0), "delta"), ((float("nan"), 0, 1, 1, 0, 0, 0), "alpha")])
-def test_theta_is_validated(theta, message):
-    for make_theta in (lambda: Theta(*theta), lambda: Theta.parse(theta), lambda: linear("einsum", 64, 64, theta=theta)):
-        with pytest.raises(ValueError, match=message):
-            make_theta()
-
-
-@pytest.mark.parametrize("text", ["0.5, 0, 0.5, 0, 0.5, 0.5, 0", "(0.5,0,0.5,0,0.5,0.5,0)", (0.5, 0, 0.5, 0, 0.5, 0.5, 0),
-                                  [0.5, 0, 0.5, 0, 0.5, 0.5, 0], Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0)])
-def test_theta_is_parsed(text):
-    assert Theta.parse(text) == STRUCTURES["monarch"]
-    assert linear("einsum", 64, 96, theta=text).sizes == linear("monarch", 64, 96).sizes
-
-
-@pytest.mark.parametrize("text", ["", "1, 0, 0", "a, b", "1, 0, 0, 1, 0, 0, x", None, 3, "__import__('os')", (1,) * 8])
-def test_what_is_no_theta(text):
-    with pytest.raises(ValueError, match="seven numbers"):
-        Theta.parse(text)
-
-
-@pytest.mark.parametrize("theta, psi, nu, omega", [
-    (STRUCTURES["dense"], 1, 1, 0), (STRUCTURES["monarch"], 1, 1 / 2, 0), (STRUCTURES["kronecker"], 1, 1 / 2, 1 / 2),
-    (Theta(1, 0, 0, 0, 1, 0, 1 / 4), 1 / 4, 1 / 4, 0)])
-def test_taxonomy(theta, psi, nu, omega):
-    assert (theta.psi, theta.nu, theta.omega) == pytest.approx((psi, nu, omega))
-
-
-def cost_of_order(sizes, order):
-    """Multiply-adds of each step, counted as (rows of the result) x (its columns) x (what is summed)."""
-    a, b, g, d, e, f, r = sizes
-    if a * g * d * f * r == 1 or b * g * e * f * r == 1:  # one core is a scalar: one product
-        return sizes.d_in * sizes.d_out
-    first = (g * b) * (d * f * r) * a if order == "AB" else (g * a) * (e * f * r) * b
-    last = (f * d) * e * (g * r * b) if order == "AB" else (f * e) * d * (g * r * a)
-    return first + last
-
-
-def entries(sizes):
-    a, b, g, d, e, f, r = sizes
-    counts = [n for n in (g * a * d * f * r, g * b * e * f * r) if n > 1]
-    return sum(counts) or 1
-
-
-def nearest_by_brute_force(theta, d, exponents):
-    """Divisor triples of d at the least distance from d^exponents in log space."""
-    triples = [(i, j, d // i // j) for i in range(1, d + 1) if d % i == 0 for j in range(1, d // i + 1) if d // i % j == 0]
-    distance = {t: sum((math.log(s) - x * math.log(d)) ** 2 for s, x in zip(t, exponents)) for t in triples}
-    return [t for t in triples if distance[t] < min(distance.values()) + 1e-9]
-
-
-@st.composite
-def simplex(draw):
-    n = draw(st.sampled_from([1, 2, 3, 4, 6, 12, 97, 1000]))
-    i, j = sorted((draw(st.integers(0, n)), draw(st.integers(0, n))))
-    return i / n, (j - i) / n, (n - j) / n
-
-
-smooth_widths = st.builds(lambda p, q: 2 ** p * q, st.integers(4, 9), st.sampled_from([1, 3, 5, 6, 9, 15, 12])).filter(
-    lambda d: 64 <= d <= 8192)
-
-
-@settings(deadline=None, max_examples=120, derandomize=True)
-@given(simplex(), simplex(), st.floats(0, 1), smooth_widths, smooth_widths)
-def test_sizes_are_the_nearest_and_the_order_the_cheaper(ins, outs, rho, d_in, d_out):
-    theta = Theta(*ins, *outs, rho)
-    sizes = theta.sizes(d_in, d_out)
-    assert sizes.d_in == d_in == math.prod(sizes[:3]) and sizes.d_out == d_out == math.prod(sizes[3:6])
-    assert sizes.rho == max(1, round(min(d_in, d_out) ** rho))
-
-    orders = {order: cost_of_order(sizes, order) for order in ("AB", "BA")}
-    assert sizes.flops() == 2 * min(orders.values())
-    if len(sizes.order()) == 2:
-        assert orders["".join(sizes.order())] == min(orders.values())
-    assert sizes.params() == entries(sizes)
-
-    near_in, near_out = nearest_by_brute_force(theta, d_in, ins), nearest_by_brute_force(theta, d_out, outs)
-    assert sizes[:3] in near_in and sizes[3:6] in near_out
-    candidates = [Sizes(*i, *o, sizes.rho) for i in near_in for o in near_out]
-    costs = [(2 * min(cost_of_order(s, order) for order in ("AB", "BA")), entries(s)) for s in candidates]
-    assert (sizes.flops(), sizes.params()) == min(costs)
-
-    (a, b, g), (d, e, f) = ins, outs
-    swapped = Theta(b, a, g, e, d, f, rho).sizes(d_in, d_out)
-    assert (swapped.flops(), swapped.params()) == (sizes.flops(), sizes.params())
-    assert sizes.swapped().swapped() == sizes and sizes.swapped().flops() == sizes.flops()
-
-
-def test_integer_rank_overrides_the_exponent():
-    assert STRUCTURES["btt"].sizes(64, 256, rank=5).rho == 5
-    assert linear("btt", 64, 256, rank=5).sizes == STRUCTURES["btt"].sizes(64, 256, rank=5)
-    assert linear("btt", 64, 256, rank=1).sizes == linear("monarch", 64, 256).sizes
-
-
-explicit = st.tuples(*[st.integers(1, 4)] * 6, st.integers(1, 3)).map(lambda s: Sizes(*s))
-
-
-def min_cut(sizes):
-    """What any matrix of these sizes can have as rank: the input, the output, and what passes between the cores' sides.
-
-    With A on the input's side and B on the output's, β, γ, ρ, φ, δ cross; with B there, α, γ, ρ, φ, ε.
-    """
-    a, b, g, d, e, f, r = sizes
-    return min(a * b * g, d * e * f, b * g * r * f * d, a * g * r * f * e)
-
-
-@settings(deadline=None, max_examples=150, derandomize=True)
-@given(explicit)
-def test_rank_is_the_min_cut(sizes):
-    layer = awaken(linear("einsum", sizes.d_in, sizes.d_out, sizes=sizes))
-    assert torch.linalg.matrix_rank(layer.to_dense()).item() == min_cut(sizes)
-
-
-@pytest.mark.parametrize("struct, d_in, d_out", [("low_rank", 64, 256), ("kronecker", 96, 384), ("tt", 256, 64),
-                                                 ("monarch", 144, 144), ("btt", 64, 256), ("dense", 40, 24)])
-def test_rank_of_named_structures(struct, d_in, d_out):
-    layer = make(struct, d_in, d_out)
-    rank = torch.linalg.matrix_rank(layer.to_dense()).item()
-    assert rank == min_cut(layer.sizes) == (8 if struct == "low_rank" else min(d_in, d_out))
-
-
-def slope(widths, values):
-    return np.polyfit([math.log(w) for w in widths], [math.log(v) for v in values], 1)[0]
-
-
-EXACT_THETAS = [Theta(*t) for t in ((0.5, 0, 0.5, 0, 0.5, 0.5, 0.5), (0.5, 0.5, 0, 0, 0.5, 0.5, 0), (0, 0.5, 0.5, 0.5, 0, 0.5, 0),
-                                    (0.5, 0.5, 0, 0.5, 0.5, 0, 0.5), (1, 0, 0, 0.5, 0.5, 0, 0), (0, 0, 1, 0, 0, 1, 0))]
-
-
-@pytest.mark.parametrize("theta", [*(STRUCTURES[name] for name in NAMED), *EXACT_THETAS])
-def test_exponents_of_cost(theta):
-    """Parameters grow as d^n and FLOPs as d^f; powers of 4, where the sizes are exact."""
-    widths = [64, 256, 1024, 4096]
-    sizes = [theta.sizes(d, d) for d in widths]
-    assert slope(widths, [entries(s) for s in sizes]) == pytest.approx(theta.params_exponent, abs=0.05)
-    flops = [2 * min(cost_of_order(s, "AB"), cost_of_order(s, "BA")) for s in sizes]
-    assert slope(widths, flops) == pytest.approx(theta.flops_exponent, abs=0.05)
-    assert theta.omega == pytest.approx(theta.flops_exponent - theta.params_exponent)
-    assert theta.nu == pytest.approx(theta.flops_exponent - 1)
-
-
-@pytest.mark.parametrize("theta", [Theta(*t) for t in THETAS])
-def test_exponents_of_cost_in_the_limit(theta):
-    """As above for any θ: at widths where the lower-order terms and the roundings have faded."""
-    widths = [2 ** p for p in range(16, 37, 2)]
-    sizes = [theta.sizes(d, d) for d in widths]
-    assert slope(widths, [s.params() for s in sizes]) == pytest.approx(theta.params_exponent, abs=0.05)
-    assert slope(widths, [s.flops() for s in sizes]) == pytest.approx(theta.flops_exponent, abs=0.05)
-
-
-@pytest.mark.parametrize("theta, widths", [
-    (STRUCTURES["low_rank"], [16, 64, 256, 1024]), (STRUCTURES["kronecker"], [16, 64, 256]),
-    (STRUCTURES["btt"], [16, 64, 256]), (Theta(1, 0, 0, 0.5, 0.5, 0, 0), [16, 64, 256, 1024]),
-    (Theta(0, 1, 0, 0.5, 0.5, 0, 0), [16, 64, 256, 1024]), (Theta(1, 0, 0, 0, 1, 0, 0.25), [16, 256]),
-    (Theta(0, 0.5, 0.5, 1, 0, 0, 0.25), [16, 256]), (Theta(0.75, 0.25, 0, 0.25, 0.75, 0, 0.25), [16, 256])])
-def test_exponent_of_rank(theta, widths):
-    """Where the sizes are exact; a random projection to a few more dimensions than a small rank shows it as well."""
-    ranks = []
-    for d in widths:
-        W, n = awaken(linear("einsum", d, d, theta=theta, weight_norm=False)).to_dense(), max(16, d // 4)
-        sketched = torch.linalg.matrix_rank(randn(n, d) @ W @ randn(d, n)).item()
-        ranks.append(sketched if sketched < n else torch.linalg.matrix_rank(W).item())
-    assert slope(widths, ranks) == pytest.approx(theta.psi, abs=0.05)
-
-
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 def error(*args, **options):
@@ -539,7 +325,7 @@ def test_errors_of_linear():
     assert "5" in error("dyad", 64, 64, dyad_blocks=5)
     assert "0" in error("dyad", 64, 64, dyad_blocks=0)
     assert "'tt'" in error("dyad", 64, 64, dyad_variant="tt")
-    for options in (dict(rank=2), dict(theta=THETAS[0]), dict(sizes=(1,) * 7)):
+    for options in (dict(rank=2), dict(theta=THETAS[0]), dict(sizes=(1,) * 7), dict(phi=4), dict(gamma=4)):
         assert "dyad_blocks" in error("dyad", 64, 64, **options)
 
 
@@ -554,6 +340,67 @@ def test_explicit_sizes():
         assert "seven positive integers" in error("btt", 24, 16, sizes=bad)
     assert "rank" in error("btt", 24, 16, sizes=sizes, rank=2)
     assert "theta" in error("einsum", 24, 16, sizes=sizes, theta=THETAS[0])
+    assert "gamma" in error("einsum", 24, 16, sizes=sizes, gamma=4)
+
+
+@pytest.mark.parametrize("struct, options", [("monarch", {}), ("btt", {}), ("btt", dict(num_experts=3)),
+                                             ("einsum", dict(theta=(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.25)))])
+def test_fixed_gamma_and_phi(struct, options):
+    for heads in (2, 3, 8):
+        for layer, size in ((linear(struct, 96, 192, phi=heads, **options), lambda s: s.phi),
+                            (linear(struct, 192, 96, gamma=heads, **options), lambda s: s.gamma)):
+            layer = layer.experts if options.get("num_experts") else layer
+            assert size(layer.sizes) == heads and (layer.sizes.d_in, layer.sizes.d_out) == (layer.d_in, layer.d_out)
+            if struct != "einsum":
+                assert layer.sizes.beta == layer.sizes.delta == 1
+    x = randn(5, 96)
+    layer = awaken(linear(struct, 96, 192, phi=8, **options))
+    if not options.get("num_experts"):
+        close(layer(x), x @ layer.to_dense().T)
+    assert "phi = 5" in error(struct, 96, 192, phi=5, **options)
+    assert "gamma = 0" in error(struct, 96, 192, gamma=0, **options)
+
+
+@pytest.mark.parametrize("struct", ["dense", "low_rank", "kronecker", "tt"])
+def test_what_has_no_gamma_or_phi_to_fix(struct):
+    assert "gamma = 0" in error(struct, 64, 64, gamma=8) and "phi = 0" in error(struct, 64, 64, phi=8)
+
+
+# ---- The table ------------------------------------------------------------------------------------------------------
+
+def test_readme_has_the_table():
+    """The README's table is what `python structured.py 768 3072` prints."""
+    assert structured.table(768, 3072) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_table_is_what_the_layers_have():
+    """Each cell against the counted layer: torch's FLOP counter, and the parameters themselves."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in structured.table(96, 384).splitlines()[2:]]
+    assert [row[0] for row in rows] == [name for name in STRUCTURES if name != "einsum"]
+    for name, theta, sizes, params, params_share, flops, flops_share, psi, nu, omega, cores in rows:
+        layer = linear(name, 96, 384, weight_norm=False)
+        weights = dict(layer.named_parameters())
+        count = sum(p.numel() for p in weights.values())
+        assert int(params.replace(",", "")) == count and float(params_share) == pytest.approx(count / (96 * 384), abs=6e-4)
+        executed = counted(lambda: layer(torch.randn(1, 96)))
+        assert int(flops.replace(",", "")) == executed
+        assert float(flops_share) == pytest.approx(executed / (2 * 96 * 384), abs=6e-4)
+        told = {core.split(": ")[0]: [float(v) for v in core.split(": ")[1].split(" · ")] for core in cores.split(", ")}
+        assert told.keys() == weights.keys()
+        for core, (std, lr) in told.items():
+            assert std == pytest.approx(layer.init_std(core), rel=6e-3)
+            assert lr == pytest.approx(layer.lr_multipliers(128)[core], rel=6e-3)
+        if STRUCTURES[name]:
+            point = STRUCTURES[name]
+            assert [float(v) for v in (psi, nu, omega)] == [point.psi, point.nu, point.omega]
+            assert tuple(float(v) for v in theta.split()) == point
+    assert "97 does not split" in structured.table(97, 97)
+
+
+@pytest.mark.parametrize("arguments", [[], ["768", "3072", "1"], ["x"], ["0"], ["64.5"]])
+def test_table_wants_widths(run, arguments):
+    told = run("structured.py", *arguments)
+    assert told.returncode == 1 and told.stderr.startswith("usage:") and not told.stdout
 
 
 def test_scalar_core_is_left_out():
@@ -609,6 +456,35 @@ def design_fans(sizes, order):
     return {"B": (b, e * f * r), "A": (a * g * r, d)}
 
 
+def shared_factor(sizes, name, order, d0):
+    """√(u / u0) for u rows per token of the core's product, which are d^t of a width d: u0 = d0^t."""
+    first, d = name == order[0], (sizes.d_in if name == order[0] else sizes.d_out)
+    uses = {("A", True): sizes.beta, ("A", False): sizes.epsilon, ("B", True): sizes.alpha, ("B", False): sizes.delta}
+    uses = uses[name, first] if len(order) == 2 else 1
+    return math.sqrt(uses / d0 ** (math.log(uses) / math.log(d)))
+
+
+@pytest.mark.parametrize("sizes", [(6, 2, 1, 3, 8, 1, 2), (2, 6, 1, 8, 3, 1, 2), (4, 3, 2, 2, 5, 2, 1), (6, 1, 2, 1, 5, 3, 2)])
+def test_uses_are_the_rank_of_one_tokens_gradient(sizes):
+    """Each use of a core by a token adds a rank-one term to the gradient of the core's matrices."""
+    layer = awaken(linear("btt", math.prod(sizes[:3]), math.prod(sizes[3:6]), sizes=sizes, weight_norm=False))
+    (layer(randn(1, layer.d_in)) * randn(1, layer.d_out)).sum().backward()
+    for name, uses in layer.sizes.uses().items():
+        ranks = torch.linalg.matrix_rank(getattr(layer, name).grad)
+        assert min(getattr(layer, name).shape[1:]) > uses - (uses == 1), "the case can show it"
+        assert (ranks == uses).all()
+
+
+def test_learning_rate_of_shared_cores():
+    """d0 / (2 · fan_in) · √(u / u0): Kronecker's cores have fan_in √d and are used √d times, so d0 / 2 · d^(-1/4) · d0^(-1/4)."""
+    for d in (16, 256, 4096):
+        for d0 in (16, 64, 256):
+            layer = linear("kronecker", d, d)
+            assert [layer.lr_multipliers(d0)[n] for n in "AB"] == pytest.approx([d0 / 2 * d ** -0.25 * d0 ** -0.25] * 2)
+            monarch = linear("monarch", d, d)  # nothing is shared
+            assert [monarch.lr_multipliers(d0)[n] for n in "AB"] == pytest.approx([d0 / 2 / math.sqrt(d)] * 2)
+
+
 @pytest.mark.parametrize("d_in, d_out", [(144, 144), (144, 576), (576, 144)])
 @pytest.mark.parametrize("num_experts", [0, 4])
 @all_cases
@@ -626,7 +502,8 @@ def test_init_and_fans(case, d_in, d_out, num_experts):
         core = getattr(experts, name)
         std = math.sqrt(min(fan_in, fan_out)) / fan_in
         assert core.square().mean().sqrt().item() == pytest.approx(std, rel=5 / math.sqrt(2 * core.numel()))
-        assert experts.lr_multipliers(128)[name] == pytest.approx(128 / (cores * fan_in))
+        factor = 1 if struct == "dyad" else shared_factor(experts.sizes, name, experts.order, 128)
+        assert experts.lr_multipliers(128)[name] == pytest.approx(128 / (cores * fan_in) * factor)
     assert all(m == 1 for name, m in experts.lr_multipliers(128).items() if name not in expected)
     assert all((p == 1).all() for name, p in layer.named_parameters() if "gain" in name)
     if num_experts:
