@@ -1,0 +1,77 @@
+"""The commands that prove µP: coordinate_check.py and lr_transfer.py, their figures read back from what they write."""
+import csv
+import itertools
+
+import pytest
+
+
+def read(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def spread(rows):
+    """{quantity: largest ÷ smallest size over the widths}."""
+    key = lambda row: row["quantity"]  # noqa: E731
+    groups = itertools.groupby(sorted(rows, key=key), key)
+    return {q: max(sizes) / min(sizes) for q, group in groups if (sizes := [float(row["rms"]) for row in group])}
+
+
+@pytest.mark.parametrize("struct", ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "einsum", "dyad", "btt_moe", "moe"])
+def test_coordinates_do_not_depend_on_width(run, python_text, tmp_path, struct):
+    told = run("coordinate_check.py", f"--structs={struct}", f"--dataset={python_text}", "--batch_size=4",
+               f"--out={tmp_path}/c")
+    assert told.returncode == 0, told.stdout + told.stderr
+    rows = read(tmp_path / "c.csv")
+    assert [row["width"] for row in rows[::5]] == ["128", "256", "512", "1024"] and {row["struct"] for row in rows} == {struct}
+    found = spread(rows)
+    assert found.keys() == {"block 0", "block 1", "block 2", "attention logits", "output logits"}
+    assert max(found.values()) < 2
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
+def test_coordinates_grow_without_mup(run, python_text, tmp_path):
+    told = run("coordinate_check.py", "--structs=dense", "--mup=False", f"--dataset={python_text}", "--batch_size=4",
+               f"--out={tmp_path}/c")
+    assert told.returncode == 1 and "not below 2" in told.stdout
+    assert max(spread(read(tmp_path / "c.csv")).values()) > 4
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--structs=dense,bt"], "'bt'"), (["--widths=128"], "widths"), (["--widths=100,200"], "widths"), (["--steps=0"], "steps"),
+    (["--learning_rate=-1"], "learning_rate"), (["--dataset=nowhere"], "nowhere")])
+def test_coordinate_check_refuses(run, tmp_path, flags, word):
+    told = run("coordinate_check.py", *flags, f"--out={tmp_path}/c/c")
+    assert told.returncode == 1 and told.stderr.startswith("error: ") and word in told.stderr
+    assert told.stderr.count("\n") == 1 and not (tmp_path / "c").exists()
+
+
+SHORT = ["--structs=btt", "--widths=32,64", "--rates=1e-4,1e-3,1e-1", "--max_iters=20", "--jobs=2"]
+
+
+def test_lr_transfer(run, python_text, tmp_path):
+    """Rates of which the middle one is best: 20 steps at 1e-4 learn nothing, and at 0.1 nothing holds."""
+    places = [f"--dataset={python_text}", f"--runs={tmp_path}/runs", f"--out={tmp_path}/t"]
+    told = run("lr_transfer.py", *SHORT, *places)
+    rows = read(tmp_path / "t.csv")
+    assert len(rows) == 6 and len({(r["struct"], r["width"], r["learning_rate"]) for r in rows}) == 6
+    losses = {(r["struct"], r["width"], float(r["learning_rate"])): float(r["val_loss"]) for r in rows}
+    edge = False
+    for width in ("32", "64"):
+        best = min((1e-4, 1e-3, 1e-1), key=lambda rate: losses["btt", width, rate])
+        assert f"{losses['btt', width, best]:.4f} at {best:g}" in told.stdout
+        edge |= best != 1e-3
+    assert told.returncode == edge and (tmp_path / "t.png").stat().st_size > 10_000
+    made = {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("log.jsonl")}
+    again = run("lr_transfer.py", *SHORT, *places)
+    assert again.returncode == told.returncode and read(tmp_path / "t.csv") == rows
+    assert made == {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("log.jsonl")} and len(made) == 6
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--structs=dense,bt"], "'bt'"), (["--rates=0,1"], "rates"), (["--widths=100"], "widths"), (["--jobs=0"], "jobs"),
+    (["--dataset=nowhere"], "nowhere")])
+def test_lr_transfer_refuses(run, tmp_path, flags, word):
+    told = run("lr_transfer.py", *flags, f"--runs={tmp_path}/runs", f"--out={tmp_path}/t")
+    assert told.returncode == 1 and told.stderr.startswith("error: ") and word in told.stderr
+    assert told.stderr.count("\n") == 1 and not (tmp_path / "t.csv").exists()
