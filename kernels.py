@@ -130,12 +130,12 @@ def segment_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     return _segment_product(x, w, ends)
 
 
-# ---- The two-factor einsum as experts, on a CPU ---------------------------------------------------------------------
+# ---- The two-factor einsum on a CPU ---------------------------------------------------------------------------------
 #
-# A mixture of einsums is bound by memory traffic, not by arithmetic. So: tokens are taken in blocks, a block's
-# assignments are sorted by expert, and each expert's rows go through both products in pieces that stay in cache, with
-# the intermediate z stored feature-major, (γ, ρφδ, rows), which is how the second product wants to read it. Rows are
-# gathered once and combined once per block. Letters are those of the contraction, as in structured.Einsum.
+# An einsum is bound by memory traffic, not by arithmetic. So its rows go through both products in pieces that stay in
+# cache, with the intermediate z stored feature-major, (γ, ρφδ, rows), which is how the second product wants to read it.
+# For a mixture, tokens are taken in blocks, and a block's assignments are sorted by expert; rows are gathered once and
+# combined once per block. Letters are those of the contraction, as in structured.Einsum.
 
 _scratch = threading.local()  # memory alone: fresh pages cost more here than the products that fill them
 
@@ -181,6 +181,18 @@ class _Layout:
         a, b, g, d, e, f, r = self.sizes
         return dz.view(f, g, r, b, d, -1).permute(1, 2, 0, 4, 5, 3).reshape(g, r * f * d, -1)
 
+    def store_inputs(self, rows: Tensor, x: Tensor) -> None:
+        """(γ, nβ, α) into x (n, d_in), the way back of `first`."""
+        a, b, g, *_ = self.sizes
+        rows = rows.view(g, -1, b, a).transpose(0, 1)
+        x.view(-1, g, a, b).mT.copy_(rows) if self.swapped else x.view(-1, g, b, a).copy_(rows)
+
+    def store_outputs(self, rows: Tensor, y: Tensor) -> None:
+        """(φ, δn, ε) into y (n, d_out), the way back of `last`."""
+        _, _, _, d, e, f, _ = self.sizes
+        rows = rows.view(f, d, -1, e).permute(2, 0, 1, 3)
+        y.view(-1, f, d, e).copy_(rows) if self.swapped else y.view(-1, f, e, d).mT.copy_(rows)
+
     def combine_inputs(self, rows: Tensor, block: "_Block") -> Tensor:
         """Sums over each token's assignments of what the pieces left as (γ, nβ, α): -> (tokens, d_in)."""
         a, b, g, *_ = self.sizes
@@ -197,6 +209,91 @@ class _Layout:
         weights = gates[:, None].expand(-1, f * d, -1).reshape(index.shape)
         y = F.embedding_bag(index, rows.view(-1, e), per_sample_weights=weights, mode="sum").view(-1, f, d, e)
         return (y if self.swapped else y.mT).reshape(-1, self.d_out)
+
+
+@torch.library.custom_op("structured::einsum", mutates_args=())
+def _einsum(x: Tensor, first: Tensor, second: Tensor, sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor]:
+    to = _Layout(sizes, swapped)
+    a, b, g, d, e, f, r = sizes
+    y, z = x.new_empty(x.shape[0], to.d_out), x.new_empty(x.shape[0], to.width)
+    for xs, ys, zs in zip(x.split(to.rows), y.split(to.rows), z.split(to.rows)):
+        n = xs.shape[0]
+        zs = torch.bmm(first, to.first(xs).mT, out=zs.view(g, r * f * d, n * b))
+        to.store_outputs(torch.bmm(to.second(zs), second.mT, out=_buffer("rows", x, f, d * n, e)), ys)
+    return y, z
+
+
+@_einsum.register_fake
+def _(x, first, second, sizes, swapped):
+    to = _Layout(sizes, swapped)
+    return x.new_empty(x.shape[0], to.d_out), x.new_empty(x.shape[0], to.width)
+
+
+@torch.library.custom_op("structured::einsum_backward", mutates_args=())
+def _einsum_backward(dy: Tensor, x: Tensor, z: Tensor, first: Tensor, second: Tensor, sizes: list[int],
+                     swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    to = _Layout(sizes, swapped)
+    a, b, g, d, e, f, r = sizes
+    dx, dfirst = torch.empty_like(x), first.new_zeros(first.shape)
+    dsecond = second.new_zeros(f, g * r * b, e)  # transposed: the faster product
+    for dys, xs, zs, dxs in zip(*(t.split(to.rows) for t in (dy, x, z, dx))):
+        n = xs.shape[0]
+        xs, dys, zs = to.first(xs), to.last(dys), to.second(zs.view(g, r * f * d, n * b))
+        dsecond.baddbmm_(zs.mT, dys)
+        dz = torch.bmm(second.mT, dys.mT, out=_buffer("dz", x, f, g * r * b, d * n))
+        dz = to.first_from_second(dz)
+        dfirst.baddbmm_(dz, xs)
+        to.store_inputs(torch.bmm(dz.mT, first, out=_buffer("rows", x, g, n * b, a)), dxs)
+    return dx, dfirst, dsecond.mT.contiguous()
+
+
+@_einsum_backward.register_fake
+def _(dy, x, z, first, second, sizes, swapped):
+    return x.new_empty(x.shape), first.new_empty(first.shape), second.new_empty(second.shape)
+
+
+def _einsum_setup(ctx, inputs, output):
+    x, first, second, ctx.sizes, ctx.swapped = inputs
+    ctx.save_for_backward(x, output[1], first, second)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _einsum_autograd(ctx, dy, _):
+    if dy is None:
+        return (None,) * 5
+    x, z, first, second = ctx.saved_tensors
+    return *_einsum_backward(dy.contiguous(), x, z, first, second, ctx.sizes, ctx.swapped), None, None
+
+
+_einsum.register_autograd(_einsum_autograd, setup_context=_einsum_setup)
+
+
+def _einsum_flops(rows: int, sizes) -> int:
+    """Both products."""
+    a, b, g, d, e, f, r = sizes
+    return 2 * rows * (g * b * a * r * f * d + f * d * e * g * r * b)
+
+
+@register_flop_formula(torch.ops.structured.einsum)
+def _(x_shape, first_shape, second_shape, sizes, *args, **kwargs) -> int:
+    return _einsum_flops(x_shape[0], sizes)
+
+
+@register_flop_formula(torch.ops.structured.einsum_backward)
+def _(dy_shape, x_shape, z_shape, first_shape, second_shape, sizes, *args, **kwargs) -> int:
+    return 2 * _einsum_flops(x_shape[0], sizes)
+
+
+def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped) -> Tensor:
+    """The einsum of two cores: x (T, d_in), first (γ, ρφδ, α), second (φ, ε, γρβ) -> (T, d_out).
+
+    sizes are the seven of the contraction, swapped where B goes first. Takes part in autocast.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, first, second = x.to(dtype), first.to(dtype), second.to(dtype)
+    return _einsum(x.contiguous(), first, second, list(sizes), swapped)[0]
 
 
 def _index(base: Tensor, outer: int, outer_step: Tensor, inner: int, inner_step: Tensor) -> Tensor:
@@ -332,20 +429,14 @@ def _expert_einsum_autograd(ctx, dy, *_):
 _expert_einsum.register_autograd(_expert_einsum_autograd, setup_context=_expert_einsum_setup)
 
 
-def _einsum_flops(chosen_shape, first_shape, second_shape, sizes) -> int:
-    """Both products, for every assignment."""
-    a, b, g, d, e, f, r = sizes
-    return 2 * math.prod(chosen_shape) * (g * b * a * r * f * d + f * d * e * g * r * b)
-
-
 @register_flop_formula(torch.ops.structured.expert_einsum)
 def _(x_shape, gates_shape, chosen_shape, first_shape, second_shape, sizes, *args, **kwargs) -> int:
-    return _einsum_flops(chosen_shape, first_shape, second_shape, sizes)
+    return _einsum_flops(math.prod(chosen_shape), sizes)
 
 
 @register_flop_formula(torch.ops.structured.expert_einsum_backward)
 def _(dy_shape, x_shape, z_shape, order_shape, gates_shape, chosen_shape, first_shape, second_shape, sizes, *args, **kwargs) -> int:
-    return 2 * _einsum_flops(chosen_shape, first_shape, second_shape, sizes)
+    return 2 * _einsum_flops(math.prod(chosen_shape), sizes)
 
 
 def expert_einsum(x: Tensor, gates: Tensor, chosen: Tensor, first: Tensor, second: Tensor, sizes, swapped) -> Tensor:

@@ -27,10 +27,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import expert_einsum, segment_product
+from kernels import einsum, expert_einsum, segment_product
 from space import DYAD_VARIANTS, STRUCTURES, Sizes, Theta
 
 # ---- Layers ---------------------------------------------------------------------------------------------------------
+
+def _on_cpu(x: Tensor) -> bool:
+    """Whether to take the operators of kernels.py that are made for CPUs."""
+    return x.device.type == "cpu"
+
 
 def _product(x: Tensor, w: Tensor, ends: Tensor | None, columns: bool = False) -> Tensor:
     """y[b] = x[b] @ w[b]^T. x (B, N, K), w (B, M, K) -> (B, N, M); with `ends`, w (E, B, M, K), one expert per row.
@@ -40,6 +45,30 @@ def _product(x: Tensor, w: Tensor, ends: Tensor | None, columns: bool = False) -
     if ends is not None:
         return segment_product(x, w, ends)
     return torch.bmm(w, x.mT).mT if columns else torch.bmm(x, w.mT)
+
+
+class _NormalizedCore(torch.autograd.Function):
+    """gain · M / max(1, rms(M) / std), the rms over the last three dimensions; gain broadcasts to M, or is None.
+
+    By hand, since a dozen small operations each way for each core are a tenth of a small layer's time on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, core, gain, std):
+        rms = torch.linalg.vector_norm(core, dim=(-3, -2, -1), keepdim=True) / math.sqrt(math.prod(core.shape[-3:]))
+        norm = std / rms.clamp(min=std)
+        scale = norm if gain is None else norm * gain
+        ctx.save_for_backward(core, rms, norm, scale)
+        ctx.std, ctx.gain = std, gain is not None
+        return core * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        core, rms, norm, scale = ctx.saved_tensors
+        dot = (grad * core).sum((-3, -2, -1), keepdim=True)
+        # where it is normalized, the part of the gradient along the core vanishes
+        along = dot / (rms.clamp(min=ctx.std).square() * math.prod(core.shape[-3:])) * (rms > ctx.std)
+        return scale * torch.addcmul(grad, along, core, value=-1), dot * norm if ctx.gain else None, None
 
 
 class Structured(nn.Module):
@@ -83,13 +112,10 @@ class Structured(nn.Module):
         core = getattr(self, name)
         if not self.weight_norm:
             return core
-        # the clamp on the mean square keeps the gradient finite at a core of zeros
-        limit = self.init_std(name) ** 2
-        scale = (limit / core.square().mean(dim=(-3, -2, -1), keepdim=True).clamp(min=limit)).sqrt()
         gain = getattr(self, f"gain_{name}", None)
         if gain is not None:
-            scale = scale * gain.view(scale.shape)
-        return core * scale
+            gain = gain.view(*core.shape[:-3], 1, 1, 1)
+        return _NormalizedCore.apply(core, gain, self.init_std(name))
 
     def add_bias(self, y: Tensor, ends: Tensor | None) -> Tensor:
         if self.bias is None:
@@ -125,6 +151,10 @@ class Einsum(Structured):
             return F.linear(x, self.core(self.order[0])[0], self.bias)
         a, b, g, d, e, f, r = self._contraction()
         lead, T = x.shape[:-1], x.numel() // self.d_in
+        if ends is None and _on_cpu(x):
+            y = einsum(x.reshape(T, self.d_in), self.core(self.order[0]), self.core(self.order[1]), self._contraction(),
+                       self.order[0] == "B")
+            return self.add_bias(y.view(*lead, self.d_out), None)
         x = x.reshape(T, g, b, a) if self.order[0] == "A" else x.reshape(T, g, a, b).mT
         x = x.transpose(0, 1).reshape(g, T * b, a)
         z = _product(x, self.core(self.order[0]), _repeat(ends, b), columns=True)  # (γ, Tβ, ρφδ)
@@ -324,7 +354,7 @@ class MoE(nn.Module):
         top_logits, chosen = logits.topk(self.top_k)  # (T, k)
         gates = top_logits.softmax(dim=-1)
         counts = F.one_hot(chosen, self.num_experts).sum((0, 1))  # (E,)
-        if x.device.type == "cpu" and isinstance(self.experts, Einsum) and len(self.experts.order) == 2:
+        if _on_cpu(x) and isinstance(self.experts, Einsum) and len(self.experts.order) == 2:
             y = self.experts.mixture(rows, gates, chosen)
         else:
             order = chosen.flatten().argsort(stable=True)  # assignments by expert

@@ -92,6 +92,61 @@ def test_segment_product_takes_part_in_autocast():
     assert x.grad.dtype == w.grad.dtype == torch.float32
 
 
+# ---- einsum ---------------------------------------------------------------------------------------------------------
+
+def einsum_layer(sizes):
+    layer = structured.linear("einsum", sizes.d_in, sizes.d_out, sizes=sizes, bias=True).double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+    return layer
+
+
+def check_dense(layer, x):
+    """Outputs and gradients of the layer are those of its matrix."""
+    x.requires_grad_()
+    y, expected = layer(x), x @ layer.to_dense().mT + layer.bias
+    close(y, expected, 1e-9)
+    inputs, dy = [x, *layer.parameters()], torch.randn_like(y)
+    for a, e in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)):
+        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9 * e.abs().max().item())
+
+
+@pytest.mark.parametrize("rows", [16, None], ids=["pieces", "one piece"])
+@all_experts
+def test_einsum_is_its_matrix(sizes, rows, monkeypatch):
+    init = kernels._Layout.__init__
+
+    def few_rows(self, *args):
+        init(self, *args)
+        self.rows = rows or self.rows
+    monkeypatch.setattr(kernels._Layout, "__init__", few_rows)
+    for tokens in (1, 50):
+        check_dense(einsum_layer(sizes), torch.randn(tokens, sizes.d_in, dtype=torch.float64))
+
+
+@all_experts
+def test_other_devices_path_is_the_matrix_too(sizes, monkeypatch):
+    """What runs where the operators for CPUs do not, run on a CPU."""
+    monkeypatch.setattr(structured, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(structured, "einsum", None)
+    check_dense(einsum_layer(sizes), torch.randn(2, 25, sizes.d_in, dtype=torch.float64))
+
+
+@all_experts
+def test_einsum_takes_part_in_autocast(sizes):
+    layer = structured.linear("einsum", sizes.d_in, sizes.d_out, sizes=sizes, weight_norm=False)
+    x = torch.randn(64, sizes.d_in, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    exact = layer(x)
+    inputs, dy = [x, *layer.parameters()], torch.randn_like(exact)
+    pairs = [(y, exact), *zip(torch.autograd.grad(y, inputs, dy.bfloat16()), torch.autograd.grad(exact, inputs, dy))]
+    assert y.dtype == torch.bfloat16
+    for a, e in pairs:
+        assert (a.float() - e).norm() < 0.03 * e.norm()
+
+
 # ---- expert_einsum --------------------------------------------------------------------------------------------------
 
 class Plain(nn.Module):
@@ -227,6 +282,17 @@ def einsum_arguments(sizes, grad=False):
             torch.randn(E, f, e, g * r * b, **make), list(contraction), order[0] == "B")
 
 
+def one_einsum_arguments(sizes, grad=False):
+    x, gates, chosen, first, second, *rest = einsum_arguments(sizes)
+    return *(t.detach().requires_grad_(grad) for t in (x, first[0], second[0])), *rest
+
+
+def one_einsum_backward_arguments(sizes):
+    x, *rest = one_einsum_arguments(sizes)
+    y, z = kernels._einsum(x, *rest)
+    return torch.randn_like(y), x, z, *rest
+
+
 def einsum_backward_arguments(sizes):
     x, gates, chosen, first, second, contraction, swapped = arguments = einsum_arguments(sizes)
     y, *saved = kernels._expert_einsum(*arguments)
@@ -238,6 +304,8 @@ def test_operators_are_well_formed():
     torch.library.opcheck(kernels._segment_product, segment_arguments(True))
     torch.library.opcheck(kernels._segment_product_grad_w, segment_arguments(False))
     for sizes in EXPERTS[3:5]:
+        torch.library.opcheck(kernels._einsum, one_einsum_arguments(sizes, True))
+        torch.library.opcheck(kernels._einsum_backward, one_einsum_backward_arguments(sizes))
         torch.library.opcheck(kernels._expert_einsum, einsum_arguments(sizes, True))
         torch.library.opcheck(kernels._expert_einsum_backward, einsum_backward_arguments(sizes))
 
@@ -270,6 +338,15 @@ def test_flops_of_expert_einsum_are_those_of_its_products(sizes):
     assert executed == flops(kernels._expert_einsum, *forward) == 10 * 2 * sizes.flops()
     executed = flops(kernels._expert_einsum_backward._init_fn, *backward)
     assert executed == flops(kernels._expert_einsum_backward, *backward) == 2 * 10 * 2 * sizes.flops()
+
+
+@all_experts
+def test_flops_of_einsum_are_those_of_its_products(sizes):
+    forward, backward = one_einsum_arguments(sizes), one_einsum_backward_arguments(sizes)
+    executed = flops(kernels._einsum._init_fn, *forward)
+    assert executed == flops(kernels._einsum, *forward) == 10 * sizes.flops()
+    executed = flops(kernels._einsum_backward._init_fn, *backward)
+    assert executed == flops(kernels._einsum_backward, *backward) == 2 * 10 * sizes.flops()
 
 
 def kinds_of_mixture():
