@@ -1,6 +1,7 @@
 """The commands that prove µP: coordinate_check.py and lr_transfer.py, their figures read back from what they write."""
 import csv
 import itertools
+import json
 
 import pytest
 
@@ -55,6 +56,13 @@ def test_lr_transfer(run, python_text, tmp_path):
     told = run("lr_transfer.py", *SHORT, *places)
     rows = read(tmp_path / "t.csv")
     assert len(rows) == 6 and len({(r["struct"], r["width"], r["learning_rate"]) for r in rows}) == 6
+    losses = {(r["struct"], r["width"], float(r["learning_rate"])): float(r["val_loss"]) for r in rows}
+    for log in (tmp_path / "runs").rglob("log.jsonl"):  # what was asked for is what was run
+        points = [json.loads(line) for line in log.read_text().splitlines()]
+        config = points[0]["config"]
+        row = config["struct"], str(config["n_embd"]), config["learning_rate"]
+        assert losses.pop(row) == points[-1]["val_loss"] and config["max_iters"] == points[-1]["iter"] == 20
+    assert not losses
     losses = {(r["struct"], r["width"], float(r["learning_rate"])): float(r["val_loss"]) for r in rows}
     edge = False
     for width in ("32", "64"):
