@@ -9,6 +9,8 @@ It is registered with torch.library, so that torch.compile sees one opaque call 
 routing. On a CPU it is a loop over segments; elsewhere it is one grouped product with its offsets on the device, so
 that nothing waits for the host.
 """
+import contextlib
+import ctypes
 import math
 import threading
 
@@ -148,6 +150,23 @@ def _buffer(name: str, like: Tensor, *shape: int) -> Tensor:
         buffer = like.new_empty(numel)
         setattr(_scratch, key, buffer)
     return buffer[:numel].view(shape)
+
+
+def release_scratch() -> None:
+    """Give back this thread's scratch memory."""
+    _scratch.__dict__.clear()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the process, for programs that do the same thing over and over on a CPU.
+
+    Otherwise large tensors are returned to the system when freed, and made of fresh pages every time, which can cost
+    more than the products that fill them. Without glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 class _Layout:

@@ -82,6 +82,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import kernels
 import tokenizer
 from configurator import fail
 from data.common import open_dataset
@@ -131,6 +132,8 @@ except (RuntimeError, AssertionError) as e:
     fail(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}")
 if device_type == "cuda":
     torch.cuda.set_device(device)
+elif device_type == "cpu":
+    kernels.keep_freed_memory()
 if dtype is None:
     dtype = "bfloat16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 if compile is None:

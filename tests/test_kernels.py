@@ -125,6 +125,16 @@ def test_einsum_is_its_matrix(sizes, rows, monkeypatch):
         check_dense(einsum_layer(sizes), torch.randn(tokens, sizes.d_in, dtype=torch.float64))
 
 
+def test_einsum_of_strided_rows():
+    """Neither the rows nor the gradient need be contiguous."""
+    layer = einsum_layer(EXPERTS[3])
+    check_dense(layer, torch.randn(layer.d_in, 20, dtype=torch.float64).mT)
+    x = torch.randn(20, layer.d_in, dtype=torch.float64, requires_grad=True)
+    for dy in (torch.ones(1, 1).double().expand(20, layer.d_out), torch.randn(layer.d_out, 20).double().mT):
+        (actual,), (expected,) = (torch.autograd.grad(y, x, dy) for y in (layer(x), x @ layer.to_dense().mT))
+        close(actual, expected, 1e-9)
+
+
 @all_experts
 def test_other_devices_path_is_the_matrix_too(sizes, monkeypatch):
     """What runs where the operators for CPUs do not, run on a CPU."""
@@ -247,9 +257,9 @@ def test_gate_of_zero_passes_no_nan():
     check_same(moe, general, torch.rand(5, moe.d_in, dtype=torch.float64) + 1)
 
 
-@pytest.mark.parametrize("path", [0, 1], ids=["einsum", "general"])
+@pytest.mark.parametrize("path", [0, 1, 2], ids=["experts", "general", "einsum"])
 def test_undefined_gradient(path):
-    """A branch after the mixture that hands back no gradient counts as one of zeros."""
+    """A branch after the layer that hands back no gradient counts as one of zeros."""
     class Stop(torch.autograd.Function):
         @staticmethod
         def forward(ctx, y):
@@ -258,7 +268,7 @@ def test_undefined_gradient(path):
         @staticmethod
         def backward(ctx, dy):
             return None
-    moe = mixture(EXPERTS[0])[path]
+    moe = einsum_layer(EXPERTS[0]) if path == 2 else mixture(EXPERTS[0])[path]
     x = torch.randn(6, moe.d_in, dtype=torch.float64, requires_grad=True)
     (Stop.apply(moe(x)).sum() + x.sum()).backward()
     assert torch.equal(x.grad, torch.ones_like(x))

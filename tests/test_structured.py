@@ -145,6 +145,14 @@ def test_gradients_of_layers(case, weight_norm):
     check_gradients(make(case, 8, 12, weight_norm=weight_norm, bias=True), randn(3, 8))
 
 
+def test_gradients_of_cores_above_and_below_the_limit():
+    """A core that is normalized, one that is not, and one of zeros."""
+    core = (randn(3, 2, 3, 4) * torch.tensor([2.0, 0.1, 0.0])[:, None, None, None]).requires_grad_()
+    gain = randn(3, 1, 1, 1).requires_grad_()
+    assert gradcheck(lambda *inputs: structured._NormalizedCore.apply(*inputs, 0.7), (core, gain))
+    assert gradcheck(lambda core: structured._NormalizedCore.apply(core, None, 0.7), core)
+
+
 @all_cases
 def test_gradients_of_mixtures_through_the_router(case):
     moe = make(case, 8, 12, num_experts=3, bias=True, weight_norm=True)

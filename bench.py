@@ -1,0 +1,252 @@
+"""Speed of every structure beside nn.Linear, and of a training step.
+
+    python bench.py                                    widths 256 to 2048, then a training step of every structure config
+    python bench.py --widths=512, --structs=btt,btt_moe --step=False
+
+For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. Layers take turns, so
+that a slow moment of the machine meets all of them; a ratio is taken within its turn, and the median and the quartiles are
+over turns. Beside it, the ratio of the FLOPs, the time per FLOP relative to nn.Linear's, and the peak memory above the inputs
+and the parameters. Then tokens/s of whole training steps. Writes everything to <out>.json. Let nothing else run meanwhile.
+"""
+import configurator
+
+structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
+widths: tuple = (256, 512, 1024, 2048)  # of the square layers
+tokens: int = 4096              # rows of a layer's input
+turns: int = 15                 # timed runs of each layer, after two that are not
+step: bool = True               # time training steps too
+n_embd: int = 512               # width of the model of the training step
+n_layer: int = 3                # its blocks
+block_size: int = 128           # its tokens per sequence
+batch_size: int = 16            # its sequences per step
+vocab_size: int = 96            # its vocabulary
+steps: int = 7                  # timed training steps of each model, after two that are not
+device: str | None = None       # 'cuda', 'mps', 'cpu'; None: the best there is
+dtype: str | None = None        # 'float32', 'bfloat16', 'float16' (autocast); None: bfloat16 on GPUs, else float32
+compile: bool = False           # torch.compile layers and models
+out: str = "results/bench"      # where to write, without .json
+config = configurator.configure(globals())
+globals().update(config)
+
+import contextlib
+import json
+import os
+import platform
+import runpy
+import statistics
+import tempfile
+import time
+
+import torch
+from torch import nn
+
+import kernels
+import structured
+from configurator import fail
+from model import GPT, GPTConfig
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+for key in ("tokens", "turns", "steps", "n_embd", "n_layer", "block_size", "batch_size", "vocab_size"):
+    if config[key] < 1:
+        fail(f"{key} must be at least 1; got {config[key]}")
+if dtype not in (None, "float32", "bfloat16", "float16"):
+    fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
+if device is None:
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+device_type = device.split(":")[0]
+try:
+    torch.empty(1, device=device)
+except (RuntimeError, AssertionError) as e:
+    fail(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}")
+dtype = dtype or ("bfloat16" if device_type == "cuda" else "float32")
+autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
+
+
+def structure(name: str) -> dict:
+    """The model's keys that config/<name>.py sets."""
+    path = os.path.join(HERE, "config", f"{name}.py")
+    if not os.path.exists(path):
+        fail(f"there is no structure config {name!r} in config/")
+    return {k: v for k, v in runpy.run_path(path).items() if k in GPTConfig.__dataclass_fields__}
+
+
+# ---- Measuring ------------------------------------------------------------------------------------------------------
+
+def milliseconds(run) -> float:
+    if device_type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    run()
+    if device_type == "mps":
+        torch.mps.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def take_turns(runs: dict, count: int) -> dict[str, list[float]]:
+    """{name: milliseconds of each of `count` turns}; two more come first."""
+    times = {name: [] for name in runs}
+    for turn in range(count + 2):
+        for name, run in runs.items():
+            ms = milliseconds(run)
+            if turn >= 2:
+                times[name].append(ms)
+    return times
+
+
+def peak_memory(run) -> int | None:
+    """Most bytes allocated at once during a run, beyond those before it; None where nothing tells."""
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if device_type != "cpu":
+        return None
+    kernels.release_scratch()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(os.path.join(folder, "trace.json"))
+        with open(os.path.join(folder, "trace.json"), encoding="utf-8") as f:
+            events = [e for e in json.load(f)["traceEvents"] if e.get("name") == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        total += event["args"]["Bytes"]
+        peak = max(peak, total)
+    return peak
+
+
+def ratios(times: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Median and quartiles of the ratios, turn by turn."""
+    turn = [t / b for t, b in zip(times, base)]
+    low, _, high = statistics.quantiles(turn, n=4) if len(turn) > 1 else turn * 3
+    return statistics.median(turn), low, high
+
+
+# ---- Layers ---------------------------------------------------------------------------------------------------------
+
+def layers(d: int) -> dict[str, nn.Module]:
+    """nn.Linear and a layer of each structure that makes single layers, d -> d."""
+    made = {"nn.Linear": nn.Linear(d, d, bias=False)}
+    for name in structs.split(","):
+        options = structure(name)
+        if not options.get("ffn_experts"):  # there, the whole MLP is the expert
+            make = {k: options[k] for k in ("rank", "theta", "num_experts", "dyad_blocks", "dyad_variant") if k in options}
+            if options.get("num_experts"):
+                make["top_k"] = options.get("top_k", GPTConfig.top_k)
+            made[name] = structured.linear(options.get("struct", GPTConfig.struct), d, d, **make)
+    return {name: layer.to(device) for name, layer in made.items()}
+
+
+def bench_layers(d: int) -> list[dict]:
+    """A row for each layer of width d."""
+    x = torch.randn(tokens, d, device=device, requires_grad=True)
+    dy = torch.randn(tokens, d, device=device)
+
+    def forward_and_backward(layer):
+        call = torch.compile(layer) if compile else layer
+
+        def run():
+            with autocast:
+                y = call(x)
+            y.backward(dy.to(y.dtype))
+            x.grad = None
+            for p in layer.parameters():
+                p.grad = None
+        return run
+
+    made = layers(d)
+    runs = {name: forward_and_backward(layer) for name, layer in made.items()}
+    times = take_turns(runs, turns)
+    rows = []
+    for name, layer in made.items():
+        ratio, low, high = ratios(times[name], times["nn.Linear"])
+        flops = 1.0 if name == "nn.Linear" else layer.flops_per_token() / (2 * d * d)
+        rows.append(dict(width=d, layer=name, ms=statistics.median(times[name]), ratio=ratio, quartiles=[low, high],
+                         flops=flops, time_per_flop=ratio / flops, peak_bytes=peak_memory(runs[name])))
+    return rows
+
+
+# ---- Training steps -------------------------------------------------------------------------------------------------
+
+def bench_steps() -> list[dict]:
+    """A row for each structure config: forward, backward and AdamW of a model."""
+    x, y = torch.randint(vocab_size, (2, batch_size, block_size), device=device)
+
+    def training_step(model):
+        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
+        call = torch.compile(model) if compile else model
+
+        def run():
+            with autocast:
+                _, loss, aux = call(x, y, return_aux=True)
+            (loss + 0.01 * aux.loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return run
+
+    names = ["dense", *(name for name in structs.split(",") if name != "dense")]
+    models = {name: GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd,
+                                  n_head=max(1, n_embd // 64), **structure(name))).to(device) for name in names}
+    times = take_turns({name: training_step(model) for name, model in models.items()}, steps)
+    rows = []
+    for name, model in models.items():
+        ratio, low, high = ratios(times["dense"], times[name])
+        ms = statistics.median(times[name])
+        rows.append(dict(config=name, ms=ms, tokens_per_s=batch_size * block_size / ms * 1e3, speed=ratio,
+                         quartiles=[low, high], flops=model.flops_per_token() / models["dense"].flops_per_token()))
+    return rows
+
+
+# ---- The machine, and all of it -------------------------------------------------------------------------------------
+
+def machine() -> dict:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
+    return dict(device=torch.cuda.get_device_name(device) if device_type == "cuda" else name, threads=torch.get_num_threads(),
+                dtype=dtype, compiled=compile, torch=torch.__version__, python=platform.python_version(),
+                system=platform.platform(terse=True))
+
+
+def main() -> None:
+    if device_type == "cpu":
+        kernels.keep_freed_memory()  # as train.py does
+    result = dict(machine=machine(), config=config, layers=[], steps=[])
+    print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
+    print(f"\nForward + backward of {tokens:,} tokens, ÷ nn.Linear:\n\n| width | layer | ms | time | quartiles | FLOPs "
+          "| time per FLOP | peak MiB |\n|---|---|---|---|---|---|---|---|")
+    try:
+        for d in map(int, widths):
+            for row in bench_layers(d):
+                result["layers"].append(row)
+                peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2 ** 20:.1f}"
+                low, high = row["quartiles"]
+                print(f"| {d} | {row['layer']} | {row['ms']:.1f} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} "
+                      f"| {row['flops']:.3f} | {row['time_per_flop']:.1f} | {peak} |", flush=True)
+        if step:
+            print(f"\nTraining steps, n_embd {n_embd}, {n_layer} layers, {batch_size} x {block_size} tokens:\n\n| config "
+                  "| ms | tokens/s | ÷ dense | quartiles | FLOPs |\n|---|---|---|---|---|---|")
+            for row in bench_steps():
+                result["steps"].append(row)
+                low, high = row["quartiles"]
+                print(f"| {row['config']} | {row['ms']:.0f} | {row['tokens_per_s']:,.0f} | {row['speed']:.2f} "
+                      f"| {low:.2f} to {high:.2f} | {row['flops']:.3f} |", flush=True)
+    except ValueError as e:
+        fail(str(e))
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    with open(out + ".json", "w", encoding="utf-8") as f:
+        json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
