@@ -170,47 +170,79 @@ def keep_freed_memory() -> None:
 
 
 class _Layout:
-    """How rows (n, d) lie for the two products of an einsum of these sizes."""
+    """How rows (n, d) lie for the two products of an einsum of these sizes.
 
-    def __init__(self, sizes: list[int], swapped: bool):
+    Copies between layouts are cheap if their fastest index stays the fastest. So where δ > 1 is that of the output, the
+    rows of the second product are (n, δ) and go last, (φ, ε, nδ); where β > 1 is that of the input, those of the first
+    are (n, β) and go last too, (γ, α, nβ). `gathered` rows are combined whole, and have to come first.
+    """
+
+    def __init__(self, sizes: list[int], swapped: bool, gathered: bool = False):
         self.sizes, self.swapped = sizes, swapped
         a, b, g, d, e, f, r = sizes
         self.d_in, self.d_out, self.width = a * b * g, d * e * f, g * r * f * d * b  # width: entries of z per row
         self.rows = max(64, min(2048, 2 ** 19 // max(self.d_in, self.d_out, self.width)))  # of a piece, at an even load
+        self.by_delta, self.by_beta = not swapped and d > 1 and not gathered, swapped and b > 1 and not gathered
 
     def first(self, x: Tensor) -> Tensor:
-        """Rows for the first product: (n, d_in) -> (γ, nβ, α)."""
+        """Left factor of the first product: (n, d_in) -> (γ, nβ, α)."""
         a, b, g, *_ = self.sizes
+        if self.by_beta:
+            return x.view(-1, g, a, b).permute(1, 2, 0, 3).reshape(g, a, -1).mT
         x = x.view(-1, g, a, b).mT if self.swapped else x.view(-1, g, b, a)
         return x.transpose(0, 1).reshape(g, -1, a)
 
+    def first_product(self, x: Tensor, first: Tensor, z: Tensor) -> Tensor:
+        """x · firstᵀ into the memory z: (γ, ρφδ, nβ), or (γ, nβ, ρφδ) by δ."""
+        if self.by_delta:
+            return torch.bmm(x, first.mT, out=z.view(first.shape[0], -1, first.shape[1]))
+        return torch.bmm(first, x.mT, out=z.view(*first.shape[:2], -1))
+
+    def second(self, z: Tensor) -> Tensor:
+        """Left factor of the second product, from z: (φ, δn, γρβ), or (φ, nδ, γρβ) by δ; a view where β = δ = 1."""
+        a, b, g, d, e, f, r = self.sizes
+        if self.by_delta:
+            return z.view(g, -1, b, r, f, d).permute(4, 0, 3, 2, 1, 5).reshape(f, g * r * b, -1).mT
+        return z.view(g, r, f, d, -1, b).permute(2, 3, 4, 0, 1, 5).reshape(f, -1, g * r * b)
+
     def last(self, y: Tensor) -> Tensor:
-        """Rows of the second product: (n, d_out) -> (φ, δn, ε)."""
+        """Result of the second product, from y: (n, d_out) -> (φ, δn, ε), or (φ, nδ, ε) by δ."""
         _, _, _, d, e, f, _ = self.sizes
+        if self.by_delta:
+            return y.view(-1, f, e, d).permute(1, 2, 0, 3).reshape(f, e, -1).mT
         y = y.view(-1, f, d, e) if self.swapped else y.view(-1, f, e, d).mT
         return y.permute(1, 2, 0, 3).reshape(f, -1, e)
 
-    def second(self, z: Tensor) -> Tensor:
-        """(γ, ρφδ, nβ) -> (φ, δn, γρβ); a view where β = 1."""
+    def second_product_back(self, dy: Tensor, second: Tensor) -> Tensor:
+        """dy · second, as the gradient of `first`'s product: (γ, nβ, ρφδ), in the memory order of z."""
         a, b, g, d, e, f, r = self.sizes
-        return z.view(g, r, f, d, -1, b).permute(2, 3, 4, 0, 1, 5).reshape(f, -1, g * r * b)
+        if self.by_beta:
+            dz = torch.bmm(dy, second, out=_buffer("dz", dy, f, dy.shape[1], g * r * b))
+            return dz.view(f, d, -1, g, r, b).permute(3, 4, 0, 1, 2, 5).reshape(g, r * f * d, -1).mT
+        dz = torch.bmm(second.mT, dy.mT, out=_buffer("dz", dy, f, g * r * b, dy.shape[1]))
+        if self.by_delta:
+            return dz.view(f, g, r, b, -1, d).permute(1, 4, 3, 2, 0, 5).reshape(g, -1, r * f * d)
+        return dz.view(f, g, r, b, d, -1).permute(1, 2, 0, 4, 5, 3).reshape(g, r * f * d, -1).mT  # no copy at β = δ = ρ = 1
 
-    def first_from_second(self, dz: Tensor) -> Tensor:
-        """(φ, γρβ, δn) -> (γ, ρφδ, nβ), the way back of `second`; a view where β = δ = ρ = 1."""
-        a, b, g, d, e, f, r = self.sizes
-        return dz.view(f, g, r, b, d, -1).permute(1, 2, 0, 4, 5, 3).reshape(g, r * f * d, -1)
-
-    def store_inputs(self, rows: Tensor, x: Tensor) -> None:
-        """(γ, nβ, α) into x (n, d_in), the way back of `first`."""
+    def store_inputs(self, dz: Tensor, first: Tensor, x: Tensor) -> None:
+        """dz · first, (γ, nβ, α), into x (n, d_in): the way back of `first`."""
         a, b, g, *_ = self.sizes
-        rows = rows.view(g, -1, b, a).transpose(0, 1)
-        x.view(-1, g, a, b).mT.copy_(rows) if self.swapped else x.view(-1, g, b, a).copy_(rows)
+        if self.by_beta:
+            rows = torch.bmm(first.mT, dz.mT, out=_buffer("rows", x, g, a, dz.shape[1]))
+            x.view(-1, g, a, b).copy_(rows.view(g, a, -1, b).permute(2, 0, 1, 3))
+        else:
+            rows = torch.bmm(dz, first, out=_buffer("rows", x, g, dz.shape[1], a)).view(g, -1, b, a).transpose(0, 1)
+            x.view(-1, g, a, b).mT.copy_(rows) if self.swapped else x.view(-1, g, b, a).copy_(rows)
 
-    def store_outputs(self, rows: Tensor, y: Tensor) -> None:
-        """(φ, δn, ε) into y (n, d_out), the way back of `last`."""
+    def store_outputs(self, z: Tensor, second: Tensor, y: Tensor) -> None:
+        """z · secondᵀ, (φ, δn, ε), into y (n, d_out): the way back of `last`."""
         _, _, _, d, e, f, _ = self.sizes
-        rows = rows.view(f, d, -1, e).permute(2, 0, 1, 3)
-        y.view(-1, f, d, e).copy_(rows) if self.swapped else y.view(-1, f, e, d).mT.copy_(rows)
+        if self.by_delta:
+            rows = torch.bmm(second, z.mT, out=_buffer("rows", y, f, e, z.shape[1]))
+            y.view(-1, f, e, d).copy_(rows.view(f, e, -1, d).permute(2, 0, 1, 3))
+        else:
+            rows = torch.bmm(z, second.mT, out=_buffer("rows", y, f, z.shape[1], e)).view(f, d, -1, e).permute(2, 0, 1, 3)
+            y.view(-1, f, d, e).copy_(rows) if self.swapped else y.view(-1, f, e, d).mT.copy_(rows)
 
     def combine_inputs(self, rows: Tensor, block: "_Block") -> Tensor:
         """Sums over each token's assignments of what the pieces left as (γ, nβ, α): -> (tokens, d_in)."""
@@ -233,12 +265,10 @@ class _Layout:
 @torch.library.custom_op("structured::einsum", mutates_args=())
 def _einsum(x: Tensor, first: Tensor, second: Tensor, sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor]:
     to = _Layout(sizes, swapped)
-    a, b, g, d, e, f, r = sizes
     y, z = x.new_empty(x.shape[0], to.d_out), x.new_empty(x.shape[0], to.width)
     for xs, ys, zs in zip(x.split(to.rows), y.split(to.rows), z.split(to.rows)):
-        n = xs.shape[0]
-        zs = torch.bmm(first, to.first(xs).mT, out=zs.view(g, r * f * d, n * b))
-        to.store_outputs(torch.bmm(to.second(zs), second.mT, out=_buffer("rows", x, f, d * n, e)), ys)
+        zs = to.first_product(to.first(xs), first, zs)
+        to.store_outputs(to.second(zs), second, ys)
     return y, z
 
 
@@ -252,17 +282,14 @@ def _(x, first, second, sizes, swapped):
 def _einsum_backward(dy: Tensor, x: Tensor, z: Tensor, first: Tensor, second: Tensor, sizes: list[int],
                      swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
     to = _Layout(sizes, swapped)
-    a, b, g, d, e, f, r = sizes
     dx, dfirst = torch.empty_like(x), first.new_zeros(first.shape)
-    dsecond = second.new_zeros(f, g * r * b, e)  # transposed: the faster product
+    dsecond = second.new_zeros(second.mT.shape)  # transposed: the faster product
     for dys, xs, zs, dxs in zip(*(t.split(to.rows) for t in (dy, x, z, dx))):
-        n = xs.shape[0]
-        xs, dys, zs = to.first(xs), to.last(dys), to.second(zs.view(g, r * f * d, n * b))
-        dsecond.baddbmm_(zs.mT, dys)
-        dz = torch.bmm(second.mT, dys.mT, out=_buffer("dz", x, f, g * r * b, d * n))
-        dz = to.first_from_second(dz)
-        dfirst.baddbmm_(dz, xs)
-        to.store_inputs(torch.bmm(dz.mT, first, out=_buffer("rows", x, g, n * b, a)), dxs)
+        dys = to.last(dys)
+        dsecond.baddbmm_(to.second(zs).mT, dys)
+        dz = to.second_product_back(dys, second)
+        dfirst.baddbmm_(dz.mT, to.first(xs))
+        to.store_inputs(dz, first, dxs)
     return dx, dfirst, dsecond.mT.contiguous()
 
 
@@ -368,7 +395,7 @@ def _sort_blocks(chosen: Tensor, num_experts: int, rows: int) -> Tensor:
 @torch.library.custom_op("structured::expert_einsum", mutates_args=())
 def _expert_einsum(x: Tensor, gates: Tensor, chosen: Tensor, first: Tensor, second: Tensor, sizes: list[int],
                    swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
-    to = _Layout(sizes, swapped)
+    to = _Layout(sizes, swapped, gathered=True)
     a, b, g, d, e_, f, r = sizes
     (T, k), E = chosen.shape, first.shape[0]
     y, z = x.new_empty(T, to.d_out), x.new_empty(T * k, to.width)
@@ -379,8 +406,7 @@ def _expert_einsum(x: Tensor, gates: Tensor, chosen: Tensor, first: Tensor, seco
         for e, i, j in block.pieces:
             n = j - i
             xs = torch.index_select(x, 0, block.token[i:j], out=_buffer("x", x, n, to.d_in))
-            zs = z_block[i:j].view(g, r * f * d, n * b)
-            torch.bmm(first[e], to.first(xs).mT, out=zs)
+            zs = to.first_product(to.first(xs), first[e], z_block[i:j])
             torch.bmm(to.second(zs), second[e].mT, out=rows[i:j].view(f, d * n, e_))
         y[block.start:block.stop] = to.combine_outputs(rows, block, gates[block.start:block.stop])
     return y, z, order
@@ -395,7 +421,7 @@ def _(x, gates, chosen, first, second, sizes, swapped):
 @torch.library.custom_op("structured::expert_einsum_backward", mutates_args=())
 def _expert_einsum_backward(dy: Tensor, x: Tensor, z: Tensor, order: Tensor, gates: Tensor, chosen: Tensor,
                             first: Tensor, second: Tensor, sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    to = _Layout(sizes, swapped)
+    to = _Layout(sizes, swapped, gathered=True)
     a, b, g, d, e_, f, r = sizes
     k, E = chosen.shape[1], first.shape[0]
     dx, dgates = torch.empty_like(x), torch.empty_like(gates)
@@ -409,8 +435,7 @@ def _expert_einsum_backward(dy: Tensor, x: Tensor, z: Tensor, order: Tensor, gat
             xs = torch.index_select(x, 0, block.token[i:j], out=_buffer("x", x, n, to.d_in))
             dys = torch.index_select(dy, 0, block.token[i:j], out=_buffer("dy", x, n, to.d_out)).mul_(gate[i:j, None])
             zs = z_block[i:j].view(g, r * f * d, n * b)
-            dz = torch.bmm(second[e].mT, to.last(dys).mT, out=_buffer("dz", x, f, g * r * b, d * n))
-            dz = to.first_from_second(dz)
+            dz = to.second_product_back(to.last(dys), second[e]).mT
             # the gate is in dz already; z · dz is its own gradient, times itself
             products = torch.mul(zs, dz, out=_buffer("z · dz", x, *zs.shape))
             dgate[i:j] = products.view(-1, n, b).sum((0, 2)) if b > 1 else products.view(-1, n).sum(0)

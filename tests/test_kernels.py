@@ -117,12 +117,17 @@ def check_dense(layer, x):
 def test_einsum_is_its_matrix(sizes, rows, monkeypatch):
     init = kernels._Layout.__init__
 
-    def few_rows(self, *args):
-        init(self, *args)
+    def few_rows(self, *args, **options):
+        init(self, *args, **options)
         self.rows = rows or self.rows
     monkeypatch.setattr(kernels._Layout, "__init__", few_rows)
     for tokens in (1, 50):
         check_dense(einsum_layer(sizes), torch.randn(tokens, sizes.d_in, dtype=torch.float64))
+
+
+def test_every_layout_occurs():
+    layouts = [kernels._Layout(s if s.order()[0] == "A" else s.swapped(), s.order()[0] == "B") for s in EXPERTS]
+    assert {(to.by_delta, to.by_beta) for to in layouts} == {(False, False), (True, False), (False, True)}
 
 
 def test_einsum_of_strided_rows():
@@ -209,8 +214,8 @@ def test_expert_einsum_of_many_tokens(sizes, balance, monkeypatch):
     if hasattr(kernels, "_Layout"):
         init = kernels._Layout.__init__
 
-        def few_rows(self, *args):
-            init(self, *args)
+        def few_rows(self, *args, **options):
+            init(self, *args, **options)
             self.rows = 16
         monkeypatch.setattr(kernels._Layout, "__init__", few_rows)
     moe, general = mixture(sizes, num_experts=5, top_k=2 if balance == "random" else 1)
