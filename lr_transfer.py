@@ -82,7 +82,7 @@ def draw(rows: list[dict], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     names = structs.split(",")
-    fig, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), sharex=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), sharex=True, sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names):
         for marker, color, width in zip("os^Dv<>", plt.cm.viridis([0, 0.35, 0.7, 0.9, 0.2, 0.5, 0.8]), widths):
             points = mean_losses(rows, name, width)
