@@ -4,9 +4,10 @@
     python bench.py --widths=512, --structs=btt,btt_moe --step=False
 
 For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. Layers take turns, so
-that a slow moment of the machine meets all of them; a ratio is taken within its turn, and the median and the quartiles are
-over turns. Beside it, the ratio of the FLOPs, the time per FLOP relative to nn.Linear's, and the peak memory above the inputs
-and the parameters. Then tokens/s of whole training steps. Writes everything to <out>.json. Let nothing else run meanwhile.
+that a slow moment of the machine meets all of them; a ratio is taken within its turn, and the median and the quartiles
+are over turns. Beside it, the ratio of the FLOPs, the time per FLOP relative to nn.Linear's, and the peak memory above the
+inputs and the parameters. Then tokens/s of whole training steps. Writes everything to <out>.json. Let nothing else run
+meanwhile.
 """
 import configurator
 
@@ -32,7 +33,6 @@ import contextlib
 import json
 import os
 import platform
-import runpy
 import statistics
 import tempfile
 import time
@@ -42,14 +42,16 @@ from torch import nn
 
 import kernels
 import structured
-from configurator import fail
+from configurator import fail, structure_config
 from model import GPT, GPTConfig
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 for key in ("tokens", "turns", "steps", "n_embd", "n_layer", "block_size", "batch_size", "vocab_size"):
     if config[key] < 1:
         fail(f"{key} must be at least 1; got {config[key]}")
+if any(w < 1 or w != int(w) for w in widths):
+    fail(f"widths must be positive whole numbers; got {widths}")
+if n_embd > 64 and n_embd % 64:
+    fail(f"n_embd must be a multiple of 64, the size of a head; got {n_embd}")
 if dtype not in (None, "float32", "bfloat16", "float16"):
     fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
 if device is None:
@@ -62,14 +64,9 @@ except (RuntimeError, AssertionError) as e:
 dtype = dtype or ("bfloat16" if device_type == "cuda" else "float32")
 autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 
-
-def structure(name: str) -> dict:
-    """The model's keys that config/<name>.py sets."""
-    path = os.path.join(HERE, "config", f"{name}.py")
-    if not os.path.exists(path):
-        fail(f"there is no structure config {name!r} in config/")
-    return {k: v for k, v in runpy.run_path(path).items() if k in GPTConfig.__dataclass_fields__}
-
+if compile:
+    torch._dynamo.config.recompile_limit = 1000  # every structure and width is a compilation of the same code
+structures = {"dense": structure_config("dense")} | {name: structure_config(name) for name in structs.split(",")}
 
 # ---- Measuring ------------------------------------------------------------------------------------------------------
 
@@ -136,8 +133,8 @@ def ratios(times: list[float], base: list[float]) -> tuple[float, float, float]:
 def layers(d: int) -> dict[str, nn.Module]:
     """nn.Linear and a layer of each structure that makes single layers, d -> d."""
     made = {"nn.Linear": nn.Linear(d, d, bias=False)}
-    for name in structs.split(","):
-        options = structure(name)
+    for name in structures:
+        options = structures[name]
         if not options.get("ffn_experts"):  # there, the whole MLP is the expert
             make = {k: options[k] for k in ("rank", "theta", "num_experts", "dyad_blocks", "dyad_variant") if k in options}
             if options.get("num_experts"):
@@ -152,7 +149,7 @@ def bench_layers(d: int) -> list[dict]:
     dy = torch.randn(tokens, d, device=device)
 
     def forward_and_backward(layer):
-        call = torch.compile(layer) if compile else layer
+        call = torch.compile(layer, fullgraph=True) if compile else layer
 
         def run():
             with autocast:
@@ -183,7 +180,7 @@ def bench_steps() -> list[dict]:
 
     def training_step(model):
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
-        call = torch.compile(model) if compile else model
+        call = torch.compile(model, fullgraph=True) if compile else model
 
         def run():
             with autocast:
@@ -193,9 +190,8 @@ def bench_steps() -> list[dict]:
             optimizer.zero_grad()
         return run
 
-    names = ["dense", *(name for name in structs.split(",") if name != "dense")]
-    models = {name: GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd,
-                                  n_head=max(1, n_embd // 64), **structure(name))).to(device) for name in names}
+    size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=max(1, n_embd // 64))
+    models = {name: GPT(GPTConfig(**size, **options)).to(device) for name, options in structures.items()}
     times = take_turns({name: training_step(model) for name, model in models.items()}, steps)
     rows = []
     for name, model in models.items():
@@ -213,9 +209,9 @@ def machine() -> dict:
     with contextlib.suppress(OSError):
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-    return dict(device=torch.cuda.get_device_name(device) if device_type == "cuda" else name, threads=torch.get_num_threads(),
-                dtype=dtype, compiled=compile, torch=torch.__version__, python=platform.python_version(),
-                system=platform.platform(terse=True))
+    name = torch.cuda.get_device_name(device) if device_type == "cuda" else name
+    return dict(device=name, threads=torch.get_num_threads(), dtype=dtype, compiled=compile, torch=torch.__version__,
+                python=platform.python_version(), system=platform.platform(terse=True))
 
 
 def main() -> None:
@@ -226,6 +222,7 @@ def main() -> None:
     print(f"\nForward + backward of {tokens:,} tokens, ÷ nn.Linear:\n\n| width | layer | ms | time | quartiles | FLOPs "
           "| time per FLOP | peak MiB |\n|---|---|---|---|---|---|---|---|")
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
         for d in map(int, widths):
             for row in bench_layers(d):
                 result["layers"].append(row)
@@ -241,11 +238,10 @@ def main() -> None:
                 low, high = row["quartiles"]
                 print(f"| {row['config']} | {row['ms']:.0f} | {row['tokens_per_s']:,.0f} | {row['speed']:.2f} "
                       f"| {low:.2f} to {high:.2f} | {row['flops']:.3f} |", flush=True)
-    except ValueError as e:
+        with open(out + ".json", "w", encoding="utf-8") as f:
+            json.dump(result, f, indent=1)
+    except (ValueError, OSError) as e:
         fail(str(e))
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    with open(out + ".json", "w", encoding="utf-8") as f:
-        json.dump(result, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import glob
 import io
 import math
 import os
+import runpy
 import sys
 import tokenize
 import traceback
@@ -74,6 +75,18 @@ def fail(message: str) -> NoReturn:
         line = ' '.join(message.split())
         print('error:', ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
     raise SystemExit(1)
+
+
+def structure_config(name: str) -> dict:
+    """Return {key: value} that the structure config config/<name>.py sets, or end in one sentence if it is none."""
+    path = os.path.join(HERE, 'config', f'{name}.py')
+    if not os.path.exists(path):
+        fail(f'there is no structure config {name!r} in config/')
+    values = {k: v for k, v in runpy.run_path(path).items() if not k.startswith('_')}
+    for key in ('dataset', 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'):
+        if key in values:
+            fail(f'config/{name}.py sets {key}, so it is no structure config: those set the structure alone')
+    return values
 
 
 def is_first_process() -> bool:

@@ -1,14 +1,14 @@
 """µP's coordinate check: do activations keep their size as the width grows, over the first steps of training?
 
-    python coordinate_check.py                                  every structure, widths 128 to 1024
+    python coordinate_check.py                                  every structure, widths 128 to 1024; some ten minutes
     python coordinate_check.py --structs=dense --mup=False      one rate for every parameter: it fails
     python coordinate_check.py --widths=128,256,512,1024,2048
 
 For each structure and width a model of 3 layers, with heads of 32, takes 10 AdamW steps on real data. Then, on one more
 batch: the root mean square of each block's change of the residual stream, of the attention logits, and of the output
-logits, over several seeds. Under µP none depends on the width (Yang et al., arXiv 2203.03466, appendix D.1). Prints the
-ratio of the largest to the smallest value over the widths, writes <out>.csv and <out>.png, and exits with status 1 where
-a ratio is 2 or more.
+logits, over several seeds. Under µP none depends on the width (Yang et al., arXiv 2203.03466, appendix D.1). Prints
+the ratio of the largest to the smallest value over the widths, writes <out>.csv and <out>.png, and exits with status 1
+where a ratio is 2 or more.
 """
 import configurator
 
@@ -18,7 +18,7 @@ learning_rate: float = 1e-3     # of AdamW, constant, at the base width
 mup_base_width: int = 128       # d0
 mup: bool = True                # False: every parameter learns at learning_rate
 steps: int = 10                 # AdamW steps before the measurement
-seeds: int = 1                  # models of the largest width, up to 4 times as many of smaller ones, which differ more
+seeds: int = 3                  # models of the largest width, up to 4 times as many of smaller ones, which differ more
 batch_size: int = 8             # sequences per step
 block_size: int = 64            # tokens per sequence
 dataset: str = "python_char"    # a folder under data/, or the path of one
@@ -27,27 +27,19 @@ config = configurator.configure(globals())
 globals().update(config)
 
 import csv
+import math
 import os
-import runpy
 import sys
 
 import numpy as np
 import torch
 
-from configurator import fail
+from configurator import fail, structure_config
 from data.common import open_dataset
 from model import GPT, GPTConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LIMIT = 2.0  # ratio over the widths that no longer passes
-
-
-def structure(name: str) -> dict:
-    """The model's keys that config/<name>.py sets."""
-    path = os.path.join(HERE, "config", f"{name}.py")
-    if not os.path.exists(path):
-        fail(f"there is no structure config {name!r} in config/")
-    return {k: v for k, v in runpy.run_path(path).items() if k in GPTConfig.__dataclass_fields__}
 
 
 def mean_square(x: torch.Tensor) -> float:
@@ -121,12 +113,14 @@ def draw(rows: list[dict], path: str) -> None:
 
 
 def main() -> None:
-    for key in ("steps", "seeds", "batch_size", "block_size", "mup_base_width", "learning_rate"):
+    if steps < 2:
+        fail(f"steps must be at least 2, since the first moves zeros alone; got {steps}")
+    for key in ("seeds", "batch_size", "block_size", "mup_base_width", "learning_rate"):
         if config[key] <= 0:
             fail(f"{key} must be positive; got {config[key]}")
     if any(w < 32 or w % 32 for w in widths) or len(set(widths)) < 2:
         fail(f"widths must be two or more different multiples of 32, the size of a head; got {widths}")
-    structures = {name: structure(name) for name in structs.split(",")}
+    structures = {name: structure_config(name) for name in structs.split(",")}
     rows, failed = [], []
     try:
         meta, splits = open_dataset(dataset if os.path.isdir(dataset) else os.path.join(HERE, "data", dataset))
@@ -141,18 +135,18 @@ def main() -> None:
                     rows.append(dict(struct=name, mup=mup, width=width, quantity=quantity, rms=rms))
             for quantity in runs[0]:
                 values = [r["rms"] for r in rows if r["struct"] == name and r["quantity"] == quantity]
-                ratios[quantity] = max(values) / min(values)
+                fine = all(map(math.isfinite, values)) and min(values) > 0
+                ratios[quantity] = max(values) / min(values) if fine else math.inf
             failed += [name] * (not max(ratios.values()) < LIMIT)
             print(f"{name:10s} " + "  ".join(f"{q} {r:.2f}" for q, r in ratios.items())
                   + f"  <- not below {LIMIT:g}" * (name in failed), flush=True)
+        with open(out + ".csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        draw(rows, out + ".png")
     except (ValueError, OSError) as e:
         fail(str(e))
-    with open(out + ".csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    try:
-        draw(rows, out + ".png")
     except ImportError:
         print("no figure: it needs matplotlib (pip install -r requirements-dev.txt)")
     sys.exit(1 if failed else 0)

@@ -1,13 +1,14 @@
-"""Products over expert segments: the one primitive under every mixture of experts.
+"""The operators under the layers: products over expert segments, and the two-factor einsum on a CPU.
 
 Rows that belong to the same expert lie next to each other; `ends[e]` is where expert e's rows end. Then
 
     segment_product(x, w, ends)[b, n] = w[e(n), b] @ x[b, n]        x (B, N, K), w (E, B, M, K) -> (B, N, M)
 
-computes each row with its own expert's matrix and with no other: N·B·K·M multiply-adds, whatever the balance.
-It is registered with torch.library, so that torch.compile sees one opaque call whose shapes do not depend on the
-routing. On a CPU it is a loop over segments; elsewhere it is one grouped product with its offsets on the device, so
-that nothing waits for the host.
+computes each row with its own expert's matrix and with no other: N·B·K·M multiply-adds, whatever the balance. On a GPU
+it serves every mixture, as one grouped product with its offsets on the device, so that nothing waits for the host; on a
+CPU it is a loop over segments, and serves what is no einsum of two cores. Those have operators of their own there.
+
+All are registered with torch.library, so that torch.compile sees opaque calls whose shapes do not depend on the routing.
 """
 import contextlib
 import ctypes
@@ -139,7 +140,8 @@ def segment_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 # For a mixture, tokens are taken in blocks, and a block's assignments are sorted by expert; rows are gathered once and
 # combined once per block. Letters are those of the contraction, as in structured.Einsum.
 
-_scratch = threading.local()  # memory alone: fresh pages cost more here than the products that fill them
+# state of the module, but memory alone: fresh pages cost more here than the products that fill them. A thread keeps it
+_scratch = threading.local()
 
 
 def _buffer(name: str, like: Tensor, *shape: int) -> Tensor:
@@ -147,9 +149,23 @@ def _buffer(name: str, like: Tensor, *shape: int) -> Tensor:
     key, numel = f"{name} {like.dtype}", math.prod(shape)
     buffer = getattr(_scratch, key, None)
     if buffer is None or buffer.numel() < numel:
-        buffer = like.new_empty(numel)
+        with torch.inference_mode(False):  # or it would stay an inference tensor, unfit for training
+            buffer = like.new_empty(numel)
         setattr(_scratch, key, buffer)
     return buffer[:numel].view(shape)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the precision of total."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)
+
+
+def _zeros(like: Tensor, shape) -> Tensor:
+    """Zeros to sum gradients into: at least in float32."""
+    return torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def release_scratch() -> None:
@@ -166,7 +182,7 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 class _Layout:
@@ -222,7 +238,8 @@ class _Layout:
         dz = torch.bmm(second.mT, dy.mT, out=_buffer("dz", dy, f, g * r * b, dy.shape[1]))
         if self.by_delta:
             return dz.view(f, g, r, b, -1, d).permute(1, 4, 3, 2, 0, 5).reshape(g, -1, r * f * d)
-        return dz.view(f, g, r, b, d, -1).permute(1, 2, 0, 4, 5, 3).reshape(g, r * f * d, -1).mT  # no copy at β = δ = ρ = 1
+        dz = dz.view(f, g, r, b, d, -1).permute(1, 2, 0, 4, 5, 3)  # no copy at β = δ = ρ = 1
+        return dz.reshape(g, r * f * d, -1).mT
 
     def store_inputs(self, dz: Tensor, first: Tensor, x: Tensor) -> None:
         """dz · first, (γ, nβ, α), into x (n, d_in): the way back of `first`."""
@@ -241,7 +258,8 @@ class _Layout:
             rows = torch.bmm(second, z.mT, out=_buffer("rows", y, f, e, z.shape[1]))
             y.view(-1, f, e, d).copy_(rows.view(f, e, -1, d).permute(2, 0, 1, 3))
         else:
-            rows = torch.bmm(z, second.mT, out=_buffer("rows", y, f, z.shape[1], e)).view(f, d, -1, e).permute(2, 0, 1, 3)
+            rows = torch.bmm(z, second.mT, out=_buffer("rows", y, f, z.shape[1], e))
+            rows = rows.view(f, d, -1, e).permute(2, 0, 1, 3)
             y.view(-1, f, d, e).copy_(rows) if self.swapped else y.view(-1, f, e, d).mT.copy_(rows)
 
     def combine_inputs(self, rows: Tensor, block: "_Block") -> Tensor:
@@ -282,15 +300,15 @@ def _(x, first, second, sizes, swapped):
 def _einsum_backward(dy: Tensor, x: Tensor, z: Tensor, first: Tensor, second: Tensor, sizes: list[int],
                      swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
     to = _Layout(sizes, swapped)
-    dx, dfirst = torch.empty_like(x), first.new_zeros(first.shape)
-    dsecond = second.new_zeros(second.mT.shape)  # transposed: the faster product
+    dx, dfirst = torch.empty_like(x), _zeros(first, first.shape)
+    dsecond = _zeros(second, second.mT.shape)  # transposed: the faster product
     for dys, xs, zs, dxs in zip(*(t.split(to.rows) for t in (dy, x, z, dx))):
         dys = to.last(dys)
-        dsecond.baddbmm_(to.second(zs).mT, dys)
+        _add_product(dsecond, to.second(zs).mT, dys)
         dz = to.second_product_back(dys, second)
-        dfirst.baddbmm_(dz.mT, to.first(xs))
+        _add_product(dfirst, dz.mT, to.first(xs))
         to.store_inputs(dz, first, dxs)
-    return dx, dfirst, dsecond.mT.contiguous()
+    return dx, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
 
 
 @_einsum_backward.register_fake
@@ -425,7 +443,7 @@ def _expert_einsum_backward(dy: Tensor, x: Tensor, z: Tensor, order: Tensor, gat
     a, b, g, d, e_, f, r = sizes
     k, E = chosen.shape[1], first.shape[0]
     dx, dgates = torch.empty_like(x), torch.empty_like(gates)
-    dfirst, dsecond = torch.zeros_like(first), torch.zeros_like(second)
+    dfirst, dsecond = _zeros(first, first.shape), _zeros(second, second.mT.shape)
     for block in _blocks(chosen, order, E, to.rows):
         rows = _buffer("rows", x, block.order.numel(), to.d_in)
         z_block = z[block.start * k:block.stop * k]
@@ -435,17 +453,18 @@ def _expert_einsum_backward(dy: Tensor, x: Tensor, z: Tensor, order: Tensor, gat
             xs = torch.index_select(x, 0, block.token[i:j], out=_buffer("x", x, n, to.d_in))
             dys = torch.index_select(dy, 0, block.token[i:j], out=_buffer("dy", x, n, to.d_out)).mul_(gate[i:j, None])
             zs = z_block[i:j].view(g, r * f * d, n * b)
-            dz = to.second_product_back(to.last(dys), second[e]).mT
+            dys = to.last(dys)
+            dz = to.second_product_back(dys, second[e]).mT
             # the gate is in dz already; z · dz is its own gradient, times itself
             products = torch.mul(zs, dz, out=_buffer("z · dz", x, *zs.shape))
             dgate[i:j] = products.view(-1, n, b).sum((0, 2)) if b > 1 else products.view(-1, n).sum(0)
             torch.bmm(dz.mT, first[e], out=rows[i:j].view(g, n * b, a))
-            dsecond[e].baddbmm_(to.last(dys).mT, to.second(zs))
-            dfirst[e].baddbmm_(dz, to.first(xs))
+            _add_product(dsecond[e], to.second(zs).mT, dys)
+            _add_product(dfirst[e], dz, to.first(xs))
         dx[block.start:block.stop] = to.combine_inputs(rows, block)
         dgate /= gate.clamp(min=torch.finfo(gate.dtype).tiny)  # a gate of zero passes no gradient to its logit
         dgates[block.start:block.stop].view(-1)[block.order] = dgate
-    return dx, dgates, dfirst, dsecond
+    return dx, dgates, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
 
 
 @_expert_einsum_backward.register_fake

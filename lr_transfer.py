@@ -24,23 +24,26 @@ globals().update(config)
 
 import concurrent.futures
 import csv
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 
-from configurator import fail
+from configurator import fail, structure_config
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def val_loss(folder: str) -> float | None:
-    """Validation loss of a finished run: infinite if it diverged, None if there is none or it did not finish."""
+def val_loss(folder: str, flags: dict) -> float | None:
+    """Validation loss of a run with these flags: infinite if it diverged, None if there is none or it did not finish."""
     try:
         with open(os.path.join(folder, "log.jsonl")) as f:
             points = [json.loads(line) for line in f]
     except (OSError, ValueError):
+        return None
+    if not points or any(points[0]["config"][k] != v for k, v in flags.items()):
         return None
     losses = [p["val_loss"] for p in points if p["type"] == "eval" and p["iter"] == max_iters]
     return (losses[0] if math.isfinite(losses[0]) else math.inf) if losses else None
@@ -50,21 +53,23 @@ def run(struct: str, width: int, rate: float, seed: int) -> dict:
     """One run of train.py, unless it is there already; its row of the csv."""
     name = f"{struct}-d{width}-lr{rate:g}-i{max_iters}-s{seed}" + "-nomup" * (not mup)
     folder = os.path.join(runs, name)
-    if val_loss(folder) is None:
+    flags = dict(dataset=dataset, n_embd=width, n_head=width // 32, n_layer=3, batch_size=16,
+                 gradient_accumulation_steps=1, learning_rate=rate, max_iters=max_iters, lr_decay_iters=max_iters,
+                 eval_interval=max_iters, eval_iters=100, log_interval=20, sample_tokens=0, seed=seed, mup=mup)
+    if val_loss(folder, flags) is None:
         os.makedirs(folder, exist_ok=True)
-        flags = dict(dataset=dataset, n_embd=width, n_head=width // 32, n_layer=3, batch_size=16, gradient_accumulation_steps=1,
-                     learning_rate=rate, max_iters=max_iters, lr_decay_iters=max_iters, eval_interval=max_iters,
-                     eval_iters=100, log_interval=20, sample_tokens=0, seed=seed, mup=mup, out_dir=folder)
         command = [sys.executable, os.path.join(HERE, "train.py"), os.path.join(HERE, "config", f"{struct}.py"),
-                   os.path.join(HERE, "config", "quickstart.py"), *(f"--{k}={v}" for k, v in flags.items())]
+                   os.path.join(HERE, "config", "quickstart.py"), *(f"--{k}={v}" for k, v in flags.items()),
+                   f"--out_dir={folder}"]
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         with open(os.path.join(folder, "output.txt"), "w") as output:
             status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT,
                                     env=os.environ | dict(OMP_NUM_THREADS=threads)).returncode
         if status:
             with open(os.path.join(folder, "output.txt")) as output:
-                raise RuntimeError(f"the run in {folder} ended with status {status}: {output.read().strip().splitlines()[-1]}")
-    loss = val_loss(folder)
+                last = (output.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise RuntimeError(f"the run in {folder} ended with status {status}: {last}")
+    loss = val_loss(folder, flags)
     print(f"{name}: {loss:.4f}", flush=True)
     return dict(struct=struct, width=width, learning_rate=rate, seed=seed, iters=max_iters, mup=mup, val_loss=loss)
 
@@ -84,7 +89,8 @@ def draw(rows: list[dict], path: str) -> None:
     names = structs.split(",")
     fig, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), sharex=True, sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names):
-        for marker, color, width in zip("os^Dv<>", plt.cm.viridis([0, 0.35, 0.7, 0.9, 0.2, 0.5, 0.8]), widths):
+        colors = plt.cm.viridis([0.9 * i / len(widths) for i in range(len(widths))])
+        for marker, color, width in zip(itertools.cycle("os^Dv<>"), colors, widths):
             points = mean_losses(rows, name, width)
             ax.plot(*zip(*points), marker=marker, color=color, markerfacecolor="white", label=f"width {width}")
             ax.plot(*min(points, key=lambda p: p[1]), marker=marker, color=color)
@@ -107,8 +113,10 @@ def main() -> None:
     if not widths or any(w < 32 or w % 32 for w in widths):
         fail(f"widths must be multiples of 32, the size of a head; got {widths}")
     for struct in structs.split(","):
-        if not os.path.exists(os.path.join(HERE, "config", f"{struct}.py")):
-            fail(f"there is no structure config {struct!r} in config/")
+        structure_config(struct)
+    for key, values in (("structs", structs.split(",")), ("widths", widths), ("rates", rates)):
+        if len(set(values)) < len(values):
+            fail(f"{key} names something twice: {config[key]}")
     grid = [(struct, int(width), rate, seed) for struct in structs.split(",") for width in sorted(widths, reverse=True)
             for rate in rates for seed in range(1, seeds + 1)]
     try:
@@ -119,10 +127,9 @@ def main() -> None:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+        draw(rows, out + ".png")
     except (RuntimeError, OSError) as e:
         fail(str(e))
-    try:
-        draw(rows, out + ".png")
     except ImportError:
         print("no figure: it needs matplotlib (pip install -r requirements-dev.txt)")
     moved = []

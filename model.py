@@ -34,7 +34,8 @@ class GPTConfig:
     ffn_experts: int = 0            # standard MoE: experts that are whole MLPs
     weight_norm: bool | None = None  # normalize cores; None: for every structure but dense
     qk_norm: bool = True            # layer norm of queries and keys, per head
-    head_aligned: bool = False      # in attention, φ of q, k, v and γ of the output projection run over the heads
+    head_aligned: bool | None = None  # in attention, φ of q, k, v and γ of the output projection run over the heads;
+    #                                   None: for monarch and btt
     dyad_blocks: int = 4
     dyad_variant: str = "it"
 
@@ -47,6 +48,8 @@ class GPTConfig:
             raise ValueError(f"n_head = {self.n_head} must divide n_embd = {self.n_embd}")
         if self.layers not in ("all", "attn", "mlp"):
             raise ValueError(f"layers must be 'all', 'attn' or 'mlp'; got {self.layers!r}")
+        if self.head_aligned is None:
+            self.head_aligned = self.struct in ("monarch", "btt") and self.layers != "mlp"
         if self.head_aligned and self.layers == "mlp":
             raise ValueError("head_aligned needs structured attention: layers must be 'all' or 'attn', not 'mlp'")
         if self.head_aligned and self.struct not in ("monarch", "btt", "einsum"):
@@ -111,10 +114,9 @@ class CausalSelfAttention(nn.Module):
         d = config.n_embd
         self.n_head, self.layer, self.dropout = config.n_head, layer, config.dropout
         self.head_size = d // config.n_head
-        # under QK norm a gain on q or k would be undone by the norm
         to_heads, from_heads = (dict(phi=config.n_head), dict(gamma=config.n_head)) if config.head_aligned else ({}, {})
-        self.q = projection(config, "attn", d, d, gain=not config.qk_norm, **to_heads)
-        self.k = projection(config, "attn", d, d, gain=not config.qk_norm, **to_heads)
+        self.q = projection(config, "attn", d, d, normalized=config.qk_norm, **to_heads)
+        self.k = projection(config, "attn", d, d, normalized=config.qk_norm, **to_heads)
         self.v = projection(config, "attn", d, d, **to_heads)
         self.o = projection(config, "attn", d, d, zero_init=True, **from_heads)
         self.q_norm = nn.LayerNorm(self.head_size, bias=config.bias) if config.qk_norm else nn.Identity()

@@ -152,7 +152,7 @@ class Theta(NamedTuple("Theta", [(name, float) for name in Sizes._fields])):
         if not 1 <= rank <= min(d_in, d_out):
             raise ValueError(f"rank must be between 1 and {min(d_in, d_out)} for {d_in} -> {d_out}; got {rank}")
         for name, fixed, d, exponents in (("gamma", gamma, d_in, self[:3]), ("phi", phi, d_out, self[3:6])):
-            if fixed is not None and not 0 < exponents[2] < 1:
+            if fixed is not None and not (exponents[2] > 0 and exponents[0] + exponents[1] > 0):
                 raise ValueError(f"{name} cannot be fixed at {fixed}: a structure whose θ has {name} = {exponents[2]:g} "
                                  "leaves no choice, one like btt or monarch does")
             if fixed is not None and (fixed < 1 or d % fixed):

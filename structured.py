@@ -63,6 +63,7 @@ class _NormalizedCore(torch.autograd.Function):
         return core * scale
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         core, rms, norm, scale = ctx.saved_tensors
         dot = (grad * core).sum((-3, -2, -1), keepdim=True)
@@ -76,20 +77,22 @@ class Structured(nn.Module):
 
     cores: {name: (batch, out, in)}, each the right factor of a batched product; with experts, a leading E.
     A core starts normal with std = √min(fan_in, fan_out) / fan_in, the one named `zero_core` at zero. With weight_norm
-    a core M acts as M / max(1, rms(M) / std), per expert, times a learned scalar if `gain`.
+    a core M acts as M / max(1, rms(M) / std), per expert, times a learned scalar. `normalized`: what follows the layer
+    undoes the scale of its output, so that there is no such scalar, and only relative changes count.
     """
 
-    def __init__(self, d_in, d_out, cores, fans, *, num_experts=0, bias=False, weight_norm=False, gain=True, zero_core=None):
+    def __init__(self, d_in, d_out, cores, fans, *, num_experts=0, bias=False, weight_norm=False,
+                 normalized=False, zero_core=None):
         super().__init__()
         self.d_in, self.d_out, self.num_experts, self.weight_norm = d_in, d_out, num_experts, weight_norm
-        self._fans = dict(fans)
+        self.normalized, self._fans = normalized, dict(fans)
         lead = (num_experts,) if num_experts else ()
         for name, shape in cores.items():
             core = torch.zeros(*lead, *shape)
             if name != zero_core:
                 nn.init.normal_(core, std=self.init_std(name))
             self.register_parameter(name, nn.Parameter(core))
-            if weight_norm and gain:
+            if weight_norm and not normalized:
                 self.register_parameter(f"gain_{name}", nn.Parameter(torch.ones(num_experts or 1)))
         self.bias = nn.Parameter(torch.zeros(*lead, d_out)) if bias else None
 
@@ -102,10 +105,17 @@ class Structured(nn.Module):
         return math.sqrt(min(fan_in, fan_out)) / fan_in
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
-        """{parameter name: factor on the learning rate} for Adam: d0 / (cores · fan_in) for a core, else 1."""
+        """{parameter name: factor on the learning rate} for Adam: d0 / (cores · fan_in) for a core, else 1.
+
+        Where the output is normalized, times its initial root mean square, Π √(min(fan_in, fan_out) / fan_in) over the
+        cores: changes count relative to it, and it falls with the width where fan_in grows faster than fan_out.
+        """
         cores = 1 if isinstance(self, Dyad) else len(self._fans)  # DYAD's cores add up, they do not multiply
-        return {name: base_width / (cores * self._fans[name][0]) if name in self._fans else 1.0
-                for name, _ in self.named_parameters()}
+        size = math.prod(min(i, o) / i for i, o in self._fans.values()) ** (cores / len(self._fans) / 2)
+        multipliers = dict.fromkeys(dict(self.named_parameters()), 1.0)
+        for name, (fan_in, _) in self._fans.items():
+            multipliers[name] = (size if self.normalized else 1.0) * base_width / (cores * fan_in)
+        return multipliers
 
     def core(self, name: str) -> Tensor:
         """The core as it acts, normalized and scaled: (batch, out, in), with experts (E, batch, out, in)."""
@@ -415,8 +425,9 @@ def layer_sizes(struct: str, d_in: int, d_out: int, *, rank=None, theta=None, ga
 
 
 def linear(struct: str, d_in: int, d_out: int, *, bias: bool = False, rank: int | None = None, theta=None,
-           sizes=None, gamma: int | None = None, phi: int | None = None, num_experts: int = 0, top_k: int = 2, weight_norm: bool | None = None, gain: bool = True,
-           zero_init: bool = False, dyad_blocks: int = 4, dyad_variant: str = "it") -> nn.Module:
+           sizes=None, gamma: int | None = None, phi: int | None = None, num_experts: int = 0, top_k: int = 2,
+           weight_norm: bool | None = None, normalized: bool = False, zero_init: bool = False, dyad_blocks: int = 4,
+           dyad_variant: str = "it") -> nn.Module:
     """A linear layer, x (..., d_in) -> (..., d_out), whose matrix has the named structure.
 
     struct        a name in STRUCTURES
@@ -425,14 +436,15 @@ def linear(struct: str, d_in: int, d_out: int, *, bias: bool = False, rank: int 
     sizes         the seven integer sizes themselves, instead of rank and theta
     gamma, phi    the size of γ or φ, where θ leaves it open: the number of heads that the input or output consists of
     num_experts   0, or E experts of the structure with a router, top_k of them per token
-    weight_norm   normalize the cores; None: for every structure but dense. `gain`: with a learned scalar per core
+    weight_norm   normalize the cores, with a learned scalar each; None: for every structure but dense
+    normalized    a norm follows: no learned scalars, and learning rates relative to the initial scale of the output
     zero_init     start the last core at zero, for a projection that ends a residual branch
     dyad_blocks, dyad_variant   D and 'it', 'ot' or 'dt', for struct 'dyad' alone
 
     Raises ValueError, in one sentence, for whatever cannot be made.
     """
     layer = unrouted(struct, d_in, d_out, bias=bias, rank=rank, theta=theta, sizes=sizes, gamma=gamma, phi=phi,
-                     num_experts=num_experts, weight_norm=weight_norm, gain=gain, zero_init=zero_init,
+                     num_experts=num_experts, weight_norm=weight_norm, normalized=normalized, zero_init=zero_init,
                      dyad_blocks=dyad_blocks, dyad_variant=dyad_variant)
     return MoE(d_in, layer, num_experts, top_k) if num_experts else layer
 

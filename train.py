@@ -42,12 +42,12 @@ ffn_experts: int = 0            # standard MoE: experts that are whole MLPs; 0: 
 aux_loss_weight: float = 0.01   # weight of the routers' load-balance and z losses
 weight_norm: bool | None = None  # normalize the cores; None: for every structure but dense
 qk_norm: bool = True            # layer norm of queries and keys, per head
-head_aligned: bool = False      # in attention, φ of q, k, v and γ of the output projection run over the heads
+head_aligned: bool | None = None  # φ of q, k, v and γ of the output projection run over heads; None: for monarch, btt
 dyad_blocks: int = 4            # blocks of struct 'dyad'
 dyad_variant: str = "it"        # 'it', 'ot' or 'dt'
 # AdamW; the learning rate is µP's: that of a dense layer of width mup_base_width
 learning_rate: float = 3e-3     # peak learning rate
-mup_base_width: int = 128       # d0: a core learns at learning_rate · d0 / (cores · fan_in)
+mup_base_width: int = 128       # d0: a core learns at learning_rate · d0 / (cores · fan_in), a shared one faster
 mup: bool = True                # False: every parameter learns at learning_rate, for comparison
 max_iters: int = 600000         # iterations
 weight_decay: float = 0.1       # every matrix shrinks by learning_rate · weight_decay an iteration
@@ -223,7 +223,7 @@ def load_checkpoint(path: str) -> dict:
     """The contents of a checkpoint, mapped from the file rather than read into memory."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key in ("model", "optimizer", "scaler", "model_args", "iteration", "tokens", "flops", "best_val_loss"):
+        for key in ("model", "optimizer", "scaler", "model_args", "config", "iteration", "tokens", "flops", "best_val_loss"):
             checkpoint[key]
     except FileNotFoundError:
         fail(f"there is no checkpoint {path} to resume from: use --init_from=scratch, or another --out_dir")
@@ -233,6 +233,11 @@ def load_checkpoint(path: str) -> dict:
     if differing:
         fail(f"{path} holds another model: " + ", ".join(f"{k} = {a!r} there and {b!r} here"
                                                          for k, (a, b) in differing.items()))
+    for key in ("mup", "mup_base_width"):
+        before = checkpoint["config"].get(key, config[key])
+        if before != config[key]:
+            fail(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a resumed run keeps the "
+                 "learning-rate factors of its parameters")
     return checkpoint
 
 

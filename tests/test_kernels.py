@@ -125,6 +125,39 @@ def test_einsum_is_its_matrix(sizes, rows, monkeypatch):
         check_dense(einsum_layer(sizes), torch.randn(tokens, sizes.d_in, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("experts", [0, 4])
+def test_training_after_inference_mode(experts):
+    """Scratch memory that was made in inference mode is fit for training."""
+    kernels.release_scratch()
+    layer = structured.linear("btt", 48, 64, num_experts=experts)
+    x = torch.randn(30, 48, requires_grad=True)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+def test_bfloat16_gradients_are_summed_in_float32(experts, monkeypatch):
+    """A gradient summed over many pieces is as exact as one of few."""
+    init = kernels._Layout.__init__
+
+    def few_rows(self, *args, **options):
+        init(self, *args, **options)
+        self.rows = 8
+    monkeypatch.setattr(kernels._Layout, "__init__", few_rows)
+    layer = structured.linear("btt", 16, 16, weight_norm=False, num_experts=experts, top_k=1)
+    x, dy = torch.randn(4096, 16), torch.randn(4096, 16)
+    grads = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = layer(x.abs())
+        cores = [p for name, p in layer.named_parameters() if "router" not in name]
+        grads.append(torch.autograd.grad(y, cores, dy.abs().to(y.dtype)))
+    for rounded, exact in zip(*grads):
+        assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
 def test_every_layout_occurs():
     layouts = [kernels._Layout(s if s.order()[0] == "A" else s.swapped(), s.order()[0] == "B") for s in EXPERTS]
     assert {(to.by_delta, to.by_beta) for to in layouts} == {(False, False), (True, False), (False, True)}
@@ -211,13 +244,12 @@ def test_expert_einsum_is_the_general_path(sizes, top_k):
 @pytest.mark.parametrize("balance", ["random", "skewed", "one expert"])
 def test_expert_einsum_of_many_tokens(sizes, balance, monkeypatch):
     """Several blocks of tokens, several pieces of one expert within a block."""
-    if hasattr(kernels, "_Layout"):
-        init = kernels._Layout.__init__
+    init = kernels._Layout.__init__
 
-        def few_rows(self, *args, **options):
-            init(self, *args, **options)
-            self.rows = 16
-        monkeypatch.setattr(kernels._Layout, "__init__", few_rows)
+    def few_rows(self, *args, **options):
+        init(self, *args, **options)
+        self.rows = 16
+    monkeypatch.setattr(kernels._Layout, "__init__", few_rows)
     moe, general = mixture(sizes, num_experts=5, top_k=2 if balance == "random" else 1)
     x = torch.randn(300, sizes.d_in, dtype=torch.float64)
     with torch.no_grad():

@@ -242,8 +242,8 @@ def test_num_params():
     model = build("moe", n_layer=1)
     assert model.num_params() == rest + attn + 4 * mlp + router
     assert model.num_params(active=True) == rest + attn + 2 * mlp + router
-    # rank 1: 16 -> 16 as 4·4 -> 4·4 (64 + 64), 16 -> 64 as 4·4 -> 8·8 (128 + 256), 64 -> 16 (256 + 128)
-    expert = 4 * 128 + 2 * 384 + 4 * 2  # gains of both cores of v, o, up and down
+    # rank 1, two heads: 16 -> 16 as 4·4 -> 2·8 (32 + 64) and back, 16 -> 64 as 4·4 -> 8·8 (128 + 256), 64 -> 16 (256 + 128)
+    expert = 4 * 96 + 2 * 384 + 4 * 2  # gains of both cores of v, o, up and down
     for top_k in (1, 2, 4):
         model = build("btt_moe", n_layer=1, top_k=top_k)
         assert model.num_params() == rest + 4 * expert + 5 * router + 4 * 64
@@ -298,13 +298,22 @@ def test_head_aligned_projections_see_heads():
     def ranks(layer, rows, columns):
         blocks = layer.to_dense().detach().reshape(rows, 64 // rows, columns, 64 // columns).transpose(1, 2)
         return set(torch.linalg.matrix_rank(blocks).flatten().tolist())
-    for aligned in (True, False):
-        attn = awake("btt", n_embd=64, n_head=4, rank=2, head_aligned=aligned).blocks[0].attn
+    for aligned, options in ((True, {}), (True, dict(head_aligned=True)), (False, dict(head_aligned=False))):
+        attn = awake("btt", n_embd=64, n_head=4, rank=2, **options).blocks[0].attn
         for layer in (attn.q, attn.k, attn.v):
             assert layer.sizes.phi == (4 if aligned else 8)
             assert ranks(layer, 4, layer.sizes.gamma) == ({2} if aligned else {4})
         assert attn.o.sizes.gamma == (4 if aligned else 8)
         assert ranks(attn.o, attn.o.sizes.phi, 4) == ({2} if aligned else {4})
+
+
+@all_kinds
+def test_what_is_head_aligned_unless_told(kind):
+    attn, config = build(kind, n_head=4, n_embd=64).blocks[0].attn, KINDS[kind]
+    aligned = config.get("struct") in ("monarch", "btt") and config.get("layers") != "mlp"
+    for layer, size in ((attn.q, "phi"), (attn.k, "phi"), (attn.v, "phi"), (attn.o, "gamma")):
+        sizes = getattr(getattr(layer, "experts", layer), "sizes", None)
+        assert aligned == (sizes is not None and getattr(sizes, size) == 4)
 
 
 @pytest.mark.parametrize("options, word", [(dict(struct="dense"), "'dense'"), (dict(struct="tt"), "'tt'"),
@@ -335,18 +344,21 @@ def test_learning_rates_are_those_of_mup(kind, base_width):
         if leaf == "router":
             factor = base_width / p.shape[1]
         elif leaf in ("wl", "wu"):
-            factor = base_width / (2 * p.shape[-1])
+            factor, fans = base_width / (2 * p.shape[-1]), [(p.shape[-1], p.shape[-2])]
         elif leaf in ("A", "B"):
             a, b, g, d, e, f, r = layer.sizes
             first, width = leaf == layer.order[0], (layer.d_in if leaf == layer.order[0] else layer.d_out)
             if layer.order == ("A",):
-                factor = base_width / layer.d_in
+                factor, fans = base_width / layer.d_in, [(layer.d_in, layer.d_out)]
             else:
                 fan_in, uses = {"A": (a, b if first else e), "B": (b, a if first else d)}[leaf]
                 factor = base_width / 2 / (fan_in if first else fan_in * g * r)
                 factor *= math.sqrt(uses / base_width ** (math.log(uses) / math.log(width)))  # cores that are shared
+                fans = [(a, d * f * r), (b * g * r, e)] if layer.order[0] == "A" else [(b, e * f * r), (a * g * r, d)]
         else:
             assert "gain" in leaf or leaf == "bias" or isinstance(layer, (torch.nn.Embedding, torch.nn.LayerNorm))
+        if (".q." in name or ".k." in name) and leaf in ("wl", "wu", "A", "B"):  # relative to the output's size at the start
+            factor *= math.prod(math.sqrt(min(fan_in, fan_out) / fan_in) for fan_in, fan_out in fans)
         decays = not ("gain" in leaf or leaf == "bias" or isinstance(layer, torch.nn.LayerNorm))
         expected[p] = lr * factor, decay / factor * decays
     seen = [p for group in optimizer.param_groups for p in group["params"]]

@@ -20,7 +20,7 @@ def spread(rows):
 
 @pytest.mark.parametrize("struct", ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "einsum", "dyad", "btt_moe", "moe"])
 def test_coordinates_do_not_depend_on_width(run, python_text, tmp_path, struct):
-    told = run("coordinate_check.py", f"--structs={struct}", f"--dataset={python_text}", "--batch_size=4",
+    told = run("coordinate_check.py", f"--structs={struct}", f"--dataset={python_text}", "--batch_size=4", "--seeds=1",
                f"--out={tmp_path}/c")
     assert told.returncode == 0, told.stdout + told.stderr
     rows = read(tmp_path / "c.csv")
@@ -32,19 +32,27 @@ def test_coordinates_do_not_depend_on_width(run, python_text, tmp_path, struct):
 
 
 def test_coordinates_grow_without_mup(run, python_text, tmp_path):
-    told = run("coordinate_check.py", "--structs=dense", "--mup=False", f"--dataset={python_text}", "--batch_size=4",
+    told = run("coordinate_check.py", "--structs=dense", "--mup=False", f"--dataset={python_text}", "--batch_size=4", "--seeds=1",
                f"--out={tmp_path}/c")
     assert told.returncode == 1 and "not below 2" in told.stdout
     assert max(spread(read(tmp_path / "c.csv")).values()) > 4
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--structs=dense,bt"], "'bt'"), (["--widths=128"], "widths"), (["--widths=100,200"], "widths"), (["--steps=0"], "steps"),
+    (["--structs=dense,bt"], "'bt'"), (["--structs=quickstart"], "sets dataset"), (["--widths=128,"], "widths"),
+    (["--widths=100,200"], "widths"), (["--steps=1"], "steps"), (["--seeds=0"], "seeds"),
     (["--learning_rate=-1"], "learning_rate"), (["--dataset=nowhere"], "nowhere")])
 def test_coordinate_check_refuses(run, tmp_path, flags, word):
     told = run("coordinate_check.py", *flags, f"--out={tmp_path}/c/c")
     assert told.returncode == 1 and told.stderr.startswith("error: ") and word in told.stderr
     assert told.stderr.count("\n") == 1 and not (tmp_path / "c").exists()
+
+
+def test_coordinates_that_diverge_fail(run, python_text, tmp_path):
+    """At a rate where nothing stays finite: not a number is no ratio below 2."""
+    told = run("coordinate_check.py", "--structs=dense", "--widths=32,64", "--learning_rate=1e30", f"--dataset={python_text}",
+               f"--out={tmp_path}/c")
+    assert told.returncode == 1 and "inf" in told.stdout and "not below 2" in told.stdout
 
 
 SHORT = ["--structs=btt", "--widths=32,64", "--rates=1e-4,1e-3,1e-1", "--max_iters=20", "--jobs=2"]
@@ -74,10 +82,15 @@ def test_lr_transfer(run, python_text, tmp_path):
     again = run("lr_transfer.py", *SHORT, *places)
     assert again.returncode == told.returncode and read(tmp_path / "t.csv") == rows
     assert made == {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("log.jsonl")} and len(made) == 6
+    log = next(iter(made))
+    log.write_text(log.read_text().replace('"eval_iters": 100', '"eval_iters": 1'))  # another run, of the same name
+    assert run("lr_transfer.py", *SHORT, *places).returncode == told.returncode and read(tmp_path / "t.csv") == rows
+    assert {f for f in made if f.stat().st_mtime_ns != made[f]} == {log} and '"eval_iters": 100' in log.read_text()
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--structs=dense,bt"], "'bt'"), (["--rates=0,1"], "rates"), (["--widths=100"], "widths"), (["--jobs=0"], "jobs"),
+    (["--structs=dense,bt"], "'bt'"), (["--rates=0,1"], "rates"), (["--widths=100,"], "widths"), (["--jobs=0"], "jobs"),
+    (["--rates=1e-3,1e-3"], "twice"), (["--structs=btt,btt"], "twice"), (["--widths=64,64"], "twice"),
     (["--dataset=nowhere"], "nowhere")])
 def test_lr_transfer_refuses(run, tmp_path, flags, word):
     told = run("lr_transfer.py", *flags, f"--runs={tmp_path}/runs", f"--out={tmp_path}/t")

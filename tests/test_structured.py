@@ -116,7 +116,7 @@ def test_without_weight_norm_or_gain_no_such_factor(case):
     layer = make(case, 48, 64, weight_norm=False)
     assert not any("gain" in name for name, _ in layer.named_parameters())
     assert all(torch.equal(layer.core(name), getattr(layer, name)) for name in layer.fans())
-    plain = make(case, 48, 64, weight_norm=True, gain=False)
+    plain = make(case, 48, 64, weight_norm=True, normalized=True)
     assert not any("gain" in name for name, _ in plain.named_parameters())
     for name in plain.fans():
         assert plain.core(name).square().mean().sqrt().item() == pytest.approx(plain.init_std(name))

@@ -531,6 +531,15 @@ def test_resume_of_another_model_names_both(run, trained, python_text):
     assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
 
 
+@pytest.mark.parametrize("flag, values", [("--mup=False", ("True", "False")), ("--mup_base_width=32", ("128", "32"))])
+def test_resume_keeps_learning_rate_factors(flag, values, run, trained, python_text):
+    out = trained("btt", **TINY)
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    flags = [f"--{k}={v}" for k, v in (SMALL | TINY | {"dataset": python_text, "out_dir": out}).items()]
+    assert_one_sentence(run("train.py", "config/btt.py", *flags, "--init_from=resume", flag), "mup", *values)
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+
+
 def test_resume_from_what_is_no_checkpoint(run, trained, python_text, tmp_path):
     """Empty, garbage, or of one who wants code to be run."""
     ckpt, made = tmp_path / "ckpt.pt", tmp_path / "made"
