@@ -35,7 +35,7 @@ class GPTConfig:
     weight_norm: bool | None = None  # normalize cores; None: for every structure but dense
     qk_norm: bool = True            # layer norm of queries and keys, per head
     head_aligned: bool | None = None  # in attention, φ of q, k, v and γ of the output projection run over the heads;
-    #                                   None: for monarch and btt
+    #                                   None: for monarch and btt without experts, where it wins (README)
     dyad_blocks: int = 4
     dyad_variant: str = "it"
 
@@ -49,7 +49,7 @@ class GPTConfig:
         if self.layers not in ("all", "attn", "mlp"):
             raise ValueError(f"layers must be 'all', 'attn' or 'mlp'; got {self.layers!r}")
         if self.head_aligned is None:
-            self.head_aligned = self.struct in ("monarch", "btt") and self.layers != "mlp"
+            self.head_aligned = self.struct in ("monarch", "btt") and self.layers != "mlp" and not self.num_experts
         if self.head_aligned and self.layers == "mlp":
             raise ValueError("head_aligned needs structured attention: layers must be 'all' or 'attn', not 'mlp'")
         if self.head_aligned and self.struct not in ("monarch", "btt", "einsum"):

@@ -42,7 +42,7 @@ ffn_experts: int = 0            # standard MoE: experts that are whole MLPs; 0: 
 aux_loss_weight: float = 0.01   # weight of the routers' load-balance and z losses
 weight_norm: bool | None = None  # normalize the cores; None: for every structure but dense
 qk_norm: bool = True            # layer norm of queries and keys, per head
-head_aligned: bool | None = None  # φ of q, k, v and γ of the output projection run over heads; None: for monarch, btt
+head_aligned: bool | None = None  # φ of q, k, v and γ of the output projection run over heads; None: monarch, btt
 dyad_blocks: int = 4            # blocks of struct 'dyad'
 dyad_variant: str = "it"        # 'it', 'ot' or 'dt'
 # AdamW; the learning rate is µP's: that of a dense layer of width mup_base_width
