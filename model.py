@@ -34,8 +34,8 @@ class GPTConfig:
     ffn_experts: int = 0            # standard MoE: experts that are whole MLPs
     weight_norm: bool | None = None  # normalize cores; None: for every structure but dense
     qk_norm: bool = True            # layer norm of queries and keys, per head
-    head_aligned: bool | None = None  # in attention, φ of q, k, v and γ of the output projection run over the heads;
-    #                                   None: for monarch and btt without experts, where it wins (README)
+    # in attention, φ of q, k, v and γ of the output projection run over the heads; None: for monarch and btt without experts
+    head_aligned: bool | None = None
     dyad_blocks: int = 4
     dyad_variant: str = "it"
 
