@@ -188,6 +188,7 @@ def bench_steps() -> list[dict]:
             (loss + 0.01 * aux.loss).backward()
             optimizer.step()
             optimizer.zero_grad()
+            model.rebalance(aux.load, aux.variance, 0.1)
         return run
 
     size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=max(1, n_embd // 64))

@@ -83,6 +83,7 @@ def train_and_measure(options: dict, width: int, seed: int, tokens, vocab_size: 
         (loss + 0.01 * aux.loss).backward()
         optimizer.step()
         optimizer.zero_grad()
+        model.rebalance(aux.load, aux.variance, 0.1)
 
 
 def draw(rows: list[dict], path: str) -> None:

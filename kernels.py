@@ -168,6 +168,11 @@ def _zeros(like: Tensor, shape) -> Tensor:
     return torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
+def _gather(name: str, x: Tensor, tokens: Tensor) -> Tensor:
+    """x[tokens] in scratch memory."""
+    return torch.index_select(x, 0, tokens, out=_buffer(name, x, tokens.numel(), x.shape[1]))
+
+
 def release_scratch() -> None:
     """Give back this thread's scratch memory."""
     _scratch.__dict__.clear()
@@ -199,6 +204,10 @@ class _Layout:
         self.d_in, self.d_out, self.width = a * b * g, d * e * f, g * r * f * d * b  # width: entries of z per row
         self.rows = max(64, min(2048, 2 ** 19 // max(self.d_in, self.d_out, self.width)))  # of a piece, at an even load
         self.by_delta, self.by_beta = not swapped and d > 1 and not gathered, swapped and b > 1 and not gathered
+
+    def block(self, num_experts: int, top_k: int) -> int:
+        """Tokens that give each expert as many rows as a piece has, if the load is even."""
+        return max(1, self.rows * num_experts // top_k)
 
     def first(self, x: Tensor) -> Tensor:
         """Left factor of the first product: (n, d_in) -> (γ, nβ, α)."""
@@ -393,123 +402,143 @@ class _Block:
         self.row = place - self.first_row
 
 
-def _blocks(chosen: Tensor, order: Tensor, num_experts: int, rows: int):
-    """Blocks of as many tokens as give each expert `rows` rows, if the load is even; `order` is that of _sort_blocks."""
-    T, k = chosen.shape
-    size = max(1, rows * num_experts // k)
-    for start in range(0, T, size):
+def _blocks(chosen: Tensor, order: Tensor, num_experts: int, size: int, rows: int):
+    """Blocks of `size` tokens, with pieces of at most 2 · rows rows; `order` is that of _sorted_by_expert."""
+    k = chosen.shape[1]
+    for start in range(0, chosen.shape[0], size):
         experts = chosen[start:start + size].flatten()
         part = order[start * k:start * k + experts.numel()]
         yield _Block(experts, part, k, start, num_experts, 2 * rows)
 
 
-def _sort_blocks(chosen: Tensor, num_experts: int, rows: int) -> Tensor:
-    """For each block of _blocks, its assignments sorted by expert: (T · k,)."""
-    T, k = chosen.shape
-    size = max(1, rows * num_experts // k)
-    return torch.cat([block.flatten().argsort(stable=True) for block in chosen.split(size)])
+def _sorted_by_expert(chosen: Tensor, block: int) -> Tensor:
+    """For each block of so many tokens, its assignments in the order of their experts: (T · k,)."""
+    return torch.cat([part.flatten().argsort(stable=True) for part in chosen.split(block)])
 
 
-@torch.library.custom_op("structured::expert_einsum", mutates_args=())
-def _expert_einsum(x: Tensor, gates: Tensor, chosen: Tensor, first: Tensor, second: Tensor, sizes: list[int],
-                   swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _join(blocks: list[Tensor], like: Tensor, width: int) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat([like.new_empty(0, width), *blocks])
+
+
+@torch.library.custom_op("structured::routed_einsum", mutates_args=())
+def _routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, second: Tensor, top_k: int,
+                   sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     to = _Layout(sizes, swapped, gathered=True)
-    a, b, g, d, e_, f, r = sizes
-    (T, k), E = chosen.shape, first.shape[0]
-    y, z = x.new_empty(T, to.d_out), x.new_empty(T * k, to.width)
-    order = _sort_blocks(chosen, E, to.rows)
-    for block in _blocks(chosen, order, E, to.rows):
+    T, E, (*_, d, e_, f, _) = x.shape[0], router.shape[0], sizes
+    size = to.block(E, top_k)
+    logits, blocks = router.new_empty(T, E), []
+    for xs, part in zip(x.split(size), logits.split(size)):
+        torch.mm(xs.to(router.dtype), router.T, out=part)
+    x = x.to(first.dtype)  # the router has seen it as it was
+    z = x.new_empty(T * top_k, to.width)
+    chosen = (logits + balance).topk(top_k).indices
+    gates = logits.gather(1, chosen).softmax(1).to(x.dtype)
+    order = _sorted_by_expert(chosen, size)
+    for block in _blocks(chosen, order, E, size, to.rows):
         rows = _buffer("rows", x, block.order.numel(), to.d_out)
-        z_block = z[block.start * k:block.stop * k]
+        z_block = z[block.start * top_k:block.stop * top_k]
         for e, i, j in block.pieces:
-            n = j - i
-            xs = torch.index_select(x, 0, block.token[i:j], out=_buffer("x", x, n, to.d_in))
-            zs = to.first_product(to.first(xs), first[e], z_block[i:j])
-            torch.bmm(to.second(zs), second[e].mT, out=rows[i:j].view(f, d * n, e_))
-        y[block.start:block.stop] = to.combine_outputs(rows, block, gates[block.start:block.stop])
-    return y, z, order
+            zs = to.first_product(to.first(_gather("x", x, block.token[i:j])), first[e], z_block[i:j])
+            torch.bmm(to.second(zs), second[e].mT, out=rows[i:j].view(f, d * (j - i), e_))
+        blocks.append(to.combine_outputs(rows, block, gates[block.start:block.stop]))
+    return _join(blocks, x, to.d_out), logits, chosen, z, order
 
 
-@_expert_einsum.register_fake
-def _(x, gates, chosen, first, second, sizes, swapped):
-    to = _Layout(sizes, swapped)
-    return x.new_empty(x.shape[0], to.d_out), x.new_empty(chosen.numel(), to.width), chosen.new_empty(chosen.numel())
+@_routed_einsum.register_fake
+def _(x, router, balance, first, second, top_k, sizes, swapped):
+    T, to = x.shape[0], _Layout(sizes, swapped)
+    return (first.new_empty(T, to.d_out), router.new_empty(T, router.shape[0]), x.new_empty(T, top_k, dtype=torch.int64),
+            first.new_empty(T * top_k, to.width), x.new_empty(T * top_k, dtype=torch.int64))
 
 
-@torch.library.custom_op("structured::expert_einsum_backward", mutates_args=())
-def _expert_einsum_backward(dy: Tensor, x: Tensor, z: Tensor, order: Tensor, gates: Tensor, chosen: Tensor,
-                            first: Tensor, second: Tensor, sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("structured::routed_einsum_backward", mutates_args=())
+def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tensor, chosen: Tensor, z: Tensor,
+                            order: Tensor, router: Tensor, first: Tensor, second: Tensor, sizes: list[int],
+                            swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     to = _Layout(sizes, swapped, gathered=True)
     a, b, g, d, e_, f, r = sizes
-    k, E = chosen.shape[1], first.shape[0]
-    dx, dgates = torch.empty_like(x), torch.empty_like(gates)
+    E, k = router.shape[0], chosen.shape[1]
+    blocks, drouter = [], torch.zeros_like(router)
     dfirst, dsecond = _zeros(first, first.shape), _zeros(second, second.mT.shape)
-    for block in _blocks(chosen, order, E, to.rows):
+    gates, x_seen, x = logits.gather(1, chosen).softmax(1), x, x.to(first.dtype)
+    for block in _blocks(chosen, order, E, to.block(E, k), to.rows):
+        tokens = slice(block.start, block.stop)
         rows = _buffer("rows", x, block.order.numel(), to.d_in)
         z_block = z[block.start * k:block.stop * k]
-        gate, dgate = gates[block.start:block.stop].flatten()[block.order], gates.new_empty(block.order.numel())
+        gate = gates[tokens].view(-1)[block.order].to(x.dtype)
+        dgate = logits.new_empty(block.order.numel())  # times the gate
         for e, i, j in block.pieces:
             n = j - i
-            xs = torch.index_select(x, 0, block.token[i:j], out=_buffer("x", x, n, to.d_in))
-            dys = torch.index_select(dy, 0, block.token[i:j], out=_buffer("dy", x, n, to.d_out)).mul_(gate[i:j, None])
             zs = z_block[i:j].view(g, r * f * d, n * b)
-            dys = to.last(dys)
+            dys = to.last(_gather("dy", dy, block.token[i:j]).mul_(gate[i:j, None]))
             dz = to.second_product_back(dys, second[e]).mT
-            # the gate is in dz already; z · dz is its own gradient, times itself
-            products = torch.mul(zs, dz, out=_buffer("z · dz", x, *zs.shape))
-            dgate[i:j] = products.view(-1, n, b).sum((0, 2)) if b > 1 else products.view(-1, n).sum(0)
+            products = torch.mul(zs, dz, out=_buffer("z · dz", x, *zs.shape)).view(-1, n, b)
+            torch.sum(products, (0, 2), dtype=dgate.dtype, out=dgate[i:j])
             torch.bmm(dz.mT, first[e], out=rows[i:j].view(g, n * b, a))
             _add_product(dsecond[e], to.second(zs).mT, dys)
-            _add_product(dfirst[e], dz, to.first(xs))
-        dx[block.start:block.stop] = to.combine_inputs(rows, block)
-        dgate /= gate.clamp(min=torch.finfo(gate.dtype).tiny)  # a gate of zero passes no gradient to its logit
-        dgates[block.start:block.stop].view(-1)[block.order] = dgate
-    return dx, dgates, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
+            _add_product(dfirst[e], dz, to.first(_gather("x", x, block.token[i:j])))
+        # softmax's backward: gate · (dgate - Σ gate · dgate)
+        dgates = torch.empty_like(dgate).index_copy_(0, block.order, dgate).view(-1, k)
+        dlogit = dlogits[tokens].scatter_add(1, chosen[tokens], dgates - gates[tokens] * dgates.sum(1, keepdim=True))
+        drouter.addmm_(dlogit.T, x_seen[tokens].to(router.dtype))
+        dx = to.combine_inputs(rows, block).to(x_seen.dtype)
+        blocks.append(dx.addmm_(dlogit.to(dx.dtype), router.to(dx.dtype)))
+    return _join(blocks, x_seen, to.d_in), drouter, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
 
 
-@_expert_einsum_backward.register_fake
-def _(dy, x, z, order, gates, chosen, first, second, sizes, swapped):
-    return tuple(torch.empty_like(t) for t in (x, gates, first, second))
+@_routed_einsum_backward.register_fake
+def _(dy, dlogits, x, logits, chosen, z, order, router, first, second, sizes, swapped):
+    return tuple(torch.empty_like(t) for t in (x, router, first, second))
 
 
-def _expert_einsum_setup(ctx, inputs, output):
-    x, gates, chosen, first, second, ctx.sizes, ctx.swapped = inputs
-    _, z, order = output
-    ctx.save_for_backward(x, z, order, gates, chosen, first, second)
-    ctx.mark_non_differentiable(z, order)
-    ctx.set_materialize_grads(False)
+def _routed_einsum_setup(ctx, inputs, output):
+    x, router, _, first, second, _, ctx.sizes, ctx.swapped = inputs
+    _, logits, chosen, z, order = output
+    ctx.save_for_backward(x, logits, chosen, z, order, router, first, second)
+    ctx.mark_non_differentiable(chosen, z, order)
+    ctx.set_materialize_grads(False)  # a gradient of zeros for z would be large
 
 
-def _expert_einsum_autograd(ctx, dy, *_):
+def _routed_einsum_autograd(ctx, dy, dlogits, *_):
+    x, logits, *_ = ctx.saved_tensors
+    if dy is None and dlogits is None:
+        return (None,) * 8
     if dy is None:
-        return (None,) * 7
-    x, z, order, gates, chosen, first, second = ctx.saved_tensors
-    dx, dgates, dfirst, dsecond = _expert_einsum_backward(dy.contiguous(), x, z, order, gates, chosen, first, second,
-                                                          ctx.sizes, ctx.swapped)
-    return dx, dgates, None, dfirst, dsecond, None, None
+        dy = ctx.saved_tensors[-1].new_zeros(x.shape[0], _Layout(ctx.sizes, ctx.swapped).d_out)
+    dlogits = torch.zeros_like(logits) if dlogits is None else dlogits
+    dx, drouter, dfirst, dsecond = _routed_einsum_backward(dy.contiguous(), dlogits.contiguous(), *ctx.saved_tensors,
+                                                           ctx.sizes, ctx.swapped)
+    return dx, drouter, None, dfirst, dsecond, None, None, None
 
 
-_expert_einsum.register_autograd(_expert_einsum_autograd, setup_context=_expert_einsum_setup)
+_routed_einsum.register_autograd(_routed_einsum_autograd, setup_context=_routed_einsum_setup)
 
 
-@register_flop_formula(torch.ops.structured.expert_einsum)
-def _(x_shape, gates_shape, chosen_shape, first_shape, second_shape, sizes, *args, **kwargs) -> int:
-    return _einsum_flops(math.prod(chosen_shape), sizes)
+def _routed_flops(tokens: int, router_shape, top_k: int, sizes) -> int:
+    """The router's product and the experts'."""
+    return 2 * tokens * math.prod(router_shape) + _einsum_flops(tokens * top_k, sizes)
 
 
-@register_flop_formula(torch.ops.structured.expert_einsum_backward)
-def _(dy_shape, x_shape, z_shape, order_shape, gates_shape, chosen_shape, first_shape, second_shape, sizes, *args, **kwargs) -> int:
-    return 2 * _einsum_flops(math.prod(chosen_shape), sizes)
+@register_flop_formula(torch.ops.structured.routed_einsum)
+def _(x_shape, router_shape, balance_shape, first_shape, second_shape, top_k, sizes, *args, **kwargs) -> int:
+    return _routed_flops(x_shape[0], router_shape, top_k, sizes)
 
 
-def expert_einsum(x: Tensor, gates: Tensor, chosen: Tensor, first: Tensor, second: Tensor, sizes, swapped) -> Tensor:
-    """y[t] = Σ_j gates[t, j] · W[chosen[t, j]] x[t], where W[e] is the einsum of expert e's two cores.
+@register_flop_formula(torch.ops.structured.routed_einsum_backward)
+def _(dy_shape, dlogits_shape, x_shape, logits_shape, chosen_shape, z_shape, order_shape, router_shape, first_shape,
+      second_shape, sizes, *args, **kwargs) -> int:
+    return 2 * _routed_flops(x_shape[0], router_shape, chosen_shape[1], sizes)
 
-    x (T, d_in), gates and chosen (T, k), first (E, γ, ρφδ, α), second (E, φ, ε, γρβ), sizes the seven of the
-    contraction, swapped where B goes first -> (T, d_out). Takes part in autocast.
+
+def routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, second: Tensor, top_k: int, sizes,
+                  swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A mixture of einsums, router included: y[t] = Σ_{e in chosen[t]} g_e · W[e] x[t], g their logits' softmax.
+
+    x (T, d_in), router (E, d_in) and balance (E,) in at least float32, first (E, γ, ρφδ, α), second (E, φ, ε, γρβ),
+    sizes the seven of the contraction, swapped where B goes first. Chosen are the top_k of x · routerᵀ + balance.
+    -> y (T, d_out), logits x · routerᵀ (T, E), chosen (T, top_k). Takes part in autocast.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, first, second = x.to(dtype), first.to(dtype), second.to(dtype)
-    y, _, _ = _expert_einsum(x.contiguous(), gates.to(x.dtype), chosen, first, second, list(sizes), swapped)
-    return y
+        first, second = first.to(dtype), second.to(dtype)
+    return _routed_einsum(x.contiguous(), router, balance, first, second, top_k, list(sizes), swapped)[:3]

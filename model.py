@@ -189,6 +189,7 @@ class ModelAux(NamedTuple):
     """What the routers of a model report of one batch."""
     loss: Tensor  # () mean over routers of switch load balance + 0.1 · z, unweighted; 0 without routers
     load: Tensor  # (R, E) share of assignments to each expert at each router
+    variance: Tensor  # (R,) mean over tokens of the variance of a token's logits at each router
 
 
 class GPT(nn.Module):
@@ -251,10 +252,14 @@ class GPT(nn.Module):
                 total -= experts * (moe.num_experts - moe.top_k) // moe.num_experts
         return total
 
-    def router_shape(self) -> tuple[int, int]:
-        """(R, E): how many routers there are, and the experts of each."""
-        routers = sum(isinstance(m, structured.MoE) for m in self.modules())
-        return routers, (self.config.num_experts or self.config.ffn_experts) if routers else 0
+    def routers(self) -> dict[str, structured.MoE]:
+        """{name: mixture} in the order in which a forward meets them: that of ModelAux."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, structured.MoE)}
+
+    def rebalance(self, load: Tensor, variance: Tensor, rate: float) -> None:
+        """Moves the biases of each router's choice against its load: load (R, E) and variance (R,) as in ModelAux."""
+        for router, *report in zip(self.routers().values(), load, variance):
+            router.rebalance(*report, rate)
 
     def describe(self) -> list[str]:
         """One line for each projection of a block: its structure and sizes."""
@@ -336,8 +341,9 @@ class GPT(nn.Module):
 
 def _summarize(aux: list[structured.Aux], x: Tensor) -> ModelAux:
     if not aux:
-        return ModelAux(x.new_zeros(()), x.new_zeros(0, 0))
-    return ModelAux(torch.stack([a.loss() for a in aux]).mean(), torch.stack([a.load for a in aux]))
+        return ModelAux(x.new_zeros(()), x.new_zeros(0, 0), x.new_zeros(0))
+    return ModelAux(torch.stack([a.loss() for a in aux]).mean(), torch.stack([a.load for a in aux]),
+                    torch.stack([a.variance for a in aux]))
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import einsum, expert_einsum, segment_product
+from kernels import einsum, routed_einsum, segment_product
 from space import DYAD_VARIANTS, STRUCTURES, Sizes, Theta
 
 # ---- Layers ---------------------------------------------------------------------------------------------------------
@@ -66,10 +66,10 @@ class _NormalizedCore(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         core, rms, norm, scale = ctx.saved_tensors
-        dot = (grad * core).sum((-3, -2, -1), keepdim=True)
+        dot = torch.linalg.vecdot(grad.flatten(-3), core.flatten(-3)).view_as(rms)
         # where it is normalized, the part of the gradient along the core vanishes
         along = dot / (rms.clamp(min=ctx.std).square() * math.prod(core.shape[-3:])) * (rms > ctx.std)
-        return scale * torch.addcmul(grad, along, core, value=-1), dot * norm if ctx.gain else None, None
+        return (grad * scale).addcmul_(along * scale, core, value=-1), dot * norm if ctx.gain else None, None
 
 
 class Structured(nn.Module):
@@ -180,13 +180,13 @@ class Einsum(Structured):
         y = y if self.order[0] == "A" else y.mT  # (T, φ, ε, δ)
         return self.add_bias(y.reshape(*lead, self.d_out), ends)
 
-    def mixture(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
-        """Σ_j gates[t, j] · expert chosen[t, j] of x[t], gathered and combined in one pass: x (T, d_in) -> (T, d_out)."""
-        y = expert_einsum(x, gates, chosen, self.core(self.order[0]), self.core(self.order[1]), self._contraction(),
-                          self.order[0] == "B")
+    def mixture(self, x: Tensor, router: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """These experts with a router, on a CPU: (y, logits, chosen) as kernels.routed_einsum makes them."""
+        y, logits, chosen = routed_einsum(x, router, balance, self.core(self.order[0]), self.core(self.order[1]), top_k,
+                                          self._contraction(), self.order[0] == "B")
         if self.bias is not None:
-            y = y + (gates[..., None] * self.bias[chosen]).sum(1).to(y.dtype)
-        return y
+            y = y + (logits.gather(1, chosen).softmax(1)[..., None] * self.bias[chosen]).sum(1).to(y.dtype)
+        return y, logits, chosen
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
         """As for every layer, times √(u / u0) for a core whose entries a token uses u times, u0 at the base width.
@@ -293,6 +293,7 @@ class Aux(NamedTuple):
     switch: Tensor  # () load balance: E · Σ_e (mean probability of e) · (share of assignments to e); 1 when balanced
     z: Tensor       # () mean over tokens of logsumexp(logits)²
     load: Tensor    # (E,) share of assignments to each expert, without gradient
+    variance: Tensor  # () mean over tokens of the variance of a token's logits, without gradient
 
     def loss(self) -> Tensor:
         return self.switch + 0.1 * self.z
@@ -339,6 +340,9 @@ class MoE(nn.Module):
     `experts(rows, ends)` maps rows sorted by expert, (T·k, d_in) -> (T·k, d_out): one Einsum with experts makes a
     structured MoE of a single projection; a whole MLP of such layers makes the standard MoE. Only the chosen experts
     are computed, and no token is dropped. The router works in float32.
+
+    The experts are chosen by x·W_g + balance, while the gates are those of the logits alone: a bias of each expert, no
+    parameter but a buffer, that `rebalance` moves against its load (Wang et al., arXiv 2408.15664).
     """
 
     def __init__(self, d_in: int, experts: nn.Module, num_experts: int, top_k: int):
@@ -354,30 +358,46 @@ class MoE(nn.Module):
         router = torch.randn(num_experts, d_in)
         router -= router.mean(dim=1, keepdim=True)
         self.router = nn.Parameter(router * math.sqrt(min(d_in, num_experts)) / d_in)  # (E, d_in)
+        self.register_buffer("balance", torch.zeros(num_experts))  # (E,)
 
     def forward(self, x: Tensor, return_aux: bool = False):
         """x (..., d_in) -> y (..., d_out), or (y, Aux)."""
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
+        if _on_cpu(x) and isinstance(self.experts, Einsum) and len(self.experts.order) == 2:
+            router = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
+            y, logits, chosen = self.experts.mixture(rows, router, self.balance, self.top_k)
+        else:
+            y, logits, chosen = self._dispatch(rows)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return (y, self._aux(logits, chosen)) if return_aux else y
+
+    def _dispatch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k): assignments sorted by expert, rows gathered and combined."""
         with torch.autocast(x.device.type, enabled=False):
             precision = torch.promote_types(self.router.dtype, torch.float32)
-            logits = F.linear(rows.to(precision), self.router.to(precision))  # (T, E)
-        top_logits, chosen = logits.topk(self.top_k)  # (T, k)
-        gates = top_logits.softmax(dim=-1)
-        counts = F.one_hot(chosen, self.num_experts).sum((0, 1))  # (E,)
-        if _on_cpu(x) and isinstance(self.experts, Einsum) and len(self.experts.order) == 2:
-            y = self.experts.mixture(rows, gates, chosen)
-        else:
-            order = chosen.flatten().argsort(stable=True)  # assignments by expert
-            place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-            y = self.experts(_Dispatch.apply(rows, order, place.view(chosen.shape)), counts.cumsum(0))
-            y = _Combine.apply(y, gates, order, place)
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        return (y, self._aux(logits, counts)) if return_aux else y
+            logits = F.linear(x.to(precision), self.router.to(precision))  # (T, E)
+        chosen = (logits.detach() + self.balance).topk(self.top_k).indices  # (T, k)
+        gates = logits.gather(1, chosen).softmax(dim=-1)
+        order = chosen.flatten().argsort(stable=True)  # assignments by expert
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        y = self.experts(_Dispatch.apply(x, order, place.view(chosen.shape)), self._counts(chosen).cumsum(0))
+        return _Combine.apply(y, gates, order, place), logits, chosen
 
-    def _aux(self, logits: Tensor, counts: Tensor) -> Aux:
-        load = counts.to(logits.dtype) / counts.sum()
+    def _counts(self, chosen: Tensor) -> Tensor:
+        """Assignments to each expert: (E,)."""
+        return F.one_hot(chosen, self.num_experts).sum((0, 1))
+
+    def _aux(self, logits: Tensor, chosen: Tensor) -> Aux:
+        load = self._counts(chosen).to(logits.dtype) / chosen.numel()
         switch = self.num_experts * (logits.softmax(dim=-1).mean(0) * load).sum()
-        return Aux(switch, logits.logsumexp(dim=-1).square().mean(), load)
+        variance = logits.detach().var(dim=1, correction=0).mean()
+        return Aux(switch, logits.logsumexp(dim=-1).square().mean(), load, variance)
+
+    @torch.no_grad()
+    def rebalance(self, load: Tensor, variance: Tensor, rate: float) -> None:
+        """Adds rate · √variance · (1 - E · load) to the experts' biases: load (E,) and variance () are those of an Aux,
+        or means of such over batches."""
+        self.balance += torch.nan_to_num(rate * variance.sqrt() * (1 - self.num_experts * load), 0, 0, 0)
 
     def fans(self) -> dict[str, tuple[int, int]]:
         """{parameter name: (fan_in, fan_out)} of the router and of one expert's cores."""

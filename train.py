@@ -40,6 +40,7 @@ num_experts: int = 0            # experts inside every structured projection; 0:
 top_k: int = 2                  # experts per token
 ffn_experts: int = 0            # standard MoE: experts that are whole MLPs; 0: none
 aux_loss_weight: float = 0.01   # weight of the routers' load-balance and z losses
+router_balance_rate: float = 0.1  # how fast biases on the choice of experts follow their load; 0: no biases
 weight_norm: bool | None = None  # normalize the cores; None: for every structure but dense
 qk_norm: bool = True            # layer norm of queries and keys, per head
 head_aligned: bool | None = None  # φ of q, k, v and γ of the output projection run over heads; None: monarch, btt
@@ -96,7 +97,7 @@ for key in ("eval_interval", "eval_iters", "log_interval", "gradient_accumulatio
     if config[key] < 1:
         fail(f"{key} must be at least 1; got {config[key]}")
 for key in ("max_iters", "warmup_iters", "sample_tokens", "learning_rate", "weight_decay", "grad_clip",
-            "aux_loss_weight", "seed"):
+            "aux_loss_weight", "router_balance_rate", "seed"):
     if config[key] < 0:
         fail(f"{key} must not be negative; got {config[key]}")
 for key in ("beta1", "beta2"):
@@ -187,11 +188,11 @@ def to_device(data: np.ndarray, starts) -> tuple[torch.Tensor, torch.Tensor]:
     return windows[:, :-1], windows[:, 1:]
 
 
-def train_batch(iteration: int, micro: int):
-    """The micro-batch at this place of an iteration's global batch."""
+def train_batch(iteration: int, first: int, last: int):
+    """The sequences from first to last, without it, of an iteration's global batch."""
     words = np.random.Philox(key=seed, counter=[0, 0, 0, iteration]).random_raw(gradient_accumulation_steps * batch_size)
     starts = words % np.uint64(len(splits["train"]) - block_size)
-    return to_device(splits["train"], starts[micro * batch_size:(micro + 1) * batch_size].tolist())
+    return to_device(splits["train"], starts[first:last].tolist())
 
 
 def val_batch(i: int):
@@ -215,6 +216,7 @@ except ValueError as e:
     fail(str(e))
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
+routers = (len(raw_model.routers()), num_experts or ffn_experts)  # (R, E)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 iteration, tokens_seen, flops_spent, best_val_loss = 0, 0, 0.0, math.inf
 
@@ -278,7 +280,7 @@ if init_from == "resume":
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model, device_ids=[local_rank] if device_type == "cuda" else None,
-                                    gradient_as_bucket_view=True)
+                                    gradient_as_bucket_view=True, broadcast_buffers=False)  # they are the same
 
 # ---- Speed: FLOPs of a token against the peak of the devices --------------------------------------------------------
 
@@ -367,7 +369,7 @@ log(type="run", config=config, model_args=model_args, torch=torch.__version__, p
     device=torch.cuda.get_device_name(device) if device_type == "cuda" else device_type, processes=world_size,
     dtype=dtype, compile=compile, params=raw_model.num_params(), active_params=raw_model.num_params(active=True),
     flops_per_token=flops_per_token, flops_per_token_without_output_layer=3 * raw_model.flops_per_token(False),
-    tokens_per_iter=tokens_per_iter, peak_flops=peak, peak_flops_from=peak_source)
+    tokens_per_iter=tokens_per_iter, routers=list(raw_model.routers()), peak_flops=peak, peak_flops_from=peak_source)
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
@@ -385,7 +387,7 @@ def learning_rate_at(it: int) -> float:
 def evaluate() -> tuple[float, torch.Tensor]:
     """(validation cross-entropy in nats per token, load (R, E) of each router's experts), shared by all processes."""
     model.eval()
-    total, load = torch.zeros((), device=device), torch.zeros(raw_model.router_shape(), device=device)
+    total, load = torch.zeros((), device=device), torch.zeros(routers, device=device)
     for i in range(rank_id, eval_iters, world_size):
         X, Y = val_batch(i)
         with autocast:
@@ -399,6 +401,25 @@ def evaluate() -> tuple[float, torch.Tensor]:
     return total.item() / eval_iters, load / eval_iters
 
 
+@torch.no_grad()
+def balance_routers(passes: int = 40, sequences: int = max(1, 8192 // block_size)) -> None:
+    """Brings the routers of a new model into balance: steps of falling size, each by the load of a few training batches.
+
+    Every process does the same, whatever their number and the size of a micro-batch.
+    """
+    raw_model.eval()
+    for i in range(passes * bool(routers[0]) * bool(router_balance_rate)):
+        load, variance, count = 0, 0, min(sequences, gradient_accumulation_steps * batch_size)
+        for first in range(0, count, batch_size):
+            last = min(first + batch_size, count)
+            with autocast:
+                *_, aux = raw_model(*train_batch(i, first, last), return_aux=True)
+            load += aux.load * (last - first) / count
+            variance += aux.variance * (last - first) / count
+        raw_model.rebalance(load, variance, 1 / (1 + i / 5))
+    raw_model.train()
+
+
 def seed_dropout() -> None:
     """Dropout, too, is a function of seed, iteration and process, so that a resumed run repeats it."""
     torch.manual_seed(int(np.random.SeedSequence((seed, iteration, rank_id)).generate_state(1, np.uint64)[0] >> 1))
@@ -410,21 +431,35 @@ def train_step() -> tuple[torch.Tensor, torch.Tensor]:
         group["lr"] = learning_rate_at(iteration) * group["lr_multiplier"]
     seed_dropout()
     steps = gradient_accumulation_steps // world_size
-    total = torch.zeros((), device=device)
+    total, balance = torch.zeros((), device=device), 0
     for step in range(steps):
-        X, Y = train_batch(iteration, step * world_size + rank_id)
+        first = (step * world_size + rank_id) * batch_size
+        X, Y = train_batch(iteration, first, first + batch_size)
         last = step == steps - 1
         with model.no_sync() if ddp and not last else contextlib.nullcontext():  # gradients meet once, at the last
             with autocast:
                 _, loss, aux = model(X, Y, return_aux=True)
             scaler.scale((loss + aux_loss_weight * aux.loss) / steps).backward()
         total += loss.detach() / steps
+        balance += torch.cat([aux.load, aux.variance[:, None]], dim=1) / steps
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if routers[0] and router_balance_rate:
+        balance = mean_over_processes(balance)
+        raw_model.rebalance(balance[:, :-1], balance[:, -1], router_balance_rate)
     return total, norm
+
+
+def describe_load(load: torch.Tensor, entropy: torch.Tensor) -> list[str]:
+    """A line for each block: the experts' loads at its routers, from load (R, E) and entropy (R,)."""
+    blocks: dict[str, list] = {}
+    for name, l, h in zip(raw_model.routers(), load * load.shape[1], entropy):
+        _, block, *_, part = name.split(".")
+        blocks.setdefault(block, []).append(f"{part} {l.min():.2f} to {l.max():.2f}, {h / math.log(len(l)):.1%}")
+    return [f"block {block}: load ÷ mean, entropy of its most: " + "; ".join(parts) for block, parts in blocks.items()]
 
 
 def clock(seconds: float) -> str:
@@ -441,6 +476,8 @@ def report(loss: float, norm: float, seconds: float, its: int) -> None:
         lr=learning_rate_at(iteration), ms_per_iter=seconds / its * 1e3, tokens_per_s=rate, utilization=utilization)
 
 
+if init_from == "scratch":
+    balance_routers()
 training_started = last_report = time.perf_counter()
 its_since_report = 0
 while True:
@@ -449,10 +486,13 @@ while True:
         val_loss, load = evaluate()
         best = val_loss < best_val_loss
         best_val_loss = min(best_val_loss, val_loss)
-        balance = f" | expert load x E: {load.min() * load.shape[1]:.2f} to {load.max() * load.shape[1]:.2f}" if load.numel() else ""
-        say(f"eval {iteration:6d} | val loss {val_loss:.4f}{balance}")
+        say(f"eval {iteration:6d} | val loss {val_loss:.4f}")
+        entropy = torch.special.entr(load).sum(1)  # (R,) nats
+        for line in describe_load(load, entropy):
+            say("  " + line)
         log(type="eval", iter=iteration, tokens=tokens_seen, flops=flops_spent, val_loss=val_loss,
-            best_val_loss=best_val_loss, router_load=load.tolist(), seconds=time.perf_counter() - training_started)
+            best_val_loss=best_val_loss, router_load=load.tolist(), router_entropy=entropy.tolist(),
+            router_max_load=[max(l) * len(l) for l in load.tolist()], seconds=time.perf_counter() - training_started)
         if master:
             save_checkpoint(best)
         if ddp:

@@ -195,7 +195,7 @@ def test_einsum_takes_part_in_autocast(sizes):
         assert (a.float() - e).norm() < 0.03 * e.norm()
 
 
-# ---- expert_einsum --------------------------------------------------------------------------------------------------
+# ---- routed_einsum --------------------------------------------------------------------------------------------------
 
 class Plain(nn.Module):
     """Experts that are no Einsum to MoE: it dispatches to them in general, through segment_product."""
@@ -215,17 +215,21 @@ def mixture(sizes, num_experts=4, top_k=2, **options):
     with torch.no_grad():
         for p in moe.parameters():
             p.normal_()
+    moe.balance.normal_(std=0.5)
     general = structured.MoE(sizes.d_in, Plain(moe.experts), num_experts, top_k)
-    general.router = moe.router
+    general.router, general.balance = moe.router, moe.balance
     return moe, general
 
 
 def check_same(moe, general, x):
+    """Outputs, what the routers report, and the gradients through both."""
     x.requires_grad_()
-    y, expected = moe(x), general(x)
-    close(y, expected, 1e-9)
+    (y, aux), (expected, expected_aux) = moe(x, return_aux=True), general(x, return_aux=True)
+    for a, e in zip((y, *aux), (expected, *expected_aux)):
+        close(a, e, 1e-9)
     inputs, dy = [x, *moe.parameters()], torch.randn_like(y)
-    for a, e in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)):
+    for a, e in zip(torch.autograd.grad((y, aux.loss()), inputs, (dy, torch.ones_like(aux.z))),
+                    torch.autograd.grad((expected, expected_aux.loss()), inputs, (dy, torch.ones_like(aux.z)))):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9 * e.abs().max().item())
 
 
@@ -235,14 +239,14 @@ def test_experts_contract_in_both_orders():
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @all_experts
-def test_expert_einsum_is_the_general_path(sizes, top_k):
+def test_routed_einsum_is_the_general_path(sizes, top_k):
     for tokens in (1, 50):
         check_same(*mixture(sizes, top_k=top_k, bias=True), torch.randn(tokens, sizes.d_in, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("sizes", [EXPERTS[i] for i in (1, 3, 4)], ids=["btt", "full", "B first"])
 @pytest.mark.parametrize("balance", ["random", "skewed", "one expert"])
-def test_expert_einsum_of_many_tokens(sizes, balance, monkeypatch):
+def test_routed_einsum_of_many_tokens(sizes, balance, monkeypatch):
     """Several blocks of tokens, several pieces of one expert within a block."""
     init = kernels._Layout.__init__
 
@@ -253,6 +257,7 @@ def test_expert_einsum_of_many_tokens(sizes, balance, monkeypatch):
     moe, general = mixture(sizes, num_experts=5, top_k=2 if balance == "random" else 1)
     x = torch.randn(300, sizes.d_in, dtype=torch.float64)
     with torch.no_grad():
+        moe.balance.zero_()
         if balance == "skewed":  # one expert gets most of every block, the others something
             x[:, 0] = 1
             moe.router[2, 0] += 1.5 * sizes.d_in ** 0.5
@@ -263,7 +268,7 @@ def test_expert_einsum_of_many_tokens(sizes, balance, monkeypatch):
     check_same(moe, general, x)
 
 
-def test_expert_einsum_at_full_piece_size():
+def test_routed_einsum_at_full_piece_size():
     """More tokens than the rows that a block or a piece holds, as they are."""
     sizes = EXPERTS[0]
     moe, general = mixture(sizes, num_experts=8, top_k=1)
@@ -271,7 +276,7 @@ def test_expert_einsum_at_full_piece_size():
 
 
 @all_experts
-def test_expert_einsum_takes_part_in_autocast(sizes):
+def test_routed_einsum_takes_part_in_autocast(sizes):
     moe = mixture(sizes)[0].float()
     for p in moe.experts.parameters():
         nn.init.normal_(p, std=0.3)
@@ -319,18 +324,17 @@ def segment_arguments(grad):
 
 
 def einsum_arguments(sizes, grad=False):
-    """What expert_einsum's operator takes, in the letters of the contraction."""
+    """What routed_einsum's operator takes, in the letters of the contraction."""
     order = sizes.order()
     a, b, g, d, e, f, r = contraction = sizes if order[0] == "A" else sizes.swapped()
     E, T, k = 3, 10, 2
     make = dict(requires_grad=grad)
-    chosen = torch.rand(T, E).topk(k).indices
-    return (torch.randn(T, sizes.d_in, **make), torch.rand(T, k, **make), chosen, torch.randn(E, g, r * f * d, a, **make),
-            torch.randn(E, f, e, g * r * b, **make), list(contraction), order[0] == "B")
+    return (torch.randn(T, sizes.d_in, **make), torch.randn(E, sizes.d_in, **make), torch.randn(E),
+            torch.randn(E, g, r * f * d, a, **make), torch.randn(E, f, e, g * r * b, **make), k, list(contraction), order[0] == "B")
 
 
 def one_einsum_arguments(sizes, grad=False):
-    x, gates, chosen, first, second, *rest = einsum_arguments(sizes)
+    x, _, _, first, second, _, *rest = einsum_arguments(sizes)
     return *(t.detach().requires_grad_(grad) for t in (x, first[0], second[0])), *rest
 
 
@@ -341,9 +345,9 @@ def one_einsum_backward_arguments(sizes):
 
 
 def einsum_backward_arguments(sizes):
-    x, gates, chosen, first, second, contraction, swapped = arguments = einsum_arguments(sizes)
-    y, *saved = kernels._expert_einsum(*arguments)
-    return (torch.randn_like(y), x, *saved, gates, chosen, first, second, contraction, swapped)
+    x, router, _, first, second, _, *rest = arguments = einsum_arguments(sizes)
+    y, logits, *saved = kernels._routed_einsum(*arguments)
+    return torch.randn_like(y), torch.randn_like(logits), x, logits, *saved, router, first, second, *rest
 
 
 def test_operators_are_well_formed():
@@ -353,8 +357,8 @@ def test_operators_are_well_formed():
     for sizes in EXPERTS[3:5]:
         torch.library.opcheck(kernels._einsum, one_einsum_arguments(sizes, True))
         torch.library.opcheck(kernels._einsum_backward, one_einsum_backward_arguments(sizes))
-        torch.library.opcheck(kernels._expert_einsum, einsum_arguments(sizes, True))
-        torch.library.opcheck(kernels._expert_einsum_backward, einsum_backward_arguments(sizes))
+        torch.library.opcheck(kernels._routed_einsum, einsum_arguments(sizes, True))
+        torch.library.opcheck(kernels._routed_einsum_backward, einsum_backward_arguments(sizes))
 
 
 def product_in_place(out, left, right, **_):
@@ -362,7 +366,8 @@ def product_in_place(out, left, right, **_):
 
 
 def flops(run, *args):
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: product_in_place}) as counter:
+    in_place = {torch.ops.aten.baddbmm_: product_in_place, torch.ops.aten.addmm_: product_in_place}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         run(*args)
     return counter.get_total_flops()
 
@@ -378,13 +383,14 @@ def test_flops_of_segment_product_are_those_of_its_loop():
 
 
 @all_experts
-def test_flops_of_expert_einsum_are_those_of_its_products(sizes):
-    """The registered formula, the products inside, and the sizes' own count for 10 tokens and 2 experts each."""
+def test_flops_of_routed_einsum_are_those_of_its_products(sizes):
+    """The registered formula, the products inside, and the sizes' own count for 10 tokens, 3 experts and 2 per token."""
     forward, backward = einsum_arguments(sizes), einsum_backward_arguments(sizes)
-    executed = flops(kernels._expert_einsum._init_fn, *forward)
-    assert executed == flops(kernels._expert_einsum, *forward) == 10 * 2 * sizes.flops()
-    executed = flops(kernels._expert_einsum_backward._init_fn, *backward)
-    assert executed == flops(kernels._expert_einsum_backward, *backward) == 2 * 10 * 2 * sizes.flops()
+    expected = 10 * (2 * sizes.flops() + 2 * 3 * sizes.d_in)
+    executed = flops(kernels._routed_einsum._init_fn, *forward)
+    assert executed == flops(kernels._routed_einsum, *forward) == expected
+    executed = flops(kernels._routed_einsum_backward._init_fn, *backward)
+    assert executed == flops(kernels._routed_einsum_backward, *backward) == 2 * expected
 
 
 @all_experts

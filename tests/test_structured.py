@@ -165,11 +165,12 @@ def test_gradients_of_mixtures_through_the_router(case):
 # ---- Mixtures -------------------------------------------------------------------------------------------------------
 
 def naive_mixture(moe, x):
-    """DESIGN 3: y = Σ_{e in top-k} g_e · (W_e x + b_e), g the softmax over the chosen logits; a token at a time."""
+    """DESIGN 3: y = Σ_{e in top-k} g_e · (W_e x + b_e), g the softmax over the chosen logits; a token at a time. The
+    biases of the balance have a say in the choice alone."""
     W, y = moe.experts.to_dense(), []
     for row in x:
         logits = moe.router @ row
-        chosen = sorted(range(len(W)), key=lambda e: -logits[e].item())[:moe.top_k]
+        chosen = sorted(range(len(W)), key=lambda e: -(logits[e] + moe.balance[e]).item())[:moe.top_k]
         total = sum(logits[e].exp() for e in chosen)
         y.append(sum(logits[e].exp() / total * (W[e] @ row + moe.experts.bias[e]) for e in chosen))
     return torch.stack(y)
@@ -178,13 +179,15 @@ def naive_mixture(moe, x):
 def masked_mixture(moe, x):
     """All experts of all tokens, and a mask: the same function to autograd."""
     logits = x @ moe.router.T
-    gates = logits.masked_fill(logits < logits.topk(moe.top_k).values[:, -1:], -math.inf).softmax(1)
+    scores = logits.detach() + moe.balance
+    gates = logits.masked_fill(scores < scores.topk(moe.top_k).values[:, -1:], -math.inf).softmax(1)
     every = torch.einsum("eoi,ti->teo", moe.experts.to_dense(), x) + moe.experts.bias
     return torch.einsum("te,teo->to", gates, every)
 
 
 def check_mixture(moe, x):
     """Outputs and all gradients, for a random direction of the output."""
+    moe.balance.normal_(std=0.1)
     with torch.no_grad():
         close(moe(x), naive_mixture(moe, x))
     x, direction = x.requires_grad_(), randn(len(x), moe.experts.d_out)
@@ -241,15 +244,17 @@ def test_default_rank_of_experts(struct, rank):
 
 def test_what_the_router_reports():
     moe, x = make("btt", 16, 16, num_experts=5, top_k=2), randn(23, 16)
+    moe.balance.normal_()
     y, aux = moe(x, return_aux=True)
     assert torch.equal(y, moe(x))
     logits = x @ moe.router.T
     probability, share = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     for row in logits:
         probability += row.exp() / row.exp().sum() / 23
-        share[row.argsort(descending=True)[:2]] += 1 / 46
+        share[(row + moe.balance).argsort(descending=True)[:2]] += 1 / 46
     close(aux.load, share)
-    assert aux.load.sum().item() == pytest.approx(1) and not aux.load.requires_grad
+    assert aux.load.sum().item() == pytest.approx(1) and not aux.load.requires_grad and not aux.variance.requires_grad
+    close(aux.variance, sum(((row - row.mean()) ** 2).mean() for row in logits) / 23)
     close(aux.switch, 5 * (probability * share).sum())
     close(aux.z, sum(row.exp().sum().log() ** 2 for row in logits) / 23)
     close(aux.loss(), aux.switch + 0.1 * aux.z)
@@ -270,6 +275,33 @@ def test_router_breaks_ties_at_init():
     x = torch.randn(2000, 64)
     assert (moe(x, return_aux=True)[1].load > 0.05).all()
     torch.testing.assert_close(moe(x + 3, return_aux=True)[1].load, moe(x, return_aux=True)[1].load, rtol=0, atol=2e-3)
+
+
+def test_rebalance():
+    """Biases move by rate · spread of the logits · distance from the mean load; a load that is no number moves nothing."""
+    moe = make("btt", 16, 16, num_experts=4, top_k=2)
+    moe.balance.copy_(torch.tensor([1.0, 2, 3, 4]))
+    moe.rebalance(torch.tensor([0.5, 0.25, 0.2, 0.05], dtype=torch.float64), torch.tensor(9.0).double(), 0.1)
+    close(moe.balance, torch.tensor([1 + 0.3 * -1, 2, 3 + 0.3 * 0.2, 4 + 0.3 * 0.8], dtype=torch.float64))
+    before = moe.balance.clone()
+    moe.rebalance(torch.full((4,), math.nan), torch.tensor(1.0), 0.1)
+    moe.rebalance(torch.full((4,), 0.25), torch.tensor(math.inf), 0.1)
+    assert torch.equal(moe.balance, before)
+
+
+@pytest.mark.parametrize("struct", ["btt", "dense"])
+def test_rebalance_evens_the_load_of_clusters(struct):
+    """Tokens of 40 kinds, some far more frequent than others, as characters are."""
+    torch.manual_seed(0)
+    moe, kinds = linear(struct, 64, 64, num_experts=8), torch.randn(40, 64)
+    x = kinds[torch.multinomial(1 / torch.arange(1, 41.0), 4000, replacement=True)] + 0.3 * torch.randn(4000, 64)
+    loads = []
+    for i in range(41):
+        _, aux = moe(x, return_aux=True)
+        loads.append(8 * aux.load)
+        moe.rebalance(aux.load, aux.variance, 1 / (1 + i / 5))
+    assert loads[0].max() > 1.5 and loads[0].min() < 0.6
+    assert loads[-1].max() < 1.3 and loads[-1].min() > 0.7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

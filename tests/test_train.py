@@ -50,6 +50,10 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def load_model(out):
+    return load(out / "ckpt.pt")["model"]
+
+
 def read_log(out):
     """(descriptions of the run, {iteration: train point}, {iteration: eval point}); no point may come twice."""
     def refuse(word):
@@ -313,7 +317,27 @@ def test_the_routers_losses_are_weighted(config, trained):
         assert np.allclose(load.sum(-1), 1, atol=1e-5) and load.shape == (12 if config == "btt_moe" else 2, 8)
         return load.std(-1).mean()
 
-    assert unevenness(trained(config, aux_loss_weight=1.0)) < 0.8 * unevenness(trained(config, aux_loss_weight=0.0))
+    even, uneven = (trained(config, aux_loss_weight=weight, router_balance_rate=0) for weight in (1.0, 0.0))
+    assert unevenness(even) < 0.8 * unevenness(uneven)
+
+
+@pytest.mark.parametrize("config, routers", [("btt_moe", [f"blocks.{i}.{part}" for i in (0, 1) for part in (
+    "attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")]), ("moe", ["blocks.0.mlp", "blocks.1.mlp"])])
+def test_routers_are_balanced(config, routers, trained):
+    """From the first evaluation on, by biases that are learned from the load; without them the load is another."""
+    settings = dict(eval_iters=16, max_iters=40)
+    balanced, free = trained(config, **settings), trained(config, **settings, router_balance_rate=0)
+    (run,), _, evals = read_log(balanced)
+    assert run["routers"] == routers
+    for p in evals.values():
+        for load, entropy, largest in zip(p["router_load"], p["router_entropy"], p["router_max_load"], strict=True):
+            assert entropy == pytest.approx(-sum(share * math.log(share) for share in load if share), abs=1e-4)
+            assert largest == pytest.approx(8 * max(load), abs=1e-4)
+    assert max(evals[0]["router_max_load"]) < 1.5 < max(read_log(free)[2][0]["router_max_load"])
+    assert np.mean(evals[40]["router_max_load"]) < np.mean(read_log(free)[2][40]["router_max_load"])
+    biases = {name: b for name, b in load_model(balanced).items() if name.endswith(".balance")}
+    assert biases.keys() == {f"{name}.balance" for name in routers} and all(b.any() for b in biases.values())
+    assert not any(b.any() for name, b in load_model(free).items() if name.endswith(".balance"))
 
 
 # Checkpoints
