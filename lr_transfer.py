@@ -113,7 +113,7 @@ def draw(rows: list[dict], path: str) -> None:
         ax.set_title(name)
     axes[0, 0].set_ylabel("validation loss, nats per character")
     fig.supxlabel("learning rate" + (" at the base width" if mup else ", the same for every parameter"), fontsize="medium")
-    axes[0, -1].legend(frameon=False)
+    axes[0, -1].legend(edgecolor="none", framealpha=1)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
 
