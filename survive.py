@@ -264,7 +264,8 @@ class Log:
         self.file, self.waiting = open(path, "ab", buffering=0), b""
 
     def write(self, point: dict) -> None:
-        """Appends a line, numbers that are not finite as null; raises OSError if it has to wait."""
+        """Appends a line, numbers that are not finite as null; raises OSError if it is the first that has to wait."""
+        already = bool(self.waiting)
         self.waiting += (json.dumps(_finite(point), allow_nan=False) + "\n").encode()
         end = os.fstat(self.file.fileno()).st_size
         written = 0
@@ -274,6 +275,8 @@ class Log:
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.file.fileno(), end)
+            if already:
+                return
             raise
         self.waiting = b""
 

@@ -228,7 +228,8 @@ def load_dataset() -> tuple[dict, dict]:
 def check_ids() -> None:
     """Every id of both files is read, shared by the processes of a machine; ValueError for one beyond the vocabulary."""
     for split, tokens in splits.items():
-        largest = largest_id(tokens, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        share = (local_rank, int(os.environ["LOCAL_WORLD_SIZE"])) if "LOCAL_WORLD_SIZE" in os.environ else (0, 1)
+        largest = largest_id(tokens, *share)
         if largest >= vocab_size:
             raise ValueError(f"{split}.bin of dataset {dataset!r} holds the token id {largest}, but its vocabulary ends at "
                              f"{vocab_size - 1}: make it again with data/*/prepare.py")
