@@ -47,7 +47,7 @@ init_from=resume | init_from=resume out_dir=new/folder | learning_rate=1e-3 min_
 """.replace("\n", "|").split("|")
 
 ARGUMENTS = ["", " ", "-", "--", "---", "--=1", "-x", "-n_layer=2", "n_layer=2", "\u2013n_layer=2", "\u2014\u2014n_layer=2", "train",
-             "config/bt.py", "config", "config/", "nowhere.py", "data/meta.json", "data/train.bin", "\udcff", "x" * 5000, "a\nb", "\t",
+             "config/bt.py", "config", "config/", "nowhere.py", "data/train.bin", "\udcff", "x" * 5000, "a\nb", "\t",
              "--n_lay\u0435r=2", "--\U0001f600=1", "--help=1", "--config=1", "--globals=1", "--__file__=x", "--ddp=True",
              "--vocab_size=5", "--master=True", "--iteration=5", "\x1b[31m", "--n_layer 2", "--n_layer:2", "/n_layer=2"]
 
@@ -65,11 +65,10 @@ def cases() -> list[tuple[list[str], list[str]]]:
     found = []
     for name, key in KEYS.items():
         place = pick.randrange(len(name))
-        for wrong in {name + "x", name[:place] + name[place + 1:], name[::-1], name.upper(), name + "_"} - KEYS.keys():
+        for wrong in sorted({name[:place] + name[place + 1:], name.upper()} - KEYS.keys()):
             found.append(([f"--{wrong}=1"], ["--"]))
         found.append(([f"--{name}"], [f"--{name}="]))
-        found.append(([f"--{name}", "1"], [f"--{name}="]))
-        for text in pick.sample(WRONG.get(key.type, []), min(4, len(WRONG.get(key.type, [])))):
+        for text in pick.sample(WRONG.get(key.type, []), min(3, len(WRONG.get(key.type, [])))):
             found.append(([f"--{name}={text}"], [name]))
     for flag in OUT_OF_RANGE:
         found.append(([f"--{flag}"], []))

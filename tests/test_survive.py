@@ -1,7 +1,6 @@
 """What a run survives: kills, signals, full disks, numbers that are not finite, a second writer, bad data and flags."""
-import contextlib
-import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -97,14 +96,20 @@ def die_between_the_two_checkpoints():
     os.replace = counted
 
 
+def die_in_the_first_save():
+    def half_save(contents, f):
+        f.write(b"half a checkpoint")
+        f.flush()
+        os._exit(9)
+    torch.save = half_save
+
+
 def test_killed_between_best_and_last(train, trained, tmp_path):
     """The best checkpoint is not lost, nor written through by the next save, whose temporary file shares its bytes."""
     out = train(tmp_path / "out", before=die_between_the_two_checkpoints, code=9)
     assert load(out / "ckpt.pt")["iteration"] == 5 and load(out / "ckpt_best.pt")["iteration"] == 10
-    train(out, init_from="resume", max_iters=7, lr_decay_iters=20, learning_rate=1e-9, eval_interval=100)
-    assert load(out / "ckpt_best.pt")["iteration"] in (7, 10)
-    shutil.rmtree(out)
-    train(out, before=die_between_the_two_checkpoints, code=9)
+    train(out, init_from="resume", before=die_in_the_first_save, code=9)
+    assert load(out / "ckpt.pt")["iteration"] == 5 and load(out / "ckpt_best.pt")["iteration"] == 10
     train(out, init_from="auto")
     assert_same_checkpoint(out, trained())
     assert load(out / "ckpt_best.pt")["best_val_loss"] == load(out / "ckpt.pt")["best_val_loss"]
@@ -141,12 +146,12 @@ def test_a_signal_to_one_process_ends_all_of_them(run, flags, trained, tmp_path)
     """The second of two gets it; both end the same iteration, the first one saves; and one process goes on, then two."""
     settings = dict(gradient_accumulation_steps=4, batch_size=2)
     done = run("train.py", *flags(**settings), processes=2, before=signals_in_an_iteration, SIGNAL="SIGTERM", TO="1")
-    assert done.returncode == 128 + 15 and not done.stderr, done.stderr
+    assert done.returncode == 128 + 15 and "Traceback" not in done.stderr, done.stderr
     assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 8
     for end, processes in ((14, 1), (20, 2)):
         done = run("train.py", *flags(init_from="auto", max_iters=end, lr_decay_iters=20, **settings), processes=processes)
         assert done.returncode == 0, done.stderr
-    assert_same_course(tmp_path / "out", trained(**settings, eval_interval=7))
+    assert_same_course(tmp_path / "out", trained(**settings))
 
 
 def test_torchrun_restarts_a_killed_worker(flags, trained, tmp_path):
@@ -253,7 +258,7 @@ def test_a_disk_that_stays_full(run, flags, trained, tmp_path):
     size = os.path.getsize(trained() / "ckpt.pt")
     done = run("train.py", *flags(max_iters=6, lr_decay_iters=20))
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
-    for limit in (size // 2, size - 100):
+    for limit in (size // 2, size * 9 // 10):
         done = run("train.py", *flags(init_from="auto"), before=limit_files, LIMIT=str(limit))
         assert_one_sentence(done, "iteration 20", "ckpt.pt is that of iteration 6")
         assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
@@ -348,17 +353,24 @@ def test_too_many_that_are_not_finite_end_the_run(run, flags, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def weights_break_in_the_8th_step():
+    step, calls = torch.optim.AdamW.step, []
+
+    def breaking(self, *args, **options):
+        step(self, *args, **options)
+        calls.append(self)
+        if len(calls) == 8:
+            self.param_groups[0]["params"][0].data.fill_(math.inf)
+    torch.optim.AdamW.step = breaking
+
+
 def test_weights_that_have_gone_wild_replace_no_checkpoint(run, flags, tmp_path):
-    """A learning rate that breaks the weights: what is saved last has a finite loss."""
-    first = run("train.py", *flags(max_iters=6, lr_decay_iters=20))
-    assert first.returncode == 0, first.stderr
-    done = run("train.py", *flags(init_from="resume", learning_rate=1e30, min_lr=0, max_skipped=3, checkpoint_interval=1,
-                                  warmup_iters=0, grad_clip=0, weight_decay=0))
-    assert done.returncode == 1, done.stdout
-    weights = load(tmp_path / "out" / "ckpt.pt")["model"].values()
-    assert all(w.isfinite().all() for w in weights)
-    done = run("train.py", *flags(init_from="resume"))
-    assert done.returncode == 0 and losses(tmp_path / "out")[1][20] < 5, done.stderr
+    """The step looked well, the weights after it are of no use: the checkpoint of before stays, and from it all is well."""
+    done = run("train.py", *flags(max_skipped=3, checkpoint_interval=1), before=weights_break_in_the_8th_step)
+    assert_one_sentence(done, "3 iterations in a row", "ckpt.pt is that of iteration 7")
+    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 7
+    done = run("train.py", *flags(init_from="resume", max_iters=9))
+    assert done.returncode == 0 and losses(tmp_path / "out")[1][9] < 5, done.stderr
 
 
 def test_float16_keeps_the_scale_of_its_gradients(train, trained, tmp_path):
