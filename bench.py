@@ -5,8 +5,8 @@
 
 For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. Layers take turns, so
 that a slow moment of the machine meets all of them; a ratio is taken within its turn, and the median and the quartiles
-are over turns. Beside it, the ratio of the FLOPs, the time per FLOP relative to nn.Linear's, and the peak memory above the
-inputs and the parameters. Then tokens/s of whole training steps. Writes everything to <out>.json. Let nothing else run
+are over turns. Beside it, the ratio of the FLOPs, the time per FLOP relative to nn.Linear's, and the memory above the inputs
+and the parameters: what the forward leaves for the backward, output included, and the peak of both. Then tokens/s of whole training steps. Writes everything to <out>.json. Let nothing else run
 meanwhile.
 """
 import configurator
@@ -96,20 +96,26 @@ def take_turns(runs: dict, count: int) -> dict[str, list[float]]:
     return times
 
 
-def peak_memory(run) -> int | None:
-    """Most bytes allocated at once during a run, beyond those before it; None where nothing tells."""
+def memory(run) -> tuple[int, int] | tuple[None, None]:
+    """(bytes that a run leaves allocated while its result is kept, most bytes at once), beyond those before it.
+
+    None where nothing tells."""
     if device_type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run()
+        result = run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        left = torch.cuda.memory_allocated() - before
+        del result
+        return left, torch.cuda.max_memory_allocated() - before
     if device_type != "cpu":
-        return None
+        return None, None
     kernels.release_scratch()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
+        result = run()
+        kernels.release_scratch()  # it serves all layers in turn: it counts for the peak alone
+    del result
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(os.path.join(folder, "trace.json"))
         with open(os.path.join(folder, "trace.json"), encoding="utf-8") as f:
@@ -118,7 +124,7 @@ def peak_memory(run) -> int | None:
     for event in sorted(events, key=lambda e: e["ts"]):
         total += event["args"]["Bytes"]
         peak = max(peak, total)
-    return peak
+    return total, peak
 
 
 def ratios(times: list[float], base: list[float]) -> tuple[float, float, float]:
@@ -151,24 +157,29 @@ def bench_layers(d: int) -> list[dict]:
     def forward_and_backward(layer):
         call = torch.compile(layer, fullgraph=True) if compile else layer
 
-        def run():
+        def forward():
             with autocast:
-                y = call(x)
+                return call(x)
+
+        def run():
+            y = forward()
             y.backward(dy.to(y.dtype))
             x.grad = None
             for p in layer.parameters():
                 p.grad = None
-        return run
+        return forward, run
 
     made = layers(d)
-    runs = {name: forward_and_backward(layer) for name, layer in made.items()}
+    calls = {name: forward_and_backward(layer) for name, layer in made.items()}
+    runs = {name: run for name, (_, run) in calls.items()}
     times = take_turns(runs, turns)
     rows = []
     for name, layer in made.items():
         ratio, low, high = ratios(times[name], times["nn.Linear"])
         flops = 1.0 if name == "nn.Linear" else layer.flops_per_token() / (2 * d * d)
         rows.append(dict(width=d, layer=name, ms=statistics.median(times[name]), ratio=ratio, quartiles=[low, high],
-                         flops=flops, time_per_flop=ratio / flops, peak_bytes=peak_memory(runs[name])))
+                         flops=flops, time_per_flop=ratio / flops, kept_bytes=memory(calls[name][0])[0],
+                         peak_bytes=memory(runs[name])[1]))
     return rows
 
 
@@ -221,16 +232,16 @@ def main() -> None:
     result = dict(machine=machine(), config=config, layers=[], steps=[])
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
     print(f"\nForward + backward of {tokens:,} tokens, ÷ nn.Linear:\n\n| width | layer | ms | time | quartiles | FLOPs "
-          "| time per FLOP | peak MiB |\n|---|---|---|---|---|---|---|---|")
+          "| time per FLOP | kept MiB | peak MiB |\n|---|---|---|---|---|---|---|---|---|")
     try:
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
         for d in map(int, widths):
             for row in bench_layers(d):
                 result["layers"].append(row)
-                peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2 ** 20:.1f}"
+                kept, peak = ("" if row[k] is None else f"{row[k] / 2 ** 20:.1f}" for k in ("kept_bytes", "peak_bytes"))
                 low, high = row["quartiles"]
                 print(f"| {d} | {row['layer']} | {row['ms']:.1f} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} "
-                      f"| {row['flops']:.3f} | {row['time_per_flop']:.1f} | {peak} |", flush=True)
+                      f"| {row['flops']:.3f} | {row['time_per_flop']:.1f} | {kept} | {peak} |", flush=True)
         if step:
             print(f"\nTraining steps, n_embd {n_embd}, {n_layer} layers, {batch_size} x {block_size} tokens:\n\n| config "
                   "| ms | tokens/s | ÷ dense | quartiles | FLOPs |\n|---|---|---|---|---|---|")

@@ -382,38 +382,41 @@ def _index(base: Tensor, outer: int, outer_step: Tensor, inner: int, inner_step:
 class _Block:
     """A block of tokens with its assignments sorted by expert; an assignment is token · k + choice within the block.
 
-    pieces: (expert, first row, last row), in order. For each assignment, (tokens, k): its row within its piece, the
-    piece's first row and the piece's number of rows.
+    order (n · k,): the assignments by expert; token: those of the sorted rows. pieces: (expert, first row, last row) in order,
+    of at most `most` rows. For each assignment, (n, k): its row within its piece, the piece's first row and its rows.
     """
 
-    def __init__(self, experts: Tensor, order: Tensor, k: int, start: int, num_experts: int, most: int):
-        ends = torch.bincount(experts, minlength=num_experts).cumsum(0)
-        self.pieces = [(e, i, min(i + most, last)) for e, first, last in _segments(ends)
-                       for i in range(first, last, most)]
-        self.start, self.stop = start, start + order.numel() // k
-        self.order = order
-        self.token = order // k + start  # (tokens · k,) of each sorted row
-        place = torch.empty_like(order, dtype=torch.int32)
-        place[order] = torch.arange(order.numel(), dtype=torch.int32)
-        place = place.view(-1, k)
-        first, last = torch.tensor([piece[1:] for piece in self.pieces], dtype=torch.int32).T.contiguous()
-        piece = torch.searchsorted(last, place, right=True)
-        self.first_row, self.piece_rows = first[piece], (last - first)[piece]
-        self.row = place - self.first_row
+    def __init__(self, chosen: Tensor, start: int, num_experts: int, most: int):
+        (n, k), experts = chosen.shape, chosen.flatten()
+        seen = (experts == torch.arange(num_experts)[:, None]).cumsum(1, dtype=torch.int32)  # cheaper than a sort
+        counts = seen[:, -1]
+        starts = counts.cumsum(0, dtype=torch.int32) - counts
+        row, first = seen.gather(0, experts[None])[0] - 1, starts[experts]
+        self.order = torch.empty_like(experts).scatter_(0, (first + row).long(), torch.arange(n * k))
+        self.token = self.order // k + start
+        self.tokens = slice(start, start + n)
+        rows = [(e, i, i + c) for e, (i, c) in enumerate(zip(starts.tolist(), counts.tolist())) if c]
+        self.pieces = [(e, i, min(i + most, last)) for e, begin, last in rows for i in range(begin, last, most)]
+        count = counts[experts]
+        if len(self.pieces) > len(rows):  # an expert's rows are in several pieces
+            before = row // most * most
+            row, first, count = row - before, first + before, (count - before).clamp(max=most)
+        self.row, self.first_row, self.piece_rows = (t.view(n, k) for t in (row, first, count))
 
 
-def _blocks(chosen: Tensor, order: Tensor, num_experts: int, size: int, rows: int):
-    """Blocks of `size` tokens, with pieces of at most 2 · rows rows; `order` is that of _sorted_by_expert."""
-    k = chosen.shape[1]
+def _blocks(chosen: Tensor, num_experts: int, size: int, rows: int):
+    """Blocks of `size` tokens, with pieces of at most 2 · rows rows."""
     for start in range(0, chosen.shape[0], size):
-        experts = chosen[start:start + size].flatten()
-        part = order[start * k:start * k + experts.numel()]
-        yield _Block(experts, part, k, start, num_experts, 2 * rows)
+        yield _Block(chosen[start:start + size], start, num_experts, 2 * rows)
 
 
-def _sorted_by_expert(chosen: Tensor, block: int) -> Tensor:
-    """For each block of so many tokens, its assignments in the order of their experts: (T · k,)."""
-    return torch.cat([part.flatten().argsort(stable=True) for part in chosen.split(block)])
+def _choose(scores: Tensor, k: int) -> Tensor:
+    """The k largest of each row of scores (T, E), in falling order: (T, k). For so few, faster than topk; scores is lost."""
+    chosen = torch.empty(scores.shape[0], k, dtype=torch.int64)
+    for j in range(k):
+        torch.argmax(scores, dim=1, out=chosen[:, j])
+        scores.scatter_(1, chosen[:, j:j + 1], -math.inf)
+    return chosen
 
 
 def _join(blocks: list[Tensor], like: Tensor, width: int) -> Tensor:
@@ -422,7 +425,7 @@ def _join(blocks: list[Tensor], like: Tensor, width: int) -> Tensor:
 
 @torch.library.custom_op("structured::routed_einsum", mutates_args=())
 def _routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, second: Tensor, top_k: int,
-                   sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+                   sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     to = _Layout(sizes, swapped, gathered=True)
     T, E, (*_, d, e_, f, _) = x.shape[0], router.shape[0], sizes
     size = to.block(E, top_k)
@@ -431,40 +434,38 @@ def _routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, se
         torch.mm(xs.to(router.dtype), router.T, out=part)
     x = x.to(first.dtype)  # the router has seen it as it was
     z = x.new_empty(T * top_k, to.width)
-    chosen = (logits + balance).topk(top_k).indices
+    chosen = _choose(logits + balance, top_k)
     gates = logits.gather(1, chosen).softmax(1).to(x.dtype)
-    order = _sorted_by_expert(chosen, size)
-    for block in _blocks(chosen, order, E, size, to.rows):
+    for block in _blocks(chosen, E, size, to.rows):
         rows = _buffer("rows", x, block.order.numel(), to.d_out)
-        z_block = z[block.start * top_k:block.stop * top_k]
+        z_block = z[block.tokens.start * top_k:block.tokens.stop * top_k]
         for e, i, j in block.pieces:
             zs = to.first_product(to.first(_gather("x", x, block.token[i:j])), first[e], z_block[i:j])
             torch.bmm(to.second(zs), second[e].mT, out=rows[i:j].view(f, d * (j - i), e_))
-        blocks.append(to.combine_outputs(rows, block, gates[block.start:block.stop]))
-    return _join(blocks, x, to.d_out), logits, chosen, z, order
+        blocks.append(to.combine_outputs(rows, block, gates[block.tokens]))
+    return _join(blocks, x, to.d_out), logits, chosen, z
 
 
 @_routed_einsum.register_fake
 def _(x, router, balance, first, second, top_k, sizes, swapped):
     T, to = x.shape[0], _Layout(sizes, swapped)
     return (first.new_empty(T, to.d_out), router.new_empty(T, router.shape[0]), x.new_empty(T, top_k, dtype=torch.int64),
-            first.new_empty(T * top_k, to.width), x.new_empty(T * top_k, dtype=torch.int64))
+            first.new_empty(T * top_k, to.width))
 
 
 @torch.library.custom_op("structured::routed_einsum_backward", mutates_args=())
 def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tensor, chosen: Tensor, z: Tensor,
-                            order: Tensor, router: Tensor, first: Tensor, second: Tensor, sizes: list[int],
-                            swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                            router: Tensor, first: Tensor, second: Tensor, sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     to = _Layout(sizes, swapped, gathered=True)
     a, b, g, d, e_, f, r = sizes
     E, k = router.shape[0], chosen.shape[1]
     blocks, drouter = [], torch.zeros_like(router)
     dfirst, dsecond = _zeros(first, first.shape), _zeros(second, second.mT.shape)
     gates, x_seen, x = logits.gather(1, chosen).softmax(1), x, x.to(first.dtype)
-    for block in _blocks(chosen, order, E, to.block(E, k), to.rows):
-        tokens = slice(block.start, block.stop)
+    for block in _blocks(chosen, E, to.block(E, k), to.rows):
+        tokens = block.tokens
         rows = _buffer("rows", x, block.order.numel(), to.d_in)
-        z_block = z[block.start * k:block.stop * k]
+        z_block = z[tokens.start * k:tokens.stop * k]
         gate = gates[tokens].view(-1)[block.order].to(x.dtype)
         dgate = logits.new_empty(block.order.numel())  # times the gate
         for e, i, j in block.pieces:
@@ -487,15 +488,15 @@ def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tens
 
 
 @_routed_einsum_backward.register_fake
-def _(dy, dlogits, x, logits, chosen, z, order, router, first, second, sizes, swapped):
+def _(dy, dlogits, x, logits, chosen, z, router, first, second, sizes, swapped):
     return tuple(torch.empty_like(t) for t in (x, router, first, second))
 
 
 def _routed_einsum_setup(ctx, inputs, output):
     x, router, _, first, second, _, ctx.sizes, ctx.swapped = inputs
-    _, logits, chosen, z, order = output
-    ctx.save_for_backward(x, logits, chosen, z, order, router, first, second)
-    ctx.mark_non_differentiable(chosen, z, order)
+    _, logits, chosen, z = output
+    ctx.save_for_backward(x, logits, chosen, z, router, first, second)
+    ctx.mark_non_differentiable(chosen, z)
     ctx.set_materialize_grads(False)  # a gradient of zeros for z would be large
 
 
@@ -525,8 +526,8 @@ def _(x_shape, router_shape, balance_shape, first_shape, second_shape, top_k, si
 
 
 @register_flop_formula(torch.ops.structured.routed_einsum_backward)
-def _(dy_shape, dlogits_shape, x_shape, logits_shape, chosen_shape, z_shape, order_shape, router_shape, first_shape,
-      second_shape, sizes, *args, **kwargs) -> int:
+def _(dy_shape, dlogits_shape, x_shape, logits_shape, chosen_shape, z_shape, router_shape, first_shape, second_shape,
+      sizes, *args, **kwargs) -> int:
     return 2 * _routed_flops(x_shape[0], router_shape, chosen_shape[1], sizes)
 
 

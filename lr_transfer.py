@@ -4,8 +4,9 @@
     python lr_transfer.py --structs=dense --mup=False           one rate for every parameter: the best one moves
 
 Each point is a run of train.py on a small scale: 3 layers, heads of 32, python_char. Finished runs are kept in `runs` and
-not made again. Prints the best rate of each width, writes <out>.csv and <out>.png, and exits with status 1 where the
-best rate moves by more than one step of the grid, or is at its edge.
+not made again. For each width it prints the best rate of the grid and, since losses of single runs differ by more than
+those of neighboring rates, the minimum of a parabola through the losses of all runs over the logarithm of the rate. Writes
+<out>.csv and <out>.png, and exits with status 1 where that minimum moves by more than one step of the grid, or leaves it.
 """
 import configurator
 
@@ -30,6 +31,8 @@ import math
 import os
 import subprocess
 import sys
+
+import numpy as np
 
 from configurator import fail, structure_config
 
@@ -81,8 +84,18 @@ def mean_losses(rows: list[dict], struct: str, width: int) -> list[tuple[float, 
             if (losses := [r["val_loss"] for r in here if r["learning_rate"] == rate])]
 
 
+def minimum(rows: list[dict], struct: str, width: int) -> float:
+    """The rate at which the least-squares parabola of loss over log rate has its minimum; NaN if it has none."""
+    points = [(math.log(r["learning_rate"]), r["val_loss"]) for r in rows
+              if r["struct"] == struct and r["width"] == width and math.isfinite(r["val_loss"])]
+    if len({x for x, _ in points}) < 3:
+        return math.nan
+    curvature, slope, _ = np.polyfit(*zip(*points), 2)
+    return math.exp(min(-slope / (2 * curvature), 700)) if curvature > 0 else math.nan
+
+
 def draw(rows: list[dict], path: str) -> None:
-    """A panel for each structure: loss against rate, a line for each width, its best rate filled."""
+    """A panel for each structure: loss against rate, a line for each width, its best rate filled, the parabola's dotted."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -94,12 +107,13 @@ def draw(rows: list[dict], path: str) -> None:
             points = mean_losses(rows, name, width)
             ax.plot(*zip(*points), marker=marker, color=color, markerfacecolor="white", label=f"width {width}")
             ax.plot(*min(points, key=lambda p: p[1]), marker=marker, color=color)
+            ax.axvline(minimum(rows, name, width), color=color, linestyle=":", linewidth=1)
         ax.set_xscale("log", base=2)
         ax.set_xticks(rates, [f"{r:g}" for r in rates], rotation=45)
         ax.set_title(name)
     axes[0, 0].set_ylabel("validation loss, nats per character")
     fig.supxlabel("learning rate" + (" at the base width" if mup else ", the same for every parameter"), fontsize="medium")
-    axes[0, -1].legend(frameon=False)
+    axes[0, -1].legend(edgecolor="none", framealpha=1)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
 
@@ -108,8 +122,8 @@ def main() -> None:
     for key in ("max_iters", "seeds", "jobs"):
         if config[key] < 1:
             fail(f"{key} must be at least 1; got {config[key]}")
-    if not rates or min(rates) <= 0:
-        fail(f"rates must be positive; got {rates}")
+    if len(rates) < 3 or min(rates) <= 0:
+        fail(f"rates must be three or more, and positive; got {rates}")
     if not widths or any(w < 32 or w % 32 for w in widths):
         fail(f"widths must be multiples of 32, the size of a head; got {widths}")
     for struct in structs.split(","):
@@ -132,14 +146,15 @@ def main() -> None:
         fail(str(e))
     except ImportError:
         print("no figure: it needs matplotlib (pip install -r requirements-dev.txt)")
-    moved = []
+    moved, step = [], (max(rates) / min(rates)) ** (1 / (len(rates) - 1))
     for struct in structs.split(","):
         best = {width: min(mean_losses(rows, struct, width), key=lambda p: p[1]) for width in widths}
-        places = [sorted(rates).index(rate) for rate, _ in best.values()]
-        edge = min(places) == 0 or max(places) == len(rates) - 1
-        moved += [struct] * (max(places) - min(places) > 1 or edge)
-        print(f"{struct:10s} " + "  ".join(f"width {w}: {loss:.4f} at {rate:g}" for w, (rate, loss) in best.items())
-              + ("  <- moves by more than one step, or is at the edge" if struct in moved else ""))
+        minima = {width: minimum(rows, struct, width) for width in widths}
+        fine = all(min(rates) <= m <= max(rates) for m in minima.values()) and max(minima.values()) <= step * min(minima.values())
+        moved += [struct] * (not fine)
+        print(f"{struct:10s} " + "  ".join(f"width {w}: {loss:.4f} at {rate:g}, parabola's minimum at {minima[w]:.2g}"
+                                           for w, (rate, loss) in best.items())
+              + "  <- moves by more than one step, or leaves the grid" * (not fine))
     sys.exit(1 if moved else 0)
 
 

@@ -158,7 +158,7 @@ class Einsum(Structured):
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         if len(self.order) == 1 and ends is None:
-            return F.linear(x, self.core(self.order[0])[0], self.bias)
+            return F.linear(x, self.core(self.order[0]).squeeze(0), self.bias)
         a, b, g, d, e, f, r = self._contraction()
         lead, T = x.shape[:-1], x.numel() // self.d_in
         if ends is None and _on_cpu(x):

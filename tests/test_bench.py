@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+import structured
+
 
 def test_bench(run, tmp_path):
     told = run("bench.py", "--widths=32,64", "--tokens=96", "--turns=2", "--steps=2", "--n_embd=32", "--n_layer=1", "--block_size=16",
@@ -17,6 +19,11 @@ def test_bench(run, tmp_path):
         assert linear["ratio"] == linear["flops"] == linear["time_per_flop"] == dense["flops"] == 1
         # output, its gradient in x, and the gradient of the weight: nothing else is alive at the peak
         assert linear["peak_bytes"] == pytest.approx(4 * (2 * 96 * d + d * d), rel=0.05)
+        assert dense["peak_bytes"] == pytest.approx(linear["peak_bytes"], rel=0.05)
+        # the output, and for two factors z; no scratch
+        assert linear["kept_bytes"] == dense["kept_bytes"] == 4 * 96 * d
+        sizes = structured.linear("monarch", d, d).sizes
+        assert rows[d, "monarch"]["kept_bytes"] == pytest.approx(4 * 96 * (d + sizes.gamma * sizes.phi), rel=0.2)
         # output, z, gradient in x, and two pieces of scratch, of which later runs have the memory already
         assert d == 32 or rows[d, "monarch"]["peak_bytes"] > 4 * 4.9 * 96 * d
         assert rows[d, "dyad"]["flops"] == 0.5 and rows[d, "btt_moe"]["flops"] > rows[d, "monarch"]["flops"]

@@ -2,6 +2,7 @@
 import csv
 import itertools
 import json
+import math
 
 import pytest
 
@@ -72,12 +73,16 @@ def test_lr_transfer(run, python_text, tmp_path):
         assert losses.pop(row) == points[-1]["val_loss"] and config["max_iters"] == points[-1]["iter"] == 20
     assert not losses
     losses = {(r["struct"], r["width"], float(r["learning_rate"])): float(r["val_loss"]) for r in rows}
-    edge = False
+    minima = []
     for width in ("32", "64"):
         best = min((1e-4, 1e-3, 1e-1), key=lambda rate: losses["btt", width, rate])
-        assert f"{losses['btt', width, best]:.4f} at {best:g}" in told.stdout
-        edge |= best != 1e-3
-    assert told.returncode == edge and (tmp_path / "t.png").stat().st_size > 10_000
+        low, middle, high = (losses["btt", width, rate] for rate in (1e-4, 1e-3, 1e-1))
+        rise, fall = (high - middle) / 2, (middle - low) / 1  # per factor 10; through three points, by divided differences
+        curvature = (rise - fall) / 3
+        minima.append(10 ** ((-4 - 3) / 2 - fall / (2 * curvature)) if curvature > 0 else math.nan)
+        assert f"{losses['btt', width, best]:.4f} at {best:g}, parabola's minimum at {minima[-1]:.2g}" in told.stdout
+    stays = all(1e-4 <= m <= 1e-1 for m in minima) and max(minima) <= 1000 ** 0.5 * min(minima)
+    assert told.returncode == (not stays) and (tmp_path / "t.png").stat().st_size > 10_000
     made = {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("log.jsonl")}
     again = run("lr_transfer.py", *SHORT, *places)
     assert again.returncode == told.returncode and read(tmp_path / "t.csv") == rows
@@ -89,8 +94,8 @@ def test_lr_transfer(run, python_text, tmp_path):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--structs=dense,bt"], "'bt'"), (["--rates=0,1"], "rates"), (["--widths=100,"], "widths"), (["--jobs=0"], "jobs"),
-    (["--rates=1e-3,1e-3"], "twice"), (["--structs=btt,btt"], "twice"), (["--widths=64,64"], "twice"),
+    (["--structs=dense,bt"], "'bt'"), (["--rates=0,1,2"], "rates"), (["--rates=1,2"], "rates"), (["--widths=100,"], "widths"), (["--jobs=0"], "jobs"),
+    (["--rates=1e-3,1e-2,1e-3"], "twice"), (["--structs=btt,btt"], "twice"), (["--widths=64,64"], "twice"),
     (["--dataset=nowhere"], "nowhere")])
 def test_lr_transfer_refuses(run, tmp_path, flags, word):
     told = run("lr_transfer.py", *flags, f"--runs={tmp_path}/runs", f"--out={tmp_path}/t")
