@@ -15,6 +15,8 @@ import socket
 
 import torch
 
+from configurator import show
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -62,7 +64,7 @@ def take_out_dir(out_dir: str) -> None:
         for folder in parents[:-1]:  # those that were not there
             with contextlib.suppress(OSError, UnicodeError):
                 os.rmdir(folder)
-        raise ValueError(f"out_dir {out_dir!r} cannot be written: {getattr(e, 'strerror', None) or e}") from None
+        raise ValueError(f"out_dir {show(out_dir)} cannot be written: {getattr(e, 'strerror', None) or e}") from None
     for name in ("ckpt.pt.tmp", "ckpt_best.pt.tmp", "log.jsonl.tmp"):  # of a killed run
         remove(os.path.join(out_dir, name))
 

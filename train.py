@@ -165,7 +165,11 @@ torch.backends.cudnn.fp32_precision = "tf32"
 autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 if ddp:
     try:
-        dist.init_process_group(backend or ("nccl" if device_type == "cuda" else "gloo"))
+        store, *_ = next(dist.rendezvous("env://"))
+        # torchrun's store outlives a restart: the addresses of processes that are gone must not be found in it
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend or ("nccl" if device_type == "cuda" else "gloo"), store=store, rank=rank_id,
+                                world_size=world_size)
     except (RuntimeError, ValueError) as e:
         fail(f"the {world_size} processes cannot be connected by backend {backend!r}: {str(e).splitlines()[0]}")
 

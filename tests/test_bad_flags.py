@@ -77,8 +77,9 @@ def cases() -> list[tuple[list[str], list[str]]]:
     for flags in filter(str.strip, CONTRADICTORY):
         found.append(([f"--{flag}" for flag in flags.split()], []))
     found += [([argument], []) for argument in ARGUMENTS]
-    found += [([f"bad{i}.py"], [f"bad{i}.py"] if "out_dir = '" not in text else []) for i, text in enumerate(FILES)
-              if "embd" not in text]
+    # what is wrong in itself names the file; what only train.py finds wrong does not know where it was set
+    found += [([f"bad{i}.py"], [] if text.startswith(("out_dir = '", "warmup_iters", "n_embd")) else [f"bad{i}.py"])
+              for i, text in enumerate(FILES)]
     return found
 
 

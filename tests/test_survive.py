@@ -119,6 +119,7 @@ def test_killed_between_best_and_last(train, trained, tmp_path):
 
 def signals_in_an_iteration():
     """The process sends itself a signal, twice, in the middle of its 8th training batch."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     forward, calls = model.GPT.forward, []
 
     def counted(self, *args, **options):
