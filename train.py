@@ -5,6 +5,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/btt_moe.py
                                                                                 two nodes: the same on both
     python train.py config/btt_moe.py --init_from=resume                        go on where a run ended
+    torchrun --max-restarts=3 --nproc_per_node=8 train.py config/btt_moe.py --init_from=auto
+                                                                                and go on by itself when a process dies
 
 Config files and --key=value override the keys below, from left to right; --help lists them.
 """
@@ -12,8 +14,9 @@ import configurator
 
 # I/O
 out_dir: str | None = None      # where ckpt.pt, ckpt_best.pt and log.jsonl go; None: out-<names of the config files>
-init_from: str = "scratch"      # 'scratch', or 'resume' from out_dir/ckpt.pt
+init_from: str = "scratch"      # 'scratch', 'resume' from out_dir/ckpt.pt, or 'auto': resume if it is there
 eval_interval: int = 2000       # iterations between evaluations; each writes a checkpoint
+checkpoint_interval: int = 500  # iterations between checkpoints, besides those of evaluations
 eval_iters: int = 200           # batches of batch_size in an evaluation
 log_interval: int = 10          # iterations between log lines
 sample_tokens: int = 256        # tokens of the sample that is printed at the end; 0 for none
@@ -55,6 +58,7 @@ weight_decay: float = 0.1       # every matrix shrinks by learning_rate · weigh
 beta1: float = 0.9              # decay of the first moment
 beta2: float = 0.95             # decay of the second moment
 grad_clip: float = 1.0          # clip the gradient's norm at this value; 0: do not
+max_skipped: int = 25           # end after so many iterations in a row whose loss or gradient is not finite
 decay_lr: bool = True           # cosine decay after the warmup; False: constant
 warmup_iters: int = 2000        # iterations of linear warmup
 lr_decay_iters: int | None = None  # iteration at which min_lr is reached; None: max_iters
@@ -70,13 +74,53 @@ globals().update(config)
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
-import shutil
+import secrets
+import signal
 import sys
 import time
+
+from configurator import fail
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# ---- What a user can get wrong, before anything is written and before torch is loaded -------------------------------
+
+for key, value in config.items():
+    if isinstance(value, (int, float)) and abs(value) >= (2 ** 63 if key == "seed" else 2 ** 31):
+        fail(f"{key} is too large; got {value}")
+for key in ("eval_interval", "checkpoint_interval", "eval_iters", "log_interval", "gradient_accumulation_steps", "batch_size",
+            "block_size", "mup_base_width", "max_skipped"):
+    if config[key] < 1:
+        fail(f"{key} must be at least 1; got {config[key]}")
+for key in ("max_iters", "warmup_iters", "lr_decay_iters", "sample_tokens", "learning_rate", "min_lr", "weight_decay",
+            "grad_clip", "aux_loss_weight", "router_balance_rate", "seed"):
+    if config[key] is not None and config[key] < 0:
+        fail(f"{key} must not be negative; got {config[key]}")
+for key in ("beta1", "beta2"):
+    if not 0 <= config[key] < 1:
+        fail(f"{key} must be in [0, 1); got {config[key]}")
+for key, values in dict(init_from=("scratch", "resume", "auto"), dtype=(None, "float32", "bfloat16", "float16"),
+                        backend=(None, "nccl", "gloo", "mpi", "ucc", "xccl", "cpu:gloo,cuda:nccl")).items():
+    if config[key] not in values:
+        fail(f"{key} must be one of {', '.join(map(str, values))}; got {config[key]!r}")
+if gradient_accumulation_steps * batch_size > 2 ** 20:
+    fail(f"gradient_accumulation_steps = {gradient_accumulation_steps} times batch_size = {batch_size} is more than the "
+         f"{2 ** 20} sequences that an iteration may have")
+if out_dir is None:
+    files = [os.path.splitext(os.path.basename(a))[0] for a in sys.argv[1:] if not a.startswith("-")]
+    out_dir = "-".join(["out", *files])
+for key in ("out_dir", "dataset"):
+    if not globals()[key].strip() or "\0" in globals()[key]:
+        fail(f"{key} must be a path; got {globals()[key]!r}")
+if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+    fail(f"out_dir {out_dir!r} is a file: give a folder, or a path where one can be made")
+lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+min_lr = learning_rate / 10 if min_lr is None else min_lr
+if decay_lr and min_lr > learning_rate:
+    fail(f"min_lr = {min_lr} must not exceed learning_rate = {learning_rate}, from which it decays")
 
 import numpy as np
 import torch
@@ -84,37 +128,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
+import survive
 import tokenizer
-from configurator import fail
-from data.common import open_dataset
+from data.common import largest_id, open_dataset
 from model import GPT, GPTConfig
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-
-# ---- What a user can get wrong, before anything is written ----------------------------------------------------------
-
-for key in ("eval_interval", "eval_iters", "log_interval", "gradient_accumulation_steps", "batch_size", "mup_base_width"):
-    if config[key] < 1:
-        fail(f"{key} must be at least 1; got {config[key]}")
-for key in ("max_iters", "warmup_iters", "sample_tokens", "learning_rate", "weight_decay", "grad_clip",
-            "aux_loss_weight", "router_balance_rate", "seed"):
-    if config[key] < 0:
-        fail(f"{key} must not be negative; got {config[key]}")
-for key in ("beta1", "beta2"):
-    if not 0 <= config[key] < 1:
-        fail(f"{key} must be in [0, 1); got {config[key]}")
-if init_from not in ("scratch", "resume"):
-    fail(f"init_from must be 'scratch' or 'resume'; got {init_from!r}")
-if dtype not in (None, "float32", "bfloat16", "float16"):
-    fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
-if out_dir is None:
-    files = [os.path.splitext(os.path.basename(a))[0] for a in sys.argv[1:] if not a.startswith("-")]
-    out_dir = "-".join(["out", *files])
-lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
-min_lr = learning_rate / 10 if min_lr is None else min_lr
 
 # ---- Processes and devices ------------------------------------------------------------------------------------------
 
+signals = survive.Signals()  # until the first iteration they end the run at once, then after the iteration
 rank_id, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 local_rank = int(os.environ.get("LOCAL_RANK", 0))
 ddp, master = world_size > 1, rank_id == 0
@@ -128,9 +149,9 @@ if ddp and device == "cuda":
     device = f"cuda:{local_rank}"
 try:
     device_type = torch.device(device).type
-    torch.empty(1, device=device)
-except (RuntimeError, AssertionError) as e:
-    fail(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}")
+    torch.ones(1, device=device).item()
+except Exception as e:
+    fail(f"device {device!r} cannot be used here: {(str(e) or type(e).__name__).splitlines()[0]}")
 if device_type == "cuda":
     torch.cuda.set_device(device)
 elif device_type == "cpu":
@@ -143,13 +164,21 @@ torch.backends.cuda.matmul.fp32_precision = "tf32"
 torch.backends.cudnn.fp32_precision = "tf32"
 autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 if ddp:
-    dist.init_process_group(backend or ("nccl" if device_type == "cuda" else "gloo"))
+    try:
+        store, *_ = next(dist.rendezvous("env://"))
+        # torchrun's store outlives a restart: the addresses of processes that are gone must not be found in it
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend or ("nccl" if device_type == "cuda" else "gloo"), store=store, rank=rank_id,
+                                world_size=world_size)
+    except (RuntimeError, ValueError) as e:
+        fail(f"the {world_size} processes cannot be connected by backend {backend!r}: {str(e).splitlines()[0]}")
 
 
 def say(*message) -> None:
-    """Print, once for all processes."""
+    """Print, once for all processes; a closed terminal or a full disk behind stdout is no reason to stop."""
     if master:
-        print(*message, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(*message, flush=True)
 
 
 def mean_over_processes(x: torch.Tensor) -> torch.Tensor:
@@ -159,28 +188,60 @@ def mean_over_processes(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def largest_of_processes(x: float) -> float:
+    if ddp:
+        x = torch.tensor(x, dtype=torch.float32, device=device)
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x.item()
+    return x
+
+
+def together(make, *args):
+    """make(*args) on every process; where it raises ValueError on one of them, all end in its sentence."""
+    result = error = None
+    try:
+        result = make(*args)
+    except ValueError as e:
+        error = str(e)
+    errors = [error]
+    if ddp:
+        errors *= world_size
+        dist.all_gather_object(errors, error)
+    if any(errors):
+        if ddp:
+            dist.destroy_process_group()
+        fail(next(filter(None, errors)))
+    return result
+
+
 # ---- Data: which tokens an iteration sees depends on seed, iteration and place in the global batch alone ------------
 
 def load_dataset() -> tuple[dict, dict]:
-    """(meta.json, {split: token ids on disk}); whatever is wrong with the dataset ends in one sentence."""
+    """(meta.json, {split: token ids on disk}); ValueError, one sentence, for whatever is wrong with the dataset."""
     folder = dataset if os.path.isdir(dataset) else os.path.join(HERE, "data", dataset)
     if not os.path.isdir(folder):
-        fail(f"there is no dataset {dataset!r}: give a path, or the name of a folder under data/ (made by data/*/prepare.py)")
-    try:
-        meta, splits = open_dataset(folder)
-    except ValueError as e:
-        fail(str(e))
+        raise ValueError(f"there is no dataset {dataset!r}: give a path, or the name of a folder under data/ (made by "
+                         "data/*/prepare.py)")
+    meta, splits = open_dataset(folder)
     for split, tokens in splits.items():
         if len(tokens) <= block_size:
-            fail(f"{split}.bin of {folder} holds {len(tokens)} tokens, too few for block_size = {block_size}")
+            raise ValueError(f"{split}.bin of {folder} holds {len(tokens)} tokens, too few for block_size = {block_size}")
     return meta, splits
+
+
+def check_ids() -> None:
+    """Every id of both files is read, shared by the processes of a machine; ValueError for one beyond the vocabulary."""
+    for split, tokens in splits.items():
+        share = (local_rank, int(os.environ["LOCAL_WORLD_SIZE"])) if "LOCAL_WORLD_SIZE" in os.environ else (0, 1)
+        largest = largest_id(tokens, *share)
+        if largest >= vocab_size:
+            raise ValueError(f"{split}.bin of dataset {dataset!r} holds the token id {largest}, but its vocabulary ends at "
+                             f"{vocab_size - 1}: make it again with data/*/prepare.py")
 
 
 def to_device(data: np.ndarray, starts) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, (len(starts), block_size) each: the windows of data at these places."""
     windows = torch.from_numpy(np.stack([data[s:s + block_size + 1] for s in starts]).astype(np.int64))
-    if windows.max() >= vocab_size:
-        fail(f"dataset {dataset!r} holds the token id {windows.max()}, but its vocabulary ends at {vocab_size - 1}")
     if device_type == "cuda":
         windows = windows.pin_memory().to(device, non_blocking=True)
     else:
@@ -201,81 +262,102 @@ def val_batch(i: int):
     return to_device(splits["val"], [j * last // max(1, count - 1) for j in range(i * batch_size, (i + 1) * batch_size)])
 
 
-meta, splits = load_dataset()
+meta, splits = together(load_dataset)
 vocab_size = meta["vocab_size"]
+together(check_ids)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
 # ---- Model and optimizer --------------------------------------------------------------------------------------------
 
-ckpt_path = os.path.join(out_dir, "ckpt.pt")
+ckpt_path, best_path, log_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl"))
 model_args = {f.name: vocab_size if f.name == "vocab_size" else config[f.name] for f in dataclasses.fields(GPTConfig)}
-torch.manual_seed(seed)  # every process starts from the same weights
-try:
-    raw_model = GPT(GPTConfig(**model_args)).to(device)
-except ValueError as e:
-    fail(str(e))
+
+
+def make_model() -> GPT:
+    """The model on its device, the same on every process; ValueError if its sizes do not fit each other or the memory."""
+    try:
+        with torch.device("meta"):  # shapes without memory
+            one = GPT(GPTConfig(**model_args | {"n_layer": min(n_layer, 1)}))
+        params = one.num_params() + (n_layer - 1) * sum(p.numel() for p in one.blocks[0].parameters())
+        size = params * 4 * (4 if device_type == "cpu" else 1)  # float32 weights, on a CPU with gradients and two moments
+        if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise ValueError(f"a model of {params:,} parameters needs {size / 1e9:,.0f} GB of memory, more than there is: "
+                             "take a smaller n_embd or n_layer")
+        torch.manual_seed(seed)
+        return GPT(GPTConfig(**model_args)).to(device)
+    except (RuntimeError, MemoryError, OverflowError) as e:
+        raise ValueError(f"this model cannot be made here: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+
+
+raw_model = together(make_model)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
 routers = (len(raw_model.routers()), num_experts or ffn_experts)  # (R, E)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 iteration, tokens_seen, flops_spent, best_val_loss = 0, 0, 0.0, math.inf
+skipped, skipped_in_a_row = 0, 0  # iterations whose loss or gradient was not finite
+saved_at, saved_best = None, math.inf  # the iteration of ckpt.pt and the val loss of ckpt_best.pt, once written or read
+wandb_id = None
+
+# ---- out_dir and its checkpoint -------------------------------------------------------------------------------------
+
+def open_out_dir() -> bool:
+    """Take out_dir, for this run alone; whether the run resumes what is in it. Only the first process is asked."""
+    if init_from == "resume" and not os.path.exists(ckpt_path):
+        survive.read_checkpoint(ckpt_path)  # says that there is none
+    survive.take_out_dir(out_dir)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # what is there, this very command has made
+    if os.path.exists(ckpt_path) and (init_from != "scratch" or restarted):
+        return True
+    for name in survive.set_aside(out_dir):
+        say(f"{name} of an earlier run is {name}.old in {out_dir} from here on")
+    return False
 
 
-def load_checkpoint(path: str) -> dict:
-    """The contents of a checkpoint, mapped from the file rather than read into memory."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key in ("model", "optimizer", "scaler", "model_args", "config", "iteration", "tokens", "flops", "best_val_loss"):
-            checkpoint[key]
-    except FileNotFoundError:
-        fail(f"there is no checkpoint {path} to resume from: use --init_from=scratch, or another --out_dir")
-    except Exception as e:
-        fail(f"{path} is not a checkpoint that can be read ({type(e).__name__}): remove it, or resume from ckpt_best.pt")
-    differing = {k: (v, model_args.get(k)) for k, v in checkpoint["model_args"].items() if v != model_args.get(k)}
-    if differing:
-        fail(f"{path} holds another model: " + ", ".join(f"{k} = {a!r} there and {b!r} here"
-                                                         for k, (a, b) in differing.items()))
-    for key in ("mup", "mup_base_width"):
-        before = checkpoint["config"].get(key, config[key])
-        if before != config[key]:
-            fail(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a resumed run keeps the "
-                 "learning-rate factors of its parameters")
-    return checkpoint
+def load_checkpoint() -> dict:
+    """Take over the checkpoint of an earlier run; what else it holds. ValueError, one sentence, if it is not for this one."""
+    checkpoint = survive.read_checkpoint(ckpt_path)
+    survive.check_checkpoint(ckpt_path, checkpoint, model_args=model_args, tokenizer=meta["tokenizer"], config=config,
+                             model=raw_model)
+    survive.restore(ckpt_path, checkpoint, raw_model, optimizer, scaler)
+    return {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
 
 
-def save_checkpoint(best: bool) -> None:
-    """Write all that a run needs to go on, beside the old checkpoint and then in its place; link the best one too."""
-    contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                    model_args=model_args, config=config, tokenizer=meta["tokenizer"], iteration=iteration,
-                    tokens=tokens_seen, flops=flops_spent, best_val_loss=best_val_loss, seed=seed)
-    with open(ckpt_path + ".tmp", "wb") as f:
-        torch.save(contents, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(ckpt_path + ".tmp", ckpt_path)
-    if best:
-        beside = os.path.join(out_dir, "ckpt_best.pt")
+def save_checkpoint(best: bool = False) -> None:
+    """Write all that a run needs to go on, on the first process; what the disk does not take leaves the last one there."""
+    global saved_at, saved_best
+    if master:
+        contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                        model_args=model_args, config=config, tokenizer=meta["tokenizer"], iteration=iteration,
+                        tokens=tokens_seen, flops=flops_spent, best_val_loss=best_val_loss, seed=seed, skipped=skipped,
+                        skipped_in_a_row=skipped_in_a_row, wandb_id=wandb_id)
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(beside + ".tmp")
-            os.link(ckpt_path, beside + ".tmp")  # the same bytes twice, without writing them twice
-        except OSError:
-            shutil.copyfile(ckpt_path, beside + ".tmp")
-        os.replace(beside + ".tmp", beside)
+            log_file.sync()
+            survive.save_checkpoint(ckpt_path, contents, best_path if best else None)
+            saved_at = iteration
+            saved_best = best_val_loss if best else saved_best
+        except OSError as e:
+            say(f"the checkpoint of iteration {iteration} could not be written ({e.strerror}): {kept_checkpoint()}")
+    if ddp:
+        dist.barrier()
 
 
-if init_from == "resume":
-    checkpoint = load_checkpoint(ckpt_path)
-    hyperparameters = [dict(betas=g["betas"], weight_decay=g["weight_decay"]) for g in optimizer.param_groups]
-    raw_model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+def kept_checkpoint() -> str:
+    return f"{ckpt_path} is that of iteration {saved_at}" if saved_at is not None else "there is no checkpoint yet"
+
+
+resuming = bool(largest_of_processes(together(lambda: master and open_out_dir())))
+if resuming:
+    checkpoint = together(load_checkpoint)
     iteration, best_val_loss = checkpoint["iteration"], checkpoint["best_val_loss"]
     tokens_seen, flops_spent = checkpoint["tokens"], checkpoint["flops"]
-    for group, values in zip(optimizer.param_groups, hyperparameters):
-        group.update(values)  # those of this run, not of the checkpoint
-    del checkpoint
+    skipped, skipped_in_a_row = checkpoint.get("skipped", 0), checkpoint.get("skipped_in_a_row", 0)
+    saved_at, saved_best, wandb_id = iteration, best_val_loss, checkpoint.get("wandb_id")
     say(f"resuming {out_dir} at iteration {iteration}")
+    for key, value in config.items():
+        if key not in ("init_from", "out_dir") and checkpoint["config"].get(key, value) != value:
+            say(f"  {key} = {value!r} from here on; it was {checkpoint['config'][key]!r}")
+    del checkpoint
 
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
@@ -319,52 +401,31 @@ say(f"device: {device} x {world_size}, {dtype}, {'compiled' if compile else 'eag
 
 # ---- Log ------------------------------------------------------------------------------------------------------------
 
-log_path = os.path.join(out_dir, "log.jsonl")
-
-
-def open_log():
-    """log.jsonl, empty, or as it was when the checkpoint was written: later points are about to be made again."""
-    kept = []
-    if init_from == "resume" and os.path.exists(log_path):
-        with open(log_path, encoding="utf-8") as f:
-            for line in f:
-                with contextlib.suppress(ValueError):  # a half line of a killed run
-                    if json.loads(line).get("iter", -1) < iteration:
-                        kept.append(line.rstrip("\n") + "\n")
-    with open(log_path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(log_path + ".tmp", log_path)
-    return open(log_path, "a", encoding="utf-8")
-
-
 def log(**point) -> None:
     """One line of log.jsonl, and the same to wandb."""
     if master:
-        log_file.write(json.dumps(point) + "\n")
-        log_file.flush()
+        try:
+            log_file.write(point)
+        except OSError as e:
+            say(f"{log_path} cannot be written ({e.strerror}): its lines wait for the disk")
         if wandb_run is not None and "iter" in point:
-            wandb_run.log(point, step=point["iter"])
+            wandb_run.log(point)
 
 
-def start_wandb():
-    """The wandb run, or None: training does not depend on it."""
-    if not (wandb_log and master):
-        return None
+def open_log() -> survive.Log:
     try:
-        import wandb
-        return wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-    except Exception as e:
-        say(f"wandb is off: {type(e).__name__}: {e}")
-        return None
-
-
-if master:
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        log_file = open_log()
+        return survive.Log(log_path, iteration if resuming else -1)
     except OSError as e:
-        fail(f"out_dir {out_dir} cannot be written: {e.strerror}")
-wandb_run = start_wandb()
+        raise ValueError(f"{log_path} cannot be written: {e.strerror}") from None
+
+
+log_file = together(lambda: open_log() if master else None)
+wandb_run = None
+if wandb_log:
+    wandb_id = wandb_id or secrets.token_hex(4)
+    if master:
+        wandb_run = survive.Wandb(say, project=wandb_project, name=wandb_run_name, config=config, id=wandb_id,
+                                  resume="allow")
 log(type="run", config=config, model_args=model_args, torch=torch.__version__, python=sys.version.split()[0],
     device=torch.cuda.get_device_name(device) if device_type == "cuda" else device_type, processes=world_size,
     dtype=dtype, compile=compile, params=raw_model.num_params(), active_params=raw_model.num_params(active=True),
@@ -425,10 +486,11 @@ def seed_dropout() -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, iteration, rank_id)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def train_step() -> tuple[torch.Tensor, torch.Tensor]:
-    """One iteration; (cross-entropy, gradient norm) of the global batch's share of this process."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(iteration) * group["lr_multiplier"]
+def train_step() -> tuple[float, float, bool]:
+    """One iteration: (cross-entropy, gradient norm) of the global batch, and whether both are finite.
+
+    If not, the parameters, the optimizer and the routers' biases stay as they were, on every process.
+    """
     seed_dropout()
     steps = gradient_accumulation_steps // world_size
     total, balance = torch.zeros((), device=device), 0
@@ -444,13 +506,28 @@ def train_step() -> tuple[torch.Tensor, torch.Tensor]:
         balance += torch.cat([aux.load, aux.variance[:, None]], dim=1) / steps
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
+    loss, norm = torch.stack([mean_over_processes(total), norm]).tolist()  # .tolist() waits for the device
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(iteration) * group["lr_multiplier"]
+        scaler.step(optimizer)
+        if routers[0] and router_balance_rate:
+            balance = mean_over_processes(balance)
+            raw_model.rebalance(balance[:, :-1], balance[:, -1], router_balance_rate)
+    scaler.update()  # float16: a smaller scale after gradients that are not finite
     optimizer.zero_grad(set_to_none=True)
-    if routers[0] and router_balance_rate:
-        balance = mean_over_processes(balance)
-        raw_model.rebalance(balance[:, :-1], balance[:, -1], router_balance_rate)
-    return total, norm
+    return loss, norm, finite
+
+
+@torch.no_grad()
+def healthy() -> bool:
+    """Whether the model's loss is finite on the batch that comes next: else a checkpoint would be of no use."""
+    raw_model.eval()
+    with autocast:
+        _, loss = raw_model(*train_batch(iteration, rank_id * batch_size, (rank_id + 1) * batch_size))
+    raw_model.train()
+    return not largest_of_processes(float(not math.isfinite(loss.item())))
 
 
 def describe_load(load: torch.Tensor, entropy: torch.Tensor) -> list[str]:
@@ -473,19 +550,41 @@ def report(loss: float, norm: float, seconds: float, its: int) -> None:
     say(f"iter {iteration:6d} | loss {loss:.4f} | {seconds / its * 1e3:.1f} ms | {rate:,.0f} tokens/s | "
         f"utilization {utilization:.1%} | left {clock((max_iters - iteration) * seconds / its)}")
     log(type="train", iter=iteration, tokens=tokens_seen, flops=flops_spent, loss=loss, grad_norm=norm,
-        lr=learning_rate_at(iteration), ms_per_iter=seconds / its * 1e3, tokens_per_s=rate, utilization=utilization)
+        lr=learning_rate_at(iteration), ms_per_iter=seconds / its * 1e3, tokens_per_s=rate, utilization=utilization,
+        skipped=skipped)
 
 
-if init_from == "scratch":
+def report_skipped(loss: float, norm: float) -> None:
+    """The same for an iteration that was skipped; the end of the run if there were too many in a row."""
+    say(f"iter {iteration:6d} | skipped, because it is not finite: loss {loss}, gradient norm {norm}")
+    log(type="skip", iter=iteration, tokens=tokens_seen, flops=flops_spent, loss=loss, grad_norm=norm, skipped=skipped)
+    if skipped_in_a_row >= max_skipped:
+        together(give_up)
+
+
+def give_up() -> None:
+    if master:
+        finish_wandb()
+        raise ValueError(f"the loss or the gradient was not finite in {skipped_in_a_row} iterations in a row, up to "
+                         f"{iteration}: {kept_checkpoint()}; go on with --init_from=resume and a lower --learning_rate or --grad_clip, "
+                         "another --seed for other data, or a --dtype of more range than float16")
+
+
+def finish_wandb() -> None:
+    if wandb_run is not None:
+        wandb_run.finish()
+
+
+signals.wait = True
+if not resuming:
     balance_routers()
 training_started = last_report = time.perf_counter()
 its_since_report = 0
-while True:
+while not (stopping := int(largest_of_processes(signals.number))):
     if iteration % eval_interval == 0 or iteration >= max_iters:
         started = time.perf_counter()
         val_loss, load = evaluate()
-        best = val_loss < best_val_loss
-        best_val_loss = min(best_val_loss, val_loss)
+        best_val_loss = min(best_val_loss, val_loss) if math.isfinite(val_loss) else best_val_loss
         say(f"eval {iteration:6d} | val loss {val_loss:.4f}")
         entropy = torch.special.entr(load).sum(1)  # (R,) nats
         for line in describe_load(load, entropy):
@@ -493,22 +592,36 @@ while True:
         log(type="eval", iter=iteration, tokens=tokens_seen, flops=flops_spent, val_loss=val_loss,
             best_val_loss=best_val_loss, router_load=load.tolist(), router_entropy=entropy.tolist(),
             router_max_load=[max(l) * len(l) for l in load.tolist()], seconds=time.perf_counter() - training_started)
-        if master:
-            save_checkpoint(best)
-        if ddp:
-            dist.barrier()
+        if math.isfinite(val_loss):
+            save_checkpoint(best=val_loss < saved_best)
         last_report += time.perf_counter() - started  # what an iteration takes does not include evaluations
+    elif iteration % checkpoint_interval == 0 and healthy():
+        save_checkpoint()
     if iteration >= max_iters:
         break
-    loss, norm = train_step()
+    loss, norm, finite = train_step()
     tokens_seen += tokens_per_iter
     flops_spent += float(tokens_per_iter * flops_per_token)
     its_since_report += 1
-    if iteration % log_interval == 0:
-        loss = mean_over_processes(loss).item()  # .item() waits for the device
-        report(loss, norm.item(), time.perf_counter() - last_report, its_since_report)
+    skipped += not finite
+    skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+    if not finite:
+        report_skipped(loss, norm)
+    elif iteration % log_interval == 0:
+        report(loss, norm, time.perf_counter() - last_report, its_since_report)
         last_report, its_since_report = time.perf_counter(), 0
     iteration += 1
+
+if stopping and healthy():
+    save_checkpoint()
+signals.wait = False
+if stopping:
+    say(f"stopped by {signal.Signals(stopping).name} at iteration {iteration}: {kept_checkpoint()}; go on with "
+        "--init_from=resume")
+    finish_wandb()
+    if ddp:
+        dist.destroy_process_group()
+    sys.exit(128 + stopping)
 
 # ---- A sample, and how to get more ----------------------------------------------------------------------------------
 
@@ -534,7 +647,8 @@ if master and sample_tokens:
         say(f"no sample: {e}")
     say("----")
 say(f"sample more: python sample.py --out_dir={out_dir}")
-if wandb_run is not None:
-    wandb_run.finish()
+finish_wandb()
 if ddp:
     dist.destroy_process_group()
+if master and saved_at != iteration:
+    fail(f"the run has ended at iteration {iteration}, but {kept_checkpoint()}: make room and go on with --init_from=resume")

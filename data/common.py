@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import CHARACTERS
+from tokenizer import CHARACTERS, Gpt2Tokenizer
 
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SPLIT_SEED = 2357  # nanoGPT's, so that the validation documents of OpenWebText are the same
+GPT2_SIZE = Gpt2Tokenizer.vocab_size
 FEW_TOKENS = 10_000  # fewer validation tokens than this are worth a remark
 
 # The hub's parquet version (80 files, 8,013,769 documents); a revision is what keeps the data the same tomorrow.
@@ -38,8 +39,8 @@ ALPHABET_TO_IDS = bytes.maketrans(ALPHABET, bytes(range(len(ALPHABET))))
 def open_dataset(folder):
     """Opens a prepared dataset.
 
-    Returns (meta, {"train": tokens, "val": tokens}), the tokens being read-only memory maps, 1-D, uint8 or uint16.
-    Raises ValueError, one sentence, if there is no whole dataset in the folder.
+    Returns (meta, {"train": tokens, "val": tokens}), the tokens being read-only memory maps, 1-D, uint8 or uint16. Their
+    ids are not looked at: see largest_id. Raises ValueError, one sentence, if there is no whole dataset in the folder.
     """
     folder = Path(folder)
     script = folder / "prepare.py"
@@ -47,21 +48,38 @@ def open_dataset(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         dtype = DTYPES[meta["dtype"]]
-        counts = {split: int(meta[f"{split}_tokens"]) for split in ("train", "val")}
-        if type(meta["vocab_size"]) is not int or meta["tokenizer"]["name"] not in ("char", "gpt2"):
-            raise ValueError
+        counts = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
+        described = meta["tokenizer"]
+        size = {"gpt2": GPT2_SIZE, "char": len(described.get("characters", ""))}[described["name"]]
+        if any(type(n) is not int for n in [meta["vocab_size"], *counts.values()]):
+            raise TypeError
     except OSError as error:
         raise ValueError(f"there is no whole dataset in {folder} (no readable meta.json): {advice}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / 'meta.json'} does not describe a dataset: {advice}") from error
+    if meta["vocab_size"] != size:
+        raise ValueError(
+            f"{folder / 'meta.json'} says vocab_size {meta['vocab_size']}, but its tokenizer has {size} tokens: {advice}"
+        )
     tokens = {}
     for split, count in counts.items():
         path = folder / f"{split}.bin"
-        size = path.stat().st_size if path.is_file() else 0
-        if count < 1 or size != count * dtype.itemsize:
-            raise ValueError(f"{path} holds {size} bytes where meta.json says {count} tokens of {dtype.itemsize}: {advice}")
-        tokens[split] = np.memmap(path, dtype=dtype, mode="r")
+        try:
+            size = path.stat().st_size if path.is_file() else 0
+            if count < 1 or size != count * dtype.itemsize:
+                raise ValueError(
+                    f"{path} holds {size} bytes where meta.json says {count} tokens of {dtype.itemsize}: {advice}"
+                )
+            tokens[split] = np.memmap(path, dtype=dtype, mode="r")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from error
     return meta, tokens
+
+
+def largest_id(tokens, part=0, parts=1, size=1 << 24):
+    """Returns the largest of the ids in one of `parts` equal shares of tokens, -1 if it is empty; reads them once."""
+    first, last = (len(tokens) * i // parts for i in (part, part + 1))
+    return max((int(tokens[i : min(i + size, last)].max()) for i in range(first, last, size)), default=-1)
 
 
 # The command line of a prepare script

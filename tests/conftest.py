@@ -1,3 +1,4 @@
+import atexit
 import importlib.util
 import json
 import multiprocessing
@@ -56,7 +57,10 @@ def _run_script(script, arguments, environment, out, err, before):
     sys.argv = [str(ROOT / script), *arguments]
     if before is not None:
         before()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without them
 
 
 @pytest.fixture(scope="session")

@@ -530,6 +530,16 @@ DAMAGES = {
     "no tokenizer": lambda folder: change_meta(folder, tokenizer=None),
     "short train.bin": lambda folder: os.truncate(folder / "train.bin", 500),
     "no val.bin": lambda folder: os.remove(folder / "val.bin"),
+    "empty train.bin": lambda folder: os.truncate(folder / "train.bin", 0),
+    "one byte more of val.bin": lambda folder: (folder / "val.bin").write_bytes(b"\1" * 301),
+    "a folder as val.bin": lambda folder: (os.remove(folder / "val.bin"), os.mkdir(folder / "val.bin")),
+    "uint16": lambda folder: change_meta(folder, dtype="uint16"),
+    "another vocabulary": lambda folder: change_meta(folder, vocab_size=97),
+    "fraction of a count": lambda folder: change_meta(folder, train_tokens=600.0),
+    "infinite count": lambda folder: change_meta(folder, train_tokens=float("inf")),
+    "not UTF-8": lambda folder: (folder / "meta.json").write_bytes(b"\xff{}"),
+    "nested": lambda folder: (folder / "meta.json").write_text("[" * 100_000),
+    "no meta.json": lambda folder: os.remove(folder / "meta.json"),
 }
 
 
@@ -537,7 +547,7 @@ DAMAGES = {
 def test_a_damaged_dataset_is_one_sentence(damage, attempt, tmp_path):
     folder = write_ids(tmp_path / "data", [1, 2, 3] * 200, [1, 2, 3] * 100)
     DAMAGES[damage](folder)
-    assert_one_sentence(attempt(dataset=folder), str(folder), ".bin" if ".bin" in damage else "meta.json")
+    assert_one_sentence(attempt(dataset=folder), str(folder), ".bin" if ".bin" in damage or damage == "uint16" else "meta.json")
 
 
 def test_an_id_beyond_the_vocabulary_is_one_sentence(run, tmp_path):
