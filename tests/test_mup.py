@@ -91,6 +91,16 @@ def test_lr_transfer(run, python_text, tmp_path):
     log.write_text(log.read_text().replace('"eval_iters": 100', '"eval_iters": 1'))  # another run, of the same name
     assert run("lr_transfer.py", *SHORT, *places).returncode == told.returncode and read(tmp_path / "t.csv") == rows
     assert {f for f in made if f.stat().st_mtime_ns != made[f]} == {log} and '"eval_iters": 100' in log.read_text()
+    # losses whose parabola has its minimum at 10^v: within one step, √1000, and beyond
+    for v32, v64, moves in ((-3, -2, False), (-3.8, -1.2, True), (-5, -4.5, True)):
+        for log in made:
+            *points, last = [json.loads(line) for line in log.read_text().splitlines()]
+            config = points[0]["config"]
+            last["val_loss"] = 2 + (math.log10(config["learning_rate"]) - {32: v32, 64: v64}[config["n_embd"]]) ** 2
+            log.write_text("".join(json.dumps(point) + "\n" for point in (*points, last)))
+        told = run("lr_transfer.py", *SHORT, *places)
+        assert told.returncode == moves == ("<- moves" in told.stdout)
+        assert f"minimum at {10 ** v32:.2g}" in told.stdout and f"minimum at {10 ** v64:.2g}" in told.stdout
 
 
 @pytest.mark.parametrize("flags, word", [
