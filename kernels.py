@@ -202,7 +202,8 @@ class _Layout:
         self.sizes, self.swapped = sizes, swapped
         a, b, g, d, e, f, r = sizes
         self.d_in, self.d_out, self.width = a * b * g, d * e * f, g * r * f * d * b  # width: entries of z per row
-        self.rows = max(64, min(2048, 2 ** 19 // max(self.d_in, self.d_out, self.width)))  # of a piece, at an even load
+        piece = 2 ** 19 if gathered else 2 ** 18  # entries, at an even load
+        self.rows = max(64, min(2048, piece // max(self.d_in, self.d_out, self.width)))
         self.by_delta, self.by_beta = not swapped and d > 1 and not gathered, swapped and b > 1 and not gathered
 
     def block(self, num_experts: int, top_k: int) -> int:
@@ -419,21 +420,17 @@ def _choose(scores: Tensor, k: int) -> Tensor:
     return chosen
 
 
-def _join(blocks: list[Tensor], like: Tensor, width: int) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat([like.new_empty(0, width), *blocks])
-
-
 @torch.library.custom_op("structured::routed_einsum", mutates_args=())
 def _routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, second: Tensor, top_k: int,
                    sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     to = _Layout(sizes, swapped, gathered=True)
     T, E, (*_, d, e_, f, _) = x.shape[0], router.shape[0], sizes
     size = to.block(E, top_k)
-    logits, blocks = router.new_empty(T, E), []
+    logits = router.new_empty(T, E)
     for xs, part in zip(x.split(size), logits.split(size)):
         torch.mm(xs.to(router.dtype), router.T, out=part)
     x = x.to(first.dtype)  # the router has seen it as it was
-    z = x.new_empty(T * top_k, to.width)
+    y, z = x.new_empty(T, to.d_out), x.new_empty(T * top_k, to.width)
     chosen = _choose(logits + balance, top_k)
     gates = logits.gather(1, chosen).softmax(1).to(x.dtype)
     for block in _blocks(chosen, E, size, to.rows):
@@ -442,8 +439,8 @@ def _routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, se
         for e, i, j in block.pieces:
             zs = to.first_product(to.first(_gather("x", x, block.token[i:j])), first[e], z_block[i:j])
             torch.bmm(to.second(zs), second[e].mT, out=rows[i:j].view(f, d * (j - i), e_))
-        blocks.append(to.combine_outputs(rows, block, gates[block.tokens]))
-    return _join(blocks, x, to.d_out), logits, chosen, z
+        y[block.tokens] = to.combine_outputs(rows, block, gates[block.tokens])
+    return y, logits, chosen, z
 
 
 @_routed_einsum.register_fake
@@ -459,9 +456,9 @@ def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tens
     to = _Layout(sizes, swapped, gathered=True)
     a, b, g, d, e_, f, r = sizes
     E, k = router.shape[0], chosen.shape[1]
-    blocks, drouter = [], torch.zeros_like(router)
-    dfirst, dsecond = _zeros(first, first.shape), _zeros(second, second.mT.shape)
     gates, x_seen, x = logits.gather(1, chosen).softmax(1), x, x.to(first.dtype)
+    dx, drouter = torch.empty_like(x_seen), torch.zeros_like(router)
+    dfirst, dsecond = _zeros(first, first.shape), _zeros(second, second.mT.shape)
     for block in _blocks(chosen, E, to.block(E, k), to.rows):
         tokens = block.tokens
         rows = _buffer("rows", x, block.order.numel(), to.d_in)
@@ -482,9 +479,9 @@ def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tens
         dgates = torch.empty_like(dgate).index_copy_(0, block.order, dgate).view(-1, k)
         dlogit = dlogits[tokens].scatter_add(1, chosen[tokens], dgates - gates[tokens] * dgates.sum(1, keepdim=True))
         drouter.addmm_(dlogit.T, x_seen[tokens].to(router.dtype))
-        dx = to.combine_inputs(rows, block).to(x_seen.dtype)
-        blocks.append(dx.addmm_(dlogit.to(dx.dtype), router.to(dx.dtype)))
-    return _join(blocks, x_seen, to.d_in), drouter, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
+        part = to.combine_inputs(rows, block).to(dx.dtype)
+        torch.addmm(part, dlogit.to(dx.dtype), router.to(dx.dtype), out=dx[tokens])
+    return dx, drouter, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
 
 
 @_routed_einsum_backward.register_fake
