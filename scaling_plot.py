@@ -1,0 +1,153 @@
+"""Figures of scaling laws, from the fit.json that scaling_report.py writes; for scaling.py.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; each structure also has a marker and a line style of its
+own, so that a grey print shows as much. Every figure is written as svg and as png.
+"""
+import json
+import os
+
+import numpy as np
+
+# yellow is left out: on white it is too faint for a line
+COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+MARKERS = "os^DvPX*<>hp"
+LINES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (10, 3)),
+         (0, (2, 2, 6, 2)), (0, (4, 1, 4, 4)))
+
+
+def style(i: int) -> dict:
+    """Colour, marker and line style of the i-th structure: all three together repeat after 72."""
+    return dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)])
+
+
+def axes(plt, panels: int = 1, **options):
+    fig, found = plt.subplots(1, panels, figsize=(4.6 + 3.4 * (panels - 1) + 1.5, 4.0), squeeze=False, layout="constrained",
+                              **options)
+    for ax in found[0]:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return fig, found[0]
+
+
+def plain_ticks(axis) -> None:
+    """Losses and multipliers on a logarithmic scale are read as 1.5 and 2, not as powers of ten."""
+    from matplotlib import ticker
+    low, high = axis.get_view_interval()
+    decades = np.log10(high / low)
+    subs = (1, 2, 5) if decades > 1.2 else (1, 1.5, 2, 3, 4, 5, 7) if decades > 0.5 else tuple(np.arange(1, 10, 0.2).round(1))
+    axis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def log_x(ax) -> None:
+    """A logarithmic x whose ticks are powers of ten, with 2 and 5 between them where there are few."""
+    from matplotlib import ticker
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1,) if np.log10(high / low) > 2 else (1, 2, 5)))
+    ax.xaxis.set_major_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf)))
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def save(plt, fig, ax, folder: str, name: str) -> None:
+    """Write a figure, its legend beside the axes."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        fig.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3.2)
+    for kind in ("svg", "png"):
+        metadata = {"Date": None} if kind == "svg" else None    # the same figure is the same file
+        fig.savefig(os.path.join(folder, f"{name}.{kind}"), dpi=150, metadata=metadata)
+    plt.close(fig)
+
+
+def draw_frontier(ax, fitted: dict, curves: list[dict], axis: str) -> None:
+    """Faint: every run. Markers: the frontier, hollow where it is not fitted. Lines: the laws."""
+    for i, (label, f) in enumerate(fitted.items()):
+        look = style(i)
+        for curve in (c for c in curves if c["structure"] == label and axis in c):
+            ax.plot(curve[axis], curve["loss"], color=look["color"], linewidth=0.6, alpha=0.25)
+        x, loss, used = np.array(f["x"]), np.array(f["loss"]), np.array(f["used"], bool)
+        every = max(1, len(x) // 12)
+        for part, fill in ((used, look["color"]), (~used, "none")):
+            ax.plot(x[part][::every], loss[part][::every], color=look["color"], marker=look["marker"], linestyle="none",
+                    markersize=4.5, markerfacecolor=fill, markeredgewidth=0.9)
+        if f["law"] is not None:
+            at = np.geomspace(x[used].min(), x[used].max(), 100)
+            law = f["law"]
+            ax.plot(at, law["floor"] + (at / law["scale"]) ** -law["exponent"], color=look["color"], linewidth=1.5,
+                    linestyle=look["linestyle"])
+        ax.plot([], [], label=label, markersize=4.5, linewidth=1.5, **look)
+    log_x(ax)
+    ax.set_yscale("log")
+    low, high = min(min(f["loss"]) for f in fitted.values()), max(max(f["loss"]) for f in fitted.values())
+    ax.set_ylim(low * 0.96, high * 1.04)
+    plain_ticks(ax.yaxis)
+
+
+def draw_multipliers(ax, fitted: dict, base: str) -> None:
+    """A line and its interval for each structure, 1 for the base."""
+    for i, (label, f) in enumerate(fitted.items()):
+        look = style(i)
+        points = [(x, *m) for x, m in zip(f["x"], f["multipliers"]) if m is not None]
+        if label == base:
+            ax.axhline(1, color=look["color"], linewidth=1.2, label=label, linestyle=look["linestyle"])
+        elif points:
+            x, value, low, high = map(np.array, zip(*points))
+            every = max(1, len(x) // 8)
+            ax.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)
+            ax.plot(x, value, markevery=every, markersize=4.5, linewidth=1.5, label=label, **look)
+        else:
+            ax.plot([], [], label=label, **look)
+    log_x(ax)
+    ax.set_yscale("log")
+    plain_ticks(ax.yaxis)
+
+
+def draw_params(ax, runs: list[dict], labels: list[str], key: str) -> None:
+    """The end of every run; a line through the best of each size."""
+    for i, label in enumerate(labels):
+        look = style(i)
+        mine = [(r[key], r["val_loss"]) for r in runs if r["structure"] == label]
+        best = sorted({size: min(loss for s, loss in mine if s == size) for size, _ in mine}.items())
+        ax.plot(*zip(*mine), color=look["color"], marker=look["marker"], linestyle="none", markersize=3.5,
+                markerfacecolor="none", markeredgewidth=0.7)
+        ax.plot(*zip(*best), label=label, markersize=4.5, linewidth=1.3, **look)
+    log_x(ax)
+    ax.set_yscale("log")
+    plain_ticks(ax.yaxis)
+
+
+def plot(folder: str) -> None:
+    """frontier, wall_clock, multiplier and params, .svg and .png, beside fit.json. Raises ValueError without that."""
+    try:
+        with open(os.path.join(folder, "fit.json"), encoding="utf-8") as f:
+            found = json.load(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"there is no fit.json that can be read in {folder!r}: make it with scaling.py fit") from e
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams |= {"svg.hashsalt": "scaling", "font.size": 9, "svg.fonttype": "none"}
+    loss, by_axis = "validation loss, nats per token", found["axes"]
+    for name, axis, what in (("frontier", "flops", "training FLOPs"), ("wall_clock", "seconds", "training time, s")):
+        if axis in by_axis:
+            fig, (ax,) = axes(plt)
+            draw_frontier(ax, by_axis[axis], found["curves"], axis)
+            ax.set(xlabel=what, ylabel=loss)
+            save(plt, fig, ax, folder, name)
+    panels = [(axis, what) for axis, what in (("flops", "training FLOPs"), ("seconds", "training time, s")) if axis in by_axis]
+    if any(m for axis, _ in panels for f in by_axis[axis].values() for m in f["multipliers"]):
+        fig, both = axes(plt, len(panels), sharey=True)
+        for ax, (axis, what) in zip(both, panels):
+            draw_multipliers(ax, by_axis[axis], found["base"])
+            ax.set(xlabel=what, title=("Compute" if axis == "flops" else "Time") + f" that {found['base']} needs ÷ needed")
+        both[0].set_ylabel("multiplier")
+        save(plt, fig, both[0], folder, "multiplier")
+    fig, both = axes(plt, 2, sharey=True)
+    for ax, (key, what) in zip(both, (("params", "parameters"), ("active_params", "active parameters"))):
+        draw_params(ax, found["runs"], list(by_axis["flops"]), key)
+        ax.set_xlabel(what)
+    both[0].set_ylabel(loss + ", at each run's end")
+    save(plt, fig, both[0], folder, "params")
