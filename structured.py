@@ -377,7 +377,8 @@ class MoE(nn.Module):
             precision = torch.promote_types(self.router.dtype, torch.float32)
             logits = F.linear(x.to(precision), self.router.to(precision))  # (T, E)
         chosen = (logits.detach() + self.balance).topk(self.top_k).indices  # (T, k)
-        gates = logits.gather(1, chosen).softmax(dim=-1)
+        # the chosen logits; not by gather: fused with the auxiliary losses, its gradient is wrong in compiled code (torch 2.13)
+        gates = (F.one_hot(chosen, self.num_experts) * logits[:, None]).sum(2).softmax(dim=-1)
         order = chosen.flatten().argsort(stable=True)  # assignments by expert
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         y = self.experts(_Dispatch.apply(x, order, place.view(chosen.shape)), self._counts(chosen).cumsum(0))
