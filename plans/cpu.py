@@ -24,6 +24,8 @@ _budgets = {"dense": _large, "moe": _large, "btt": _medium, "tt": _medium, "btt_
             "low_rank": _small, "kronecker": _small}
 
 structures = {label: dict(flops=budget, learning_rate=_rates.get(label, 3e-3)) for label, budget in _budgets.items()}
+for _label in ("btt_moe", "moe"):
+    structures[_label]["router_balance_rate"] = 0.0  # the paper's routers; balanced ones cost loss at this scale
 n_embd = [64, 128, 256]
 n_layer = 3
 head_size = 32
