@@ -56,7 +56,8 @@ FILES = ["n_layer = 'two'", "n_layer = 1.5", "n_layer = None", "n_layr = 2", "n_
          "n_embd = -1", "out_dir = 3", "out_dir = ''", "out_dir = 'a\\0b'", "out_dir = '\\ud800'", "theta = 5", "learning_rate = float('nan')",
          "learning_rate = 10 ** 400", "bias = 1", "(" * 2000, "\0", "batch_size = True", "dataset = None",
          "out_dir = 'new/' + 'y' * 300", "out_dir = 'y' * 5000", "class C: pass\nstruct = C()", "def f(): f()\nf()", "open('nowhere')",
-         "warmup_iters = 2 ** 70", "beta1 = 1j", "betas = (1, 2)", "\u0435 = 1", "struct = 'btt'\nrank = 'all'"]
+         "warmup_iters = 2 ** 70", "beta1 = 1j", "betas = (1, 2)", "\u0435 = 1", "struct = 'btt'\nrank = 'all'",
+         '{"n_layer": 2}', "n_layer: 2", "n_layer == 2", "dict(n_layer=2)", "n_layer"]
 
 
 def cases() -> list[tuple[list[str], list[str]]]:
