@@ -8,6 +8,8 @@ import torch
 
 import kill_test
 import model
+import processes
+import survive
 from conftest import PROCESSES, TINY, Started, _run_script
 from runs import assert_same_checkpoint, assert_same_course, load, read_log, untimed
 
@@ -91,7 +93,7 @@ def test_checkpoints_between_evaluations(run, flags, trained, tmp_path):
         assert run("train.py", *flags(checkpoint_interval=4), before=die_in_a_save, SAVE=str(iteration)).returncode == 9
         assert load(out / "ckpt.pt")["iteration"] == last
     done = run("train.py", *flags(checkpoint_interval=4, init_from="auto"))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "at iteration 8" in done.stdout, done.stderr
     assert_same_checkpoint(out, trained())
     assert untimed(out) == untimed(trained())
 
@@ -103,6 +105,13 @@ def test_scratch_sets_an_earlier_run_aside(train, trained, tmp_path):
     train(out, **TINY | {"max_iters": 2})
     assert {name: (out / f"{name}.old").read_bytes() for name in before} == before
     assert load(out / "ckpt.pt")["iteration"] == 2 and max(read_log(out)[2]) == 2
+
+
+def test_a_restart_by_torchrun_is_not_from_scratch(train, run, flags, tmp_path):
+    """Whatever init_from was: what is there, the same command has made."""
+    train(tmp_path / "out", max_iters=2)
+    done = run("train.py", *flags(max_iters=4), TORCHELASTIC_RESTART_COUNT="1")
+    assert done.returncode == 0 and "at iteration 2" in done.stdout, done.stderr
 
 
 # Signals
@@ -119,6 +128,27 @@ def signals_in_an_iteration():
                 os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
         return forward(self, *args, **options)
     model.GPT.forward = counted
+
+
+def test_signals_wait_when_told_to():
+    """Before that they end the program; the first counts; one that nohup has switched off stays off."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals = survive.Signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with pytest.raises(SystemExit) as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.value.code == 128 + 15 and signals.number == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signals = survive.Signals()
+        signals.wait = True
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert signals.number == signal.SIGHUP
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name, number", [("SIGTERM", 15), ("SIGINT", 2)])
@@ -172,6 +202,26 @@ def torchrun(flags, folder, arguments):
     from torch.distributed.launcher.api import elastic_launch
     config, *_ = run.config_from_args(run.parse_args([*flags, "--start-method=fork", "train.py"]))
     elastic_launch(config, work)(folder, arguments)
+
+
+@pytest.mark.parametrize("message, lost", [
+    ("[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234", True),
+    ("[/x/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete", True),
+    ("NCCL error in: x.cpp:1, remote process exited or there was a network error, NCCL version 2.2", True),
+    ("[/x/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4", False),
+    ("CUDA out of memory. Tried to allocate 2.00 GiB", False), ("mat1 and mat2 shapes cannot be multiplied", False)])
+def test_only_a_lost_process_is_told_without_a_traceback(message, lost, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    for error in (RuntimeError(message), ValueError(message)):
+        try:
+            raise error
+        except Exception as e:
+            processes.tell(type(e), e, e.__traceback__)
+        said = capsys.readouterr().err
+        if lost and isinstance(error, RuntimeError):
+            assert len(said.splitlines()) == 1 and said.startswith("error: rank 3: a process of this run was lost (")
+        else:
+            assert "Traceback" in said and message in said
 
 
 def test_torchrun_restarts_a_killed_worker(flags, trained, tmp_path):

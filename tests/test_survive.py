@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,12 +80,58 @@ def test_a_log_line_is_whole_or_waits(tmp_path):
                 log.write({"type": "train", "iter": room, "loss": float("nan"), "text": "x" * 50})
             assert path.stat().st_size == size
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            log.sync()
+            assert b'"iter": %d,' % room in path.read_bytes()
             log.write({"type": "train", "iter": room + 1, "loss": 1.5})
             points = [json.loads(line) for line in path.read_text().splitlines()]
             assert [p["iter"] for p in points] == [i for r in range(0, room + 1, 7) for i in (r, r + 1)]
         assert points[0]["loss"] is None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def log_that_is_never_written():
+    def refuse(self):
+        raise OSError(28, "No space left on device")
+    survive.Log._write_waiting = refuse
+
+
+def test_a_log_that_lacks_its_end_is_said(run, flags, trained, tmp_path):
+    done = run("train.py", *flags(**TINY), before=log_that_is_never_written)
+    assert_one_sentence(done, "log.jsonl", "ended well")
+    assert done.stdout.count("its lines wait") == 1
+    assert_same_checkpoint(tmp_path / "out", trained(**TINY))
+
+
+def test_a_save_that_fails_between_the_two_checkpoints(tmp_path, monkeypatch):
+    """Of two files with one content each is the one or the other, never a part; what could be written is written."""
+    path, best = str(tmp_path / "ckpt.pt"), str(tmp_path / "ckpt_best.pt")
+    survive.save_checkpoint(path, {"iteration": 1}, best)
+    with pytest.raises(OSError):
+        survive.save_checkpoint(path, {"iteration": 2}, str(tmp_path / "gone" / "ckpt_best.pt"))
+    assert (load(path), load(best)) == ({"iteration": 2}, {"iteration": 1})
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if b == best else replace(a, tmp_path / "gone" / "x"))
+    with pytest.raises(OSError):
+        survive.save_checkpoint(path, {"iteration": 3}, best)
+    assert (load(path), load(best)) == ({"iteration": 2}, {"iteration": 3})
+    monkeypatch.setattr(torch, "save", lambda contents, f: f.write(b"half") and 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        survive.save_checkpoint(path, {"iteration": 4}, None)
+    assert (load(path), load(best)) == ({"iteration": 2}, {"iteration": 3})
+
+
+def test_the_best_checkpoint_is_what_its_file_says(train, trained, tmp_path):
+    """Not what ckpt.pt remembers: a full disk may have left an older one there."""
+    out = tmp_path / "out"
+    shutil.copytree(trained(**TINY), out)
+    older = load(out / "ckpt_best.pt") | {"best_val_loss": 99.0}
+    torch.save(older, tmp_path / "older.pt")
+    os.replace(tmp_path / "older.pt", out / "ckpt_best.pt")
+    train(out, **TINY | {"max_iters": 5, "learning_rate": 1, "decay_lr": False}, init_from="resume")
+    evals = losses(out)[1]
+    assert load(out / "ckpt_best.pt")["iteration"] == 5 and min(evals.values()) < evals[5] < 99
 
 
 @pytest.mark.parametrize("tail", [b'{"type": "train", "it', b'{"type": "train", "iter": 3', b"\0\0\0\0", b"\xff\xfe\n", b"3\n",
@@ -97,10 +144,23 @@ def test_what_a_power_cut_left_in_the_log_is_dropped(tail, tmp_path):
     assert path.read_bytes() == b"".join(lines)
 
 
+def test_a_log_that_cannot_be_rewritten_stays(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"type": "eval", "iter": 0}\n' * 10)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        with pytest.raises(OSError):
+            survive.Log(str(path), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.stat().st_size == 280 and os.listdir(tmp_path) == ["log.jsonl"]
+
+
 # Numbers that are not finite
 
 def not_finite():
-    """The losses, or the gradients alone, of the iterations named in BAD are NaN on the process TO."""
+    """The losses alone, or the gradients alone, of the iterations named in BAD are not finite on the process TO."""
     forward, calls, bad = model.GPT.forward, [], json.loads(os.environ["BAD"])
 
     def spoiled(self, *args, **options):
@@ -112,7 +172,7 @@ def not_finite():
             if "GRADIENT" in os.environ:
                 loss.register_hook(lambda g: g * float("inf"))
             else:
-                loss = loss * float("nan")
+                loss = loss + float("nan")
             output = logits, loss, *rest
         return output
     model.GPT.forward = spoiled
@@ -125,7 +185,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(config, environme
     ends = []
     for end in (7, 8):
         out = tmp_path / f"out{end}"
-        settings = dict(out_dir=out, max_iters=end, lr_decay_iters=20)
+        settings = TINY | dict(out_dir=out, max_iters=end, lr_decay_iters=20)
         done = run("train.py", *flags(**settings), f"config/{config}.py", processes=processes, before=not_finite,
                    BAD="[3, 7]", **environment)
         assert done.returncode == 0, done.stderr
@@ -137,7 +197,8 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(config, environme
     assert done.stdout.count("skipped, because") == 2
     points = [json.loads(line) for line in open(out / "log.jsonl")]
     skips = [p for p in points if p["type"] == "skip"]
-    assert [(p["iter"], p["skipped"]) for p in skips] == [(3, 1), (7, 2)] and skips[0]["grad_norm"] is None
+    assert [(p["iter"], p["skipped"]) for p in skips] == [(3, 1), (7, 2)]
+    assert all([p["loss"] is None, p["grad_norm"] is None] == ["GRADIENT" not in environment, "GRADIENT" in environment] for p in skips)
     assert [p["iter"] for p in points if p["type"] == "train"] == [0, 1, 2, 4, 5, 6]
 
 
@@ -150,7 +211,7 @@ def test_too_many_that_are_not_finite_end_the_run(run, flags, tmp_path):
     done = run("train.py", *flags(max_skipped=4, init_from="resume"), before=not_finite, BAD="[0]")
     assert_one_sentence(done, "4 iterations in a row")
     done = run("train.py", *flags(max_skipped=4, init_from="resume"))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and load(tmp_path / "out" / "ckpt.pt")["skipped"] == 3, done.stderr
 
 
 def weights_break_in_the_8th_step():
@@ -251,6 +312,8 @@ def wandb_that_breaks():
 
     def init(id, resume, **options):
         note("init", [id, resume])
+        if breaks_at == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
         return Run()
     sys.modules["wandb"] = types.SimpleNamespace(init=init)
 
@@ -263,6 +326,13 @@ def test_wandb_that_breaks_does_not_stop_training(breaks_at, run, flags, trained
     assert untimed(tmp_path / "out") == untimed(trained(**TINY))
     calls = [json.loads(line) for line in notes.read_text().splitlines()]
     assert [step for what, step in calls if what == "log"][-1] == (2 if breaks_at == "log" else 4)
+
+
+def test_a_signal_while_wandb_starts_is_no_failure_of_wandb(run, flags, tmp_path):
+    """Before the first iteration a signal ends the run at once; the lock goes with it."""
+    done = run("train.py", *flags(**TINY, wandb_log=True), before=wandb_that_breaks, NOTES=str(tmp_path / "notes"), BREAKS_AT="signal")
+    assert done.returncode == 128 + 15 and not done.stderr and "wandb is off" not in done.stdout and "iter " not in done.stdout
+    assert os.listdir(tmp_path / "out") == ["log.jsonl"]
 
 
 def test_a_resumed_run_is_the_same_one_of_wandb(run, flags, tmp_path):

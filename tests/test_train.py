@@ -250,9 +250,9 @@ def test_routers_are_balanced(config, routers, trained):
     (run,), _, evals = read_log(balanced)
     assert run["routers"] == routers
     for p in evals.values():
-        for load, entropy, largest in zip(p["router_load"], p["router_entropy"], p["router_max_load"], strict=True):
-            assert entropy == pytest.approx(-sum(share * math.log(share) for share in load if share), abs=1e-4)
-            assert largest == pytest.approx(8 * max(load), abs=1e-4)
+        for shares, entropy, largest in zip(p["router_load"], p["router_entropy"], p["router_max_load"], strict=True):
+            assert entropy == pytest.approx(-sum(share * math.log(share) for share in shares if share), abs=1e-4)
+            assert largest == pytest.approx(8 * max(shares), abs=1e-4)
     assert max(evals[0]["router_max_load"]) < 1.5 < max(read_log(free)[2][0]["router_max_load"])
     assert np.mean(evals[40]["router_max_load"]) < np.mean(read_log(free)[2][40]["router_max_load"])
     biases = {name: b for name, b in load_model(balanced).items() if name.endswith(".balance")}
