@@ -234,6 +234,26 @@ def test_weights_that_have_gone_wild_replace_no_checkpoint(run, flags, tmp_path)
     assert done.returncode == 0 and losses(tmp_path / "out")[1][9] < 5, done.stderr
 
 
+def third_evaluation_is_not_finite():
+    forward, calls = model.GPT.forward, []
+
+    def spoiled(self, *args, **options):
+        logits, loss, *rest = forward(self, *args, **options)
+        calls.append(self.training)
+        return logits, loss * (math.nan if not self.training and 8 < calls.count(False) <= 12 else 1), *rest
+    model.GPT.forward = spoiled
+
+
+def test_an_evaluation_that_is_not_finite_is_forgotten(train, trained, tmp_path):
+    """It writes no checkpoint, and is not the best one for ever."""
+    out = train(tmp_path / "out", before=third_evaluation_is_not_finite)
+    evals, expected = losses(out)[1], losses(trained())[1]
+    assert evals == expected | {10: None}
+    assert_same_checkpoint(out, trained())
+    train(tmp_path / "short", before=third_evaluation_is_not_finite, max_iters=10, lr_decay_iters=20, code=1)
+    assert load(tmp_path / "short" / "ckpt.pt")["iteration"] == 5
+
+
 def test_float16_keeps_the_scale_of_its_gradients(train, trained, tmp_path):
     """A scale that has grown is in the checkpoint; resumed, the run ends as one in one go."""
     settings = dict(dtype="float16", before=grow_the_scale_often)
@@ -282,11 +302,30 @@ def test_two_locks_at_once(tmp_path):
             except ValueError:
                 time.sleep(0.001)
         os.mkdir("alone")
+        if os.fork() == 0:
+            sys.exit()  # the end of a child is not the end of the lock
+        os.wait()
         time.sleep(0.01)
         os.rmdir("alone")"""
     started = [subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path) for _ in range(8)]
     assert [process.wait(60) for process in started] == [0] * 8
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
+
+
+def test_a_lock_on_a_file_that_was_just_removed_is_none(tmp_path, monkeypatch):
+    """Its last owner removes it between the opening and the locking: the next one would lock another file."""
+    lock, lockf, calls = tmp_path / "lock", survive.fcntl.lockf, []
+
+    def late(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            os.remove(lock)
+        return lockf(descriptor, operation)
+    monkeypatch.setattr(survive.fcntl, "lockf", late)
+    survive.take_out_dir(str(tmp_path))
+    other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    done = subprocess.run([sys.executable, "-c", other, lock], capture_output=True, text=True)
+    assert len(calls) == 2 and "BlockingIOError" in done.stderr
 
 
 # wandb
