@@ -79,8 +79,9 @@ def together(make, *args):
 def tell(kind, error, traceback) -> None:
     """A sys.excepthook: one sentence where the others do not answer because one of them is gone; the traceback of all else."""
     if issubclass(kind, RuntimeError) and LOST.search(str(error)):
-        reason = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0])  # without the place in the library's source
-        print(f"error: rank {os.environ.get('RANK')}: a process of this run was lost ({reason.rstrip('. ')}); resume with "
-              "--init_from=auto", file=sys.stderr)
+        place, _, reason = str(error).partition("] ")  # "[library.cc:1] Connection closed by peer. A long explanation"
+        reason = (reason if place.startswith("[") else str(error)).splitlines()[0].split(". ")[0]
+        print(f"error: rank {os.environ.get('RANK')}: a process of this run was lost ({reason}); resume with --init_from=auto",
+              file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

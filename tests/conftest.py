@@ -67,6 +67,12 @@ def _run_script(script, arguments, environment, out, err, before):
         atexit._run_exitfuncs()  # multiprocessing ends its processes without them
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """run("train.py", "config/btt.py", "--seed=1", ...) -> subprocess.CompletedProcess, of the first process.
@@ -76,9 +82,7 @@ def run(tmp_path_factory):
     def run(script, *arguments, processes=1, before=None, **environment):
         folder = tmp_path_factory.mktemp("run")
         if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         started = []
         for rank in range(processes):
             ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes)) if processes > 1 else {}

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+import data.common
 import kill_test
 import model
 import survive
+import tokenizer
 from conftest import PROCESSES, ROOT, TINY, Started, write_ids
 from data.common import largest_id
 from runs import assert_one_sentence, assert_same_checkpoint, load, losses, read_log, untimed
@@ -157,6 +159,16 @@ def test_a_log_that_cannot_be_rewritten_stays(tmp_path):
     assert path.stat().st_size == 280 and os.listdir(tmp_path) == ["log.jsonl"]
 
 
+def terminal_without_the_letters():
+    sys.stdout.reconfigure(encoding="ascii")
+    tokenizer.CharTokenizer.decoder = lambda self: lambda token: "\N{SNOWMAN}"
+
+
+def test_a_sample_that_cannot_be_shown_is_no_failure(run, flags):
+    done = run("train.py", *flags(**TINY | {"sample_tokens": 3}), before=terminal_without_the_letters)
+    assert done.returncode == 0 and not done.stderr and "no sample: " in done.stdout
+
+
 # Numbers that are not finite
 
 def not_finite():
@@ -248,7 +260,7 @@ def test_an_evaluation_that_is_not_finite_is_forgotten(train, trained, tmp_path)
     """It writes no checkpoint, and is not the best one for ever."""
     out = train(tmp_path / "out", before=third_evaluation_is_not_finite)
     evals, expected = losses(out)[1], losses(trained())[1]
-    assert evals == expected | {10: None}
+    assert evals == expected | {10: None} and read_log(out)[2][10]["best_val_loss"] == expected[5]
     assert_same_checkpoint(out, trained())
     train(tmp_path / "short", before=third_evaluation_is_not_finite, max_iters=10, lr_decay_iters=20, code=1)
     assert load(tmp_path / "short" / "ckpt.pt")["iteration"] == 5
@@ -395,6 +407,19 @@ def test_an_id_beyond_the_vocabulary_is_found_anywhere(split, place, run, flags,
     ids[split][place] = 96
     done = run("train.py", *flags(dataset=write_ids(tmp_path / "data", ids["train"], ids["val"]), max_iters=0))
     assert_one_sentence(done, f"{split}.bin", "96", "95")
+    assert not (tmp_path / "out").exists()
+
+
+def data_of_the_second_process_is_gone():
+    def gone(folder):
+        raise ValueError("its disk is gone")
+    if os.environ["RANK"] == "1":
+        data.common.open_dataset = gone
+
+
+def test_a_mistake_that_one_process_meets_is_told_by_the_first(run, flags, tmp_path):
+    done = run("train.py", *flags(**TINY), processes=2, before=data_of_the_second_process_is_gone)
+    assert_one_sentence(done, "its disk is gone")
     assert not (tmp_path / "out").exists()
 
 
