@@ -1,6 +1,6 @@
 """The processes of a run, as torchrun starts them: what they agree on, and what is said when one of them is lost.
 
-Every function but the last is called by all of them; in a run of one process, not connected, each is what it is for one.
+All of them call a function here together, but for tell. Before connect, and so in a run of one process, each is alone.
 """
 import os
 import re
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from configurator import fail
 
 LOST = re.compile(r"(closed|reset|aborted) by (peer|remote)|connection (was )?(closed|reset|refused|aborted)|socket closed|"
-                  r"broken pipe|timed out|remote ?(process|error)", re.IGNORECASE)
+                  r"broken pipe|timed out waiting \d+ ?ms for (recv|send)|remote ?(process|error)", re.IGNORECASE)
 
 
 def connect(backend: str | None, device_type: str) -> None:

@@ -209,7 +209,8 @@ def torchrun(flags, folder, arguments):
     ("[/x/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete", True),
     ("NCCL error in: x.cpp:1, remote process exited or there was a network error, NCCL version 2.2", True),
     ("[/x/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4", False),
-    ("CUDA out of memory. Tried to allocate 2.00 GiB", False), ("mat1 and mat2 shapes cannot be multiplied", False)])
+    ("CUDA out of memory. Tried to allocate 2.00 GiB", False), ("the compiler timed out", False),
+    ("mat1 and mat2 shapes cannot be multiplied", False)])
 def test_only_a_lost_process_is_told_without_a_traceback(message, lost, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     for error in (RuntimeError(message), ValueError(message)):
