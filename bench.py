@@ -40,6 +40,7 @@ import time
 import torch
 from torch import nn
 
+import devices
 import kernels
 import structured
 from configurator import fail, structure_config
@@ -54,15 +55,8 @@ if n_embd > 64 and n_embd % 64:
     fail(f"n_embd must be a multiple of 64, the size of a head; got {n_embd}")
 if dtype not in (None, "float32", "bfloat16", "float16"):
     fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
-if device is None:
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-device_type = device.split(":")[0]
-try:
-    torch.empty(1, device=device)
-except (RuntimeError, AssertionError) as e:
-    fail(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}")
-dtype = dtype or ("bfloat16" if device_type == "cuda" else "float32")
-autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
+device, device_type, dtype = devices.choose(device, dtype)
+autocast = devices.autocast(device_type, dtype)
 
 if compile:
     torch._dynamo.config.recompile_limit = 1000  # every structure and width is a compilation of the same code

@@ -271,7 +271,8 @@ def run_file(arg: str, path: str, keys: dict[str, Key], config: dict) -> dict:
     shown, config, namespace = show(arg)[1:-1], dict(config), {**config, '__name__': '__config__', '__file__': path}
     try:
         with open(path, encoding='utf-8-sig') as file:
-            tree = ast.parse(file.read(), path)
+            source = file.read()
+        tree = ast.parse(source, path)
         exec(compile(tree, path, 'exec', dont_inherit=True), namespace)
     except (Exception, SystemExit) as error:
         fail(f'{shown}{describe(error, path)}')
@@ -285,7 +286,15 @@ def run_file(arg: str, path: str, keys: dict[str, Key], config: dict) -> dict:
                 fail(f'{where}: {error}')
         elif not (name.startswith('_') or name in imported or callable(value) or isinstance(value, types.ModuleType)):
             fail(f'{where}: unknown key {show(name)}: {nearest(name, keys)} (a helper starts with an underscore)')
+    for node in idle(tree):
+        fail(f'{shown} line {node.lineno}: {show(ast.get_source_segment(source, node))} sets no key: write key = value')
     return config
+
+
+def idle(tree: ast.Module) -> list[ast.stmt]:
+    """Return the statements of a file that set nothing, such as JSON or YAML mistaken for a config; not its docstring."""
+    body = tree.body[ast.get_docstring(tree) is not None:]
+    return [node for node in body if isinstance(node, ast.Expr) or isinstance(node, ast.AnnAssign) and node.value is None]
 
 
 def bound_names(tree: ast.Module) -> tuple[set[str], dict[str, int]]:

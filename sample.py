@@ -22,11 +22,11 @@ dtype: str | None = None        # 'float32', 'bfloat16', 'float16'; None: bfloat
 config = configurator.configure(globals())
 globals().update(config)
 
-import contextlib
 import os
 
 import torch
 
+import devices
 import tokenizer
 from configurator import fail
 from model import GPT, GPTConfig
@@ -41,16 +41,8 @@ if top_k is not None and top_k < 1:
 if dtype not in (None, "float32", "bfloat16", "float16"):
     fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
 
-if device is None:
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-try:
-    device_type = torch.device(device).type
-    torch.empty(1, device=device)
-except (RuntimeError, AssertionError) as e:
-    fail(f"device {device!r} cannot be used here: {str(e).splitlines()[0]}")
-if dtype is None:
-    dtype = "bfloat16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
+device, device_type, dtype = devices.choose(device, dtype)
+autocast = devices.autocast(device_type, dtype)
 
 path = os.path.join(out_dir, "ckpt.pt") if os.path.isdir(out_dir) else out_dir
 try:

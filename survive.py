@@ -25,6 +25,10 @@ except ImportError:  # Windows
 # ---- Signals --------------------------------------------------------------------------------------------------------
 
 
+class Stopped(SystemExit):
+    """A signal that does not wait."""
+
+
 class Signals:
     """SIGTERM, SIGINT and SIGHUP as a number to be looked at between iterations; before that, an orderly exit.
 
@@ -41,7 +45,7 @@ class Signals:
 
     def _receive(self, number, frame):
         if not self.wait:
-            raise SystemExit(128 + number)
+            raise Stopped(128 + number)
         self.number = self.number or number
 
 
@@ -269,6 +273,19 @@ class Log:
         """Appends a line, numbers that are not finite as null; raises OSError if it is the first that has to wait."""
         already = bool(self.waiting)
         self.waiting += (json.dumps(_finite(point), allow_nan=False) + "\n").encode()
+        try:
+            self._write_waiting()
+        except OSError:
+            if not already:
+                raise
+
+    def sync(self) -> None:
+        """Lines that waited are tried once more; those that are written are on the disk when it returns."""
+        with contextlib.suppress(OSError):
+            self._write_waiting()
+        os.fsync(self.file.fileno())
+
+    def _write_waiting(self) -> None:
         end = os.fstat(self.file.fileno()).st_size
         written = 0
         try:
@@ -277,13 +294,8 @@ class Log:
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.file.fileno(), end)
-            if already:
-                return
             raise
         self.waiting = b""
-
-    def sync(self) -> None:
-        os.fsync(self.file.fileno())
 
 
 def _finite(x):
@@ -320,6 +332,8 @@ class Wandb:
     def _attempt(self, call):
         try:
             return call()
+        except Stopped:
+            raise
         except (Exception, SystemExit) as e:
             self.say(f"wandb is off: {type(e).__name__}: {e}")
             self.run = None

@@ -76,7 +76,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
 import secrets
 import signal
 import sys
@@ -124,10 +123,11 @@ if decay_lr and min_lr > learning_rate:
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import devices
 import kernels
+import processes
 import survive
 import tokenizer
 from data.common import largest_id, open_dataset
@@ -143,35 +143,18 @@ if gradient_accumulation_steps % world_size:
     fail(f"gradient_accumulation_steps = {gradient_accumulation_steps} must be a multiple of the {world_size} processes "
          "that share it")
 
-if device is None:
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-if ddp and device == "cuda":
-    device = f"cuda:{local_rank}"
-try:
-    device_type = torch.device(device).type
-    torch.ones(1, device=device).item()
-except Exception as e:
-    fail(f"device {device!r} cannot be used here: {(str(e) or type(e).__name__).splitlines()[0]}")
+device, device_type, dtype = devices.choose(device, dtype, local_rank if ddp else None)
 if device_type == "cuda":
     torch.cuda.set_device(device)
 elif device_type == "cpu":
     kernels.keep_freed_memory()
-if dtype is None:
-    dtype = "bfloat16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 if compile is None:
     compile = device_type == "cuda"
 torch.backends.cuda.matmul.fp32_precision = "tf32"
 torch.backends.cudnn.fp32_precision = "tf32"
-autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
+autocast = devices.autocast(device_type, dtype)
 if ddp:
-    try:
-        store, *_ = next(dist.rendezvous("env://"))
-        # torchrun's store outlives a restart: the addresses of processes that are gone must not be found in it
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend or ("nccl" if device_type == "cuda" else "gloo"), store=store, rank=rank_id,
-                                world_size=world_size)
-    except (RuntimeError, ValueError) as e:
-        fail(f"the {world_size} processes cannot be connected by backend {backend!r}: {str(e).splitlines()[0]}")
+    processes.connect(backend, device_type)
 
 
 def say(*message) -> None:
@@ -179,39 +162,6 @@ def say(*message) -> None:
     if master:
         with contextlib.suppress(OSError, ValueError):
             print(*message, flush=True)
-
-
-def mean_over_processes(x: torch.Tensor) -> torch.Tensor:
-    if ddp:
-        dist.all_reduce(x, op=dist.ReduceOp.SUM)
-        x /= world_size
-    return x
-
-
-def largest_of_processes(x: float) -> float:
-    if ddp:
-        x = torch.tensor(x, dtype=torch.float32, device=device)
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
-        return x.item()
-    return x
-
-
-def together(make, *args):
-    """make(*args) on every process; where it raises ValueError on one of them, all end in its sentence."""
-    result = error = None
-    try:
-        result = make(*args)
-    except ValueError as e:
-        error = str(e)
-    errors = [error]
-    if ddp:
-        errors *= world_size
-        dist.all_gather_object(errors, error)
-    if any(errors):
-        if ddp:
-            dist.destroy_process_group()
-        fail(next(filter(None, errors)))
-    return result
 
 
 # ---- Data: which tokens an iteration sees depends on seed, iteration and place in the global batch alone ------------
@@ -262,9 +212,9 @@ def val_batch(i: int):
     return to_device(splits["val"], [j * last // max(1, count - 1) for j in range(i * batch_size, (i + 1) * batch_size)])
 
 
-meta, splits = together(load_dataset)
+meta, splits = processes.together(load_dataset)
 vocab_size = meta["vocab_size"]
-together(check_ids)
+processes.together(check_ids)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
 # ---- Model and optimizer --------------------------------------------------------------------------------------------
@@ -289,7 +239,7 @@ def make_model() -> GPT:
         raise ValueError(f"this model cannot be made here: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 
-raw_model = together(make_model)
+raw_model = processes.together(make_model)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
 routers = (len(raw_model.routers()), num_experts or ffn_experts)  # (R, E)
@@ -320,7 +270,11 @@ def load_checkpoint() -> dict:
     survive.check_checkpoint(ckpt_path, checkpoint, model_args=model_args, tokenizer=meta["tokenizer"], config=config,
                              model=raw_model)
     survive.restore(ckpt_path, checkpoint, raw_model, optimizer, scaler)
-    return {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}
+    try:
+        best = survive.read_checkpoint(best_path)["best_val_loss"]
+    except ValueError:  # it is missing, or of no use
+        best = math.inf
+    return {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")} | {"saved_best": best}
 
 
 def save_checkpoint(best: bool = False) -> None:
@@ -338,21 +292,20 @@ def save_checkpoint(best: bool = False) -> None:
             saved_best = best_val_loss if best else saved_best
         except OSError as e:
             say(f"the checkpoint of iteration {iteration} could not be written ({e.strerror}): {kept_checkpoint()}")
-    if ddp:
-        dist.barrier()
+    processes.wait_for_all()
 
 
 def kept_checkpoint() -> str:
     return f"{ckpt_path} is that of iteration {saved_at}" if saved_at is not None else "there is no checkpoint yet"
 
 
-resuming = bool(largest_of_processes(together(lambda: master and open_out_dir())))
+resuming = bool(processes.largest(processes.together(lambda: master and open_out_dir()), device))
 if resuming:
-    checkpoint = together(load_checkpoint)
+    checkpoint = processes.together(load_checkpoint)
     iteration, best_val_loss = checkpoint["iteration"], checkpoint["best_val_loss"]
     tokens_seen, flops_spent = checkpoint["tokens"], checkpoint["flops"]
     skipped, skipped_in_a_row = checkpoint.get("skipped", 0), checkpoint.get("skipped_in_a_row", 0)
-    saved_at, saved_best, wandb_id = iteration, best_val_loss, checkpoint.get("wandb_id")
+    saved_at, saved_best, wandb_id = iteration, checkpoint["saved_best"], checkpoint.get("wandb_id")
     say(f"resuming {out_dir} at iteration {iteration}")
     for key, value in config.items():
         if key not in ("init_from", "out_dir") and checkpoint["config"].get(key, value) != value:
@@ -362,33 +315,12 @@ if resuming:
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model, device_ids=[local_rank] if device_type == "cuda" else None,
-                                    gradient_as_bucket_view=True, broadcast_buffers=False)  # they are the same
+                                    gradient_as_bucket_view=True, forward_sync_buffers=False)  # they are the same
 
 # ---- Speed: FLOPs of a token against the peak of the devices --------------------------------------------------------
 
-# dense bfloat16 and float16 FLOP/s from the makers' data sheets; the first that is a word of the device's name counts
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12}
-
-
-def peak_flops() -> tuple[float, str]:
-    """(FLOP/s of all devices together, where the figure comes from): a table, else a large product timed here."""
-    if device_type == "cuda" and dtype != "float32":
-        name = torch.cuda.get_device_name(device)
-        for part, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{part}\b", name):
-                return flops * world_size, f"{name}'s data sheet"
-    n = 1024 if device_type == "cpu" else 4096
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(times) * world_size, f"a {n} x {n} product timed at the start"
-
-
-peak, peak_source = peak_flops()
+peak, peak_source = devices.peak_flops(device, dtype)
+peak *= world_size
 flops_per_token = 3 * raw_model.flops_per_token()  # forward, and twice as much backward
 say(f"model: {raw_model.num_params():,} parameters, {raw_model.num_params(active=True):,} active, "
     f"{raw_model.flops_per_token():,} forward FLOPs per token, vocabulary {vocab_size}")
@@ -419,7 +351,7 @@ def open_log() -> survive.Log:
         raise ValueError(f"{log_path} cannot be written: {e.strerror}") from None
 
 
-log_file = together(lambda: open_log() if master else None)
+log_file = processes.together(lambda: open_log() if master else None)
 wandb_run = None
 if wandb_log:
     wandb_id = wandb_id or secrets.token_hex(4)
@@ -456,10 +388,8 @@ def evaluate() -> tuple[float, torch.Tensor]:
         total += loss
         load += aux.load
     model.train()
-    if ddp:
-        dist.all_reduce(total)
-        dist.all_reduce(load)
-    return total.item() / eval_iters, load / eval_iters
+    share = eval_iters / world_size
+    return processes.mean(total).item() / share, processes.mean(load) / share
 
 
 @torch.no_grad()
@@ -506,14 +436,14 @@ def train_step() -> tuple[float, float, bool]:
         balance += torch.cat([aux.load, aux.variance[:, None]], dim=1) / steps
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    loss, norm = torch.stack([mean_over_processes(total), norm]).tolist()  # .tolist() waits for the device
+    loss, norm = torch.stack([processes.mean(total), norm]).tolist()  # .tolist() waits for the device
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(iteration) * group["lr_multiplier"]
         scaler.step(optimizer)
         if routers[0] and router_balance_rate:
-            balance = mean_over_processes(balance)
+            balance = processes.mean(balance)
             raw_model.rebalance(balance[:, :-1], balance[:, -1], router_balance_rate)
     scaler.update()  # float16: a smaller scale after gradients that are not finite
     optimizer.zero_grad(set_to_none=True)
@@ -527,7 +457,7 @@ def healthy() -> bool:
     with autocast:
         _, loss = raw_model(*train_batch(iteration, rank_id * batch_size, (rank_id + 1) * batch_size))
     raw_model.train()
-    return not largest_of_processes(float(not math.isfinite(loss.item())))
+    return not processes.largest(float(not math.isfinite(loss.item())), device)
 
 
 def describe_load(load: torch.Tensor, entropy: torch.Tensor) -> list[str]:
@@ -559,7 +489,7 @@ def report_skipped(loss: float, norm: float) -> None:
     say(f"iter {iteration:6d} | skipped, because it is not finite: loss {loss}, gradient norm {norm}")
     log(type="skip", iter=iteration, tokens=tokens_seen, flops=flops_spent, loss=loss, grad_norm=norm, skipped=skipped)
     if skipped_in_a_row >= max_skipped:
-        together(give_up)
+        processes.together(give_up)
 
 
 def give_up() -> None:
@@ -580,7 +510,7 @@ if not resuming:
     balance_routers()
 training_started = last_report = time.perf_counter()
 its_since_report = 0
-while not (stopping := int(largest_of_processes(signals.number))):
+while not (stopping := int(processes.largest(signals.number, device))):
     if iteration % eval_interval == 0 or iteration >= max_iters:
         started = time.perf_counter()
         val_loss, load = evaluate()
@@ -619,8 +549,7 @@ if stopping:
     say(f"stopped by {signal.Signals(stopping).name} at iteration {iteration}: {kept_checkpoint()}; go on with "
         "--init_from=resume")
     finish_wandb()
-    if ddp:
-        dist.destroy_process_group()
+    processes.disconnect()
     sys.exit(128 + stopping)
 
 # ---- A sample, and how to get more ----------------------------------------------------------------------------------
@@ -643,12 +572,13 @@ if master and sample_tokens:
     torch.manual_seed(seed)
     try:
         print_sample()
-    except OSError as e:
+    except (OSError, ValueError) as e:  # a terminal that is gone, or lacks the letters
         say(f"no sample: {e}")
     say("----")
 say(f"sample more: python sample.py --out_dir={out_dir}")
 finish_wandb()
-if ddp:
-    dist.destroy_process_group()
+processes.disconnect()
 if master and saved_at != iteration:
     fail(f"the run has ended at iteration {iteration}, but {kept_checkpoint()}: make room and go on with --init_from=resume")
+if master and log_file.waiting:
+    fail(f"the run has ended well, but {log_path} lacks its last lines, for which there was no room on the disk")

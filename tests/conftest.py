@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,17 @@ def _run_script(script, arguments, environment, out, err, before):
         before()
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
+    except Exception:  # as the end of a program
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
     finally:
         atexit._run_exitfuncs()  # multiprocessing ends its processes without them
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -72,9 +82,7 @@ def run(tmp_path_factory):
     def run(script, *arguments, processes=1, before=None, **environment):
         folder = tmp_path_factory.mktemp("run")
         if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         started = []
         for rank in range(processes):
             ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes)) if processes > 1 else {}
@@ -90,6 +98,66 @@ def run(tmp_path_factory):
         out, err = ((folder / f"{name}0").read_text(encoding="utf-8") for name in ("out", "err"))
         return subprocess.CompletedProcess([script, *arguments], code, out, err)
     return run
+
+
+class Started:
+    """train.py in a process of its own, forked from one that has imported torch; see kill_test.Program."""
+
+    def __init__(self, folder, arguments, before=None, **environment):
+        self.out, self.err = folder / f"stdout{time.monotonic_ns()}", folder / f"stderr{time.monotonic_ns()}"
+        self.process = PROCESSES.Process(target=_run_script, args=(
+            "train.py", [str(a) for a in arguments], environment, str(self.out), str(self.err), before))
+        self.process.start()
+
+    def wait(self):
+        self.process.join(120)
+        return self.process.exitcode
+
+    def running(self):
+        return self.process.is_alive()
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2, max_iters=20, lr_decay_iters=None,
+             warmup_iters=5, eval_interval=5, eval_iters=4, log_interval=1, sample_tokens=0, device="cpu", seed=7)
+TINY = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, max_iters=4, eval_iters=1)
+
+
+@pytest.fixture(scope="module")
+def train(run, python_text):
+    """train(out, "btt", max_iters=30, ...) -> the folder out, after a run that ended well."""
+    def train(out, config="dense", processes=1, before=None, code=0, **settings):
+        flags = [f"--{k}={v}" for k, v in ({"dataset": python_text} | SMALL | settings).items()]
+        done = run("train.py", f"config/{config}.py", "config/quickstart.py", f"--out_dir={out}", *flags,
+                   processes=processes, before=before)
+        assert done.returncode == code, done.stderr
+        return out
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained(train, tmp_path_factory):
+    """The same, into a folder to be read only, once for each choice of settings."""
+    folders = {}
+
+    def trained(config="dense", **settings):
+        key = (config, *sorted(settings.items()))
+        if key not in folders:
+            folders[key] = train(tmp_path_factory.mktemp("trained") / "out", config, **settings)
+        return folders[key]
+    return trained
+
+
+@pytest.fixture
+def flags(python_text, tmp_path):
+    """flags(n_layer=1, ...) -> the command line of a small run into tmp_path / "out"."""
+    def flags(**settings):
+        settings = SMALL | {"dataset": python_text, "out_dir": tmp_path / "out"} | settings
+        return ["config/dense.py", "config/quickstart.py", *(f"--{k}={v}" for k, v in settings.items())]
+    return flags
 
 
 def write_ids(folder, train, val):

@@ -7,6 +7,7 @@ import random
 import runpy
 import subprocess
 import sys
+import time
 
 import configurator
 from conftest import PROCESSES, ROOT, write_ids
@@ -56,7 +57,8 @@ FILES = ["n_layer = 'two'", "n_layer = 1.5", "n_layer = None", "n_layr = 2", "n_
          "n_embd = -1", "out_dir = 3", "out_dir = ''", "out_dir = 'a\\0b'", "out_dir = '\\ud800'", "theta = 5", "learning_rate = float('nan')",
          "learning_rate = 10 ** 400", "bias = 1", "(" * 2000, "\0", "batch_size = True", "dataset = None",
          "out_dir = 'new/' + 'y' * 300", "out_dir = 'y' * 5000", "class C: pass\nstruct = C()", "def f(): f()\nf()", "open('nowhere')",
-         "warmup_iters = 2 ** 70", "beta1 = 1j", "betas = (1, 2)", "\u0435 = 1", "struct = 'btt'\nrank = 'all'"]
+         "warmup_iters = 2 ** 70", "beta1 = 1j", "betas = (1, 2)", "\u0435 = 1", "struct = 'btt'\nrank = 'all'",
+         '{"n_layer": 2}', "n_layer: 2", "n_layer == 2", "dict(n_layer=2)", "n_layer"]
 
 
 def cases() -> list[tuple[list[str], list[str]]]:
@@ -84,7 +86,7 @@ def cases() -> list[tuple[list[str], list[str]]]:
 
 
 def try_all(folder, answers):
-    """In a process of its own: for each case [exit status or exception, stderr, what is new in the folder]."""
+    """In a process of its own: for each case [exit status or exception, stderr, what is new in the folder, seconds]."""
     import torch
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -95,7 +97,7 @@ def try_all(folder, answers):
     found = []
     for arguments, _ in cases():
         sys.argv = [str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in COMMON.items()), *arguments]
-        out, err, status = io.StringIO(), io.StringIO(), 0
+        out, err, status, start = io.StringIO(), io.StringIO(), 0, time.monotonic()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -103,7 +105,8 @@ def try_all(folder, answers):
                 status = e.code
             except BaseException as e:
                 status = f"{type(e).__name__}: {e}"
-        found.append([status, err.getvalue(), [name for name in sorted(os.listdir()) if name not in before]])
+        left = [name for name in sorted(os.listdir()) if name not in before]
+        found.append([status, err.getvalue(), left, time.monotonic() - start])
     with open(answers, "w") as f:
         json.dump(found, f)
 
@@ -119,10 +122,10 @@ def test_every_mistake_is_one_sentence(tmp_path):
     found = cases()
     assert len(found) >= 300
     wrong = []
-    for (arguments, words), (status, err, left) in zip(found, json.load(open(tmp_path / "answers")), strict=True):
+    for (arguments, words), (status, err, left, seconds) in zip(found, json.load(open(tmp_path / "answers")), strict=True):
         one = err.startswith("error: ") and len(err.splitlines()) == 1 and len(err) < 2000 and "Traceback" not in err
-        if status != 1 or not one or left or not all(word in err for word in words):
-            wrong.append((arguments, status, err[:300], left))
+        if status != 1 or not one or left or seconds > 20 or not all(word in err for word in words):
+            wrong.append((arguments, status, err[:300], left, seconds))
     assert not wrong, f"{len(wrong)} of {len(found)}: {wrong[:20]}"
 
 

@@ -290,6 +290,13 @@ def test_a_file_may_set_none_where_the_key_allows_it():
     assert settle('--rank=3', '--theta=1', 'a.py') == DEFAULTS
 
 
+def test_a_file_may_say_what_it_is():
+    write('a.py', '"rank = 4"')
+    assert settle('a.py') == DEFAULTS
+    write('a.py', "'''About.\n'''\nrank = 4")
+    assert settle('a.py') == {**DEFAULTS, 'rank': 4}
+
+
 def test_a_file_with_a_byte_order_mark_and_another_locale():
     Path('a.py').write_bytes("\N{BYTE ORDER MARK}out_dir = 'größe'\r\n".encode())
     result = program('script.py', 'a.py', LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
@@ -327,6 +334,9 @@ def test_a_file_with_a_byte_order_mark_and_another_locale():
     ('raise ValueError', ['a.py line 1: ValueError']), ('def _f(): _f()\n_f()', ['a.py line 1: RecursionError']),
     ('import sys\nsys.exit(0)', ['a.py line 2: ', 'must not exit']), ("raise SystemExit('bye')", ['must not exit']),
     ('\nrank = int(input())', ['a.py line 2: ']),
+    ('{"rank": 4}', ['a.py line 1: ', '{"rank": 4}', 'sets no key', 'key = value']), ('rank: 4', ['line 1', 'sets no key']),
+    ('rank == 4', ['sets no key']), ('\n\ndict(rank=4)', ['line 3', 'sets no key']), ('rank', ['sets no key']),
+    ('rank: int', ['sets no key']), ('rank = 4\n"rank = 5"', ['line 2', 'sets no key']), ('[rank]', ['sets no key']), ('[' * 150 + ']' * 150, ['sets no key']),
     ('del rank\ntop_k = rank', ["a.py line 2: NameError: name 'rank' is not defined"])])
 def test_a_wrong_file_is_told_in_one_sentence(monkeypatch, folder, source, parts):
     monkeypatch.syspath_prepend(folder)

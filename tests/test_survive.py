@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, full disks, numbers that are not finite, a second writer, bad data and flags."""
+"""What a run survives besides kills: full disks, numbers that are not finite, a second writer, wandb, bad data."""
 import json
 import math
 import os
@@ -14,212 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+import data.common
 import kill_test
 import model
 import survive
-from conftest import PROCESSES, ROOT, _run_script, write_ids
+import tokenizer
+from conftest import PROCESSES, ROOT, TINY, Started, write_ids
 from data.common import largest_id
-from test_train import (SMALL, TINY, assert_one_sentence, assert_same_checkpoint, assert_same_course, load, losses, read_log,
-                        train, trained, untimed)  # noqa: F401, two are fixtures
-
-DROPOUT = dict(dropout=0.1)
-
-
-@pytest.fixture
-def flags(python_text, tmp_path):
-    """flags(n_layer=1, ...) -> the command line of a small run into tmp_path / "out"."""
-    def flags(**settings):
-        settings = SMALL | {"dataset": python_text, "out_dir": tmp_path / "out"} | settings
-        return ["config/dense.py", "config/quickstart.py", *(f"--{k}={v}" for k, v in settings.items())]
-    return flags
-
-
-class Started:
-    """train.py in a process of its own, forked from one that has imported torch; see kill_test.Program."""
-
-    def __init__(self, folder, arguments, before=None, **environment):
-        self.out, self.err = folder / f"stdout{time.monotonic_ns()}", folder / f"stderr{time.monotonic_ns()}"
-        self.process = PROCESSES.Process(target=_run_script, args=(
-            "train.py", [str(a) for a in arguments], environment, str(self.out), str(self.err), before))
-        self.process.start()
-
-    def wait(self):
-        self.process.join(120)
-        return self.process.exitcode
-
-    def running(self):
-        return self.process.is_alive()
-
-    def kill(self):
-        self.process.kill()
-        self.process.join()
-
-
-# Kills
-
-def test_killed_at_random_moments(python_text, tmp_path):
-    """kill_test.py, with few kills: what it asserts is its exit."""
-    arguments = ["config/moe.py", f"--dataset={python_text}", "--max_iters=20", "--lr_decay_iters=20"]
-    figures = kill_test.kill_test(lambda flags: Started(tmp_path, flags), str(tmp_path), 4, 3, arguments)
-    assert figures["kills"] == 4 and figures["half_lines"] == 0
-    assert figures["places"].get("writing a checkpoint", 0) >= 1
-
-
-def test_kill_test_sees_a_difference(trained, tmp_path):
-    """A weight, a counter or a point of the log that differs by the least there is."""
-    whole = trained(**TINY)
-    for name, change in {"model": lambda c: c["model"]["wte.weight"].view(-1)[:1].nextafter_(torch.tensor([9.0])),
-                         "optimizer": lambda c: c["optimizer"]["state"][0]["exp_avg"].view(-1)[:1].nextafter_(torch.tensor([9.0])),
-                         "tokens": lambda c: c.update(tokens=c["tokens"] + 1)}.items():
-        out = tmp_path / name
-        shutil.copytree(whole, out)
-        assert kill_test.differences(str(out), str(whole)) == []
-        checkpoint = load(out / "ckpt.pt")
-        change(checkpoint)
-        os.remove(out / "ckpt.pt")
-        torch.save(checkpoint, out / "ckpt.pt")
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        (out / "log.jsonl").write_text("".join(lines[:-1]))
-        assert kill_test.differences(str(out), str(whole)) == [name, "log.jsonl"]
-
-
-def die_between_the_two_checkpoints():
-    """After ckpt_best.pt is in place, before ckpt.pt is, at the third save."""
-    replace, calls = os.replace, []
-
-    def counted(source, target):
-        if str(target).endswith("ckpt.pt"):
-            calls.append(target)
-            if len(calls) == 3:
-                os._exit(9)
-        return replace(source, target)
-    os.replace = counted
-
-
-def die_in_the_first_save():
-    def half_save(contents, f):
-        f.write(b"half a checkpoint")
-        f.flush()
-        os._exit(9)
-    torch.save = half_save
-
-
-def test_killed_between_best_and_last(train, trained, tmp_path):
-    """The best checkpoint is not lost, nor written through by the next save, whose temporary file shares its bytes."""
-    out = train(tmp_path / "out", before=die_between_the_two_checkpoints, code=9)
-    assert load(out / "ckpt.pt")["iteration"] == 5 and load(out / "ckpt_best.pt")["iteration"] == 10
-    train(out, init_from="resume", before=die_in_the_first_save, code=9)
-    assert load(out / "ckpt.pt")["iteration"] == 5 and load(out / "ckpt_best.pt")["iteration"] == 10
-    train(out, init_from="auto")
-    assert_same_checkpoint(out, trained())
-    assert load(out / "ckpt_best.pt")["best_val_loss"] == load(out / "ckpt.pt")["best_val_loss"]
-
-
-# Signals
-
-def signals_in_an_iteration():
-    """The process sends itself a signal, twice, in the middle of its 8th training batch."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
-    forward, calls = model.GPT.forward, []
-
-    def counted(self, *args, **options):
-        calls.append(self.training)
-        if sum(calls) == 15 and self.training and os.environ.get("RANK", "0") == os.environ.get("TO", "0"):
-            for _ in range(2):
-                os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
-        return forward(self, *args, **options)
-    model.GPT.forward = counted
-
-
-@pytest.mark.parametrize("name, number", [("SIGTERM", 15), ("SIGINT", 2)])
-def test_a_signal_ends_the_iteration_and_saves(name, number, run, flags, trained, tmp_path):
-    done = run("train.py", *flags(**DROPOUT), before=signals_in_an_iteration, SIGNAL=name)
-    assert done.returncode == 128 + number and not done.stderr, done.stderr
-    assert name in done.stdout and "iteration 8" in done.stdout
-    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 8
-    done = run("train.py", *flags(init_from="auto", **DROPOUT))
-    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
-    assert_same_checkpoint(tmp_path / "out", trained(**DROPOUT))
-    assert untimed(tmp_path / "out") == untimed(trained(**DROPOUT))
-
-
-def test_a_signal_to_one_process_ends_all_of_them(run, flags, trained, tmp_path):
-    """The second of two gets it; both end the same iteration, the first one saves; and one process goes on, then two."""
-    settings = dict(gradient_accumulation_steps=4, batch_size=2)
-    done = run("train.py", *flags(**settings), processes=2, before=signals_in_an_iteration, SIGNAL="SIGTERM", TO="1")
-    assert done.returncode == 128 + 15 and "Traceback" not in done.stderr, done.stderr
-    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 8
-    for end, processes in ((14, 1), (20, 2)):
-        done = run("train.py", *flags(init_from="auto", max_iters=end, lr_decay_iters=20, **settings), processes=processes)
-        assert done.returncode == 0, done.stderr
-    assert_same_course(tmp_path / "out", trained(**settings))
-
-
-def test_torchrun_restarts_a_killed_worker(flags, trained, tmp_path):
-    """One of two workers is killed once; torchrun starts both again, and they go on from the checkpoint."""
-    settings = dict(gradient_accumulation_steps=4, batch_size=2, checkpoint_interval=3)
-    (tmp_path / "once.py").write_text(f"""if True:
-        import os, runpy, signal, sys
-        sys.path.insert(0, {str(ROOT)!r})
-        import model
-        forward, calls = model.GPT.forward, []
-        def counted(self, *args, **options):
-            calls.append(self.training)
-            if sum(calls) == 17 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return forward(self, *args, **options)
-        model.GPT.forward = counted
-        sys.argv[0] = {str(ROOT / "train.py")!r}
-        runpy.run_path(sys.argv[0], run_name="__main__")""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
-               tmp_path / "once.py", *flags(**settings, init_from="auto")]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("resuming") == 1 and "at iteration 6" in done.stdout
-    assert_same_course(tmp_path / "out", trained(**settings))
-
-
-def test_checkpoints_between_evaluations(train, trained, tmp_path):
-    """Those of checkpoint_interval change nothing, and a killed run goes on from one."""
-    out = train(tmp_path / "out", checkpoint_interval=4, before=die_in_a_save_of("8"), code=9)
-    assert load(out / "ckpt.pt")["iteration"] == 5
-    shutil.rmtree(out)
-    out = train(tmp_path / "out", checkpoint_interval=4, before=die_in_a_save_of("10"), code=9)
-    assert load(out / "ckpt.pt")["iteration"] == 8
-    train(out, init_from="auto", checkpoint_interval=4)
-    assert_same_checkpoint(out, trained())
-    assert untimed(out) == untimed(trained())
-
-
-def die_in_a_save_of(iteration):
-    return {"8": die_in_save_8, "10": die_in_save_10}[iteration]
-
-
-def die_in_save_8():
-    _die_in_save(8)
-
-
-def die_in_save_10():
-    _die_in_save(10)
-
-
-def _die_in_save(iteration):
-    save = torch.save
-
-    def dying(contents, f):
-        if contents["iteration"] == iteration:
-            os._exit(9)
-        return save(contents, f)
-    torch.save = dying
-
-
-def test_scratch_sets_an_earlier_run_aside(train, trained, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(trained(**TINY), out)
-    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
-    train(out, **TINY | {"max_iters": 2})
-    assert {name: (out / f"{name}.old").read_bytes() for name in before} == before
-    assert load(out / "ckpt.pt")["iteration"] == 2 and max(read_log(out)[2]) == 2
+from runs import assert_one_sentence, assert_same_checkpoint, load, losses, read_log, untimed
 
 
 # A full disk
@@ -280,12 +82,58 @@ def test_a_log_line_is_whole_or_waits(tmp_path):
                 log.write({"type": "train", "iter": room, "loss": float("nan"), "text": "x" * 50})
             assert path.stat().st_size == size
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            log.sync()
+            assert b'"iter": %d,' % room in path.read_bytes()
             log.write({"type": "train", "iter": room + 1, "loss": 1.5})
             points = [json.loads(line) for line in path.read_text().splitlines()]
             assert [p["iter"] for p in points] == [i for r in range(0, room + 1, 7) for i in (r, r + 1)]
         assert points[0]["loss"] is None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def log_that_is_never_written():
+    def refuse(self):
+        raise OSError(28, "No space left on device")
+    survive.Log._write_waiting = refuse
+
+
+def test_a_log_that_lacks_its_end_is_said(run, flags, trained, tmp_path):
+    done = run("train.py", *flags(**TINY), before=log_that_is_never_written)
+    assert_one_sentence(done, "log.jsonl", "ended well")
+    assert done.stdout.count("its lines wait") == 1
+    assert_same_checkpoint(tmp_path / "out", trained(**TINY))
+
+
+def test_a_save_that_fails_between_the_two_checkpoints(tmp_path, monkeypatch):
+    """Of two files with one content each is the one or the other, never a part; what could be written is written."""
+    path, best = str(tmp_path / "ckpt.pt"), str(tmp_path / "ckpt_best.pt")
+    survive.save_checkpoint(path, {"iteration": 1}, best)
+    with pytest.raises(OSError):
+        survive.save_checkpoint(path, {"iteration": 2}, str(tmp_path / "gone" / "ckpt_best.pt"))
+    assert (load(path), load(best)) == ({"iteration": 2}, {"iteration": 1})
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if b == best else replace(a, tmp_path / "gone" / "x"))
+    with pytest.raises(OSError):
+        survive.save_checkpoint(path, {"iteration": 3}, best)
+    assert (load(path), load(best)) == ({"iteration": 2}, {"iteration": 3})
+    monkeypatch.setattr(torch, "save", lambda contents, f: f.write(b"half") and 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        survive.save_checkpoint(path, {"iteration": 4}, None)
+    assert (load(path), load(best)) == ({"iteration": 2}, {"iteration": 3})
+
+
+def test_the_best_checkpoint_is_what_its_file_says(train, trained, tmp_path):
+    """Not what ckpt.pt remembers: a full disk may have left an older one there."""
+    out = tmp_path / "out"
+    shutil.copytree(trained(**TINY), out)
+    older = load(out / "ckpt_best.pt") | {"best_val_loss": 99.0}
+    torch.save(older, tmp_path / "older.pt")
+    os.replace(tmp_path / "older.pt", out / "ckpt_best.pt")
+    train(out, **TINY | {"max_iters": 5, "learning_rate": 1, "decay_lr": False}, init_from="resume")
+    evals = losses(out)[1]
+    assert load(out / "ckpt_best.pt")["iteration"] == 5 and min(evals.values()) < evals[5] < 99
 
 
 @pytest.mark.parametrize("tail", [b'{"type": "train", "it', b'{"type": "train", "iter": 3', b"\0\0\0\0", b"\xff\xfe\n", b"3\n",
@@ -298,10 +146,33 @@ def test_what_a_power_cut_left_in_the_log_is_dropped(tail, tmp_path):
     assert path.read_bytes() == b"".join(lines)
 
 
+def test_a_log_that_cannot_be_rewritten_stays(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"type": "eval", "iter": 0}\n' * 10)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        with pytest.raises(OSError):
+            survive.Log(str(path), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.stat().st_size == 280 and os.listdir(tmp_path) == ["log.jsonl"]
+
+
+def terminal_without_the_letters():
+    sys.stdout.reconfigure(encoding="ascii")
+    tokenizer.CharTokenizer.decoder = lambda self: lambda token: "\N{SNOWMAN}"
+
+
+def test_a_sample_that_cannot_be_shown_is_no_failure(run, flags):
+    done = run("train.py", *flags(**TINY | {"sample_tokens": 3}), before=terminal_without_the_letters)
+    assert done.returncode == 0 and not done.stderr and "no sample: " in done.stdout
+
+
 # Numbers that are not finite
 
 def not_finite():
-    """The losses, or the gradients alone, of the iterations named in BAD are NaN on the process TO."""
+    """The losses alone, or the gradients alone, of the iterations named in BAD are not finite on the process TO."""
     forward, calls, bad = model.GPT.forward, [], json.loads(os.environ["BAD"])
 
     def spoiled(self, *args, **options):
@@ -313,7 +184,7 @@ def not_finite():
             if "GRADIENT" in os.environ:
                 loss.register_hook(lambda g: g * float("inf"))
             else:
-                loss = loss * float("nan")
+                loss = loss + float("nan")
             output = logits, loss, *rest
         return output
     model.GPT.forward = spoiled
@@ -326,7 +197,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(config, environme
     ends = []
     for end in (7, 8):
         out = tmp_path / f"out{end}"
-        settings = dict(out_dir=out, max_iters=end, lr_decay_iters=20)
+        settings = TINY | dict(out_dir=out, max_iters=end, lr_decay_iters=20)
         done = run("train.py", *flags(**settings), f"config/{config}.py", processes=processes, before=not_finite,
                    BAD="[3, 7]", **environment)
         assert done.returncode == 0, done.stderr
@@ -338,7 +209,8 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(config, environme
     assert done.stdout.count("skipped, because") == 2
     points = [json.loads(line) for line in open(out / "log.jsonl")]
     skips = [p for p in points if p["type"] == "skip"]
-    assert [(p["iter"], p["skipped"]) for p in skips] == [(3, 1), (7, 2)] and skips[0]["grad_norm"] is None
+    assert [(p["iter"], p["skipped"]) for p in skips] == [(3, 1), (7, 2)]
+    assert all([p["loss"] is None, p["grad_norm"] is None] == ["GRADIENT" not in environment, "GRADIENT" in environment] for p in skips)
     assert [p["iter"] for p in points if p["type"] == "train"] == [0, 1, 2, 4, 5, 6]
 
 
@@ -351,7 +223,7 @@ def test_too_many_that_are_not_finite_end_the_run(run, flags, tmp_path):
     done = run("train.py", *flags(max_skipped=4, init_from="resume"), before=not_finite, BAD="[0]")
     assert_one_sentence(done, "4 iterations in a row")
     done = run("train.py", *flags(max_skipped=4, init_from="resume"))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and load(tmp_path / "out" / "ckpt.pt")["skipped"] == 3, done.stderr
 
 
 def weights_break_in_the_8th_step():
@@ -372,6 +244,26 @@ def test_weights_that_have_gone_wild_replace_no_checkpoint(run, flags, tmp_path)
     assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 7
     done = run("train.py", *flags(init_from="resume", max_iters=9))
     assert done.returncode == 0 and losses(tmp_path / "out")[1][9] < 5, done.stderr
+
+
+def third_evaluation_is_not_finite():
+    forward, calls = model.GPT.forward, []
+
+    def spoiled(self, *args, **options):
+        logits, loss, *rest = forward(self, *args, **options)
+        calls.append(self.training)
+        return logits, loss * (math.nan if not self.training and 8 < calls.count(False) <= 12 else 1), *rest
+    model.GPT.forward = spoiled
+
+
+def test_an_evaluation_that_is_not_finite_is_forgotten(train, trained, tmp_path):
+    """It writes no checkpoint, and is not the best one for ever."""
+    out = train(tmp_path / "out", before=third_evaluation_is_not_finite)
+    evals, expected = losses(out)[1], losses(trained())[1]
+    assert evals == expected | {10: None} and read_log(out)[2][10]["best_val_loss"] == expected[5]
+    assert_same_checkpoint(out, trained())
+    train(tmp_path / "short", before=third_evaluation_is_not_finite, max_iters=10, lr_decay_iters=20, code=1)
+    assert load(tmp_path / "short" / "ckpt.pt")["iteration"] == 5
 
 
 def test_float16_keeps_the_scale_of_its_gradients(train, trained, tmp_path):
@@ -422,11 +314,30 @@ def test_two_locks_at_once(tmp_path):
             except ValueError:
                 time.sleep(0.001)
         os.mkdir("alone")
+        if os.fork() == 0:
+            sys.exit()  # the end of a child is not the end of the lock
+        os.wait()
         time.sleep(0.01)
         os.rmdir("alone")"""
     started = [subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path) for _ in range(8)]
     assert [process.wait(60) for process in started] == [0] * 8
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
+
+
+def test_a_lock_on_a_file_that_was_just_removed_is_none(tmp_path, monkeypatch):
+    """Its last owner removes it between the opening and the locking: the next one would lock another file."""
+    lock, lockf, calls = tmp_path / "lock", survive.fcntl.lockf, []
+
+    def late(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            os.remove(lock)
+        return lockf(descriptor, operation)
+    monkeypatch.setattr(survive.fcntl, "lockf", late)
+    survive.take_out_dir(str(tmp_path))
+    other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    done = subprocess.run([sys.executable, "-c", other, lock], capture_output=True, text=True)
+    assert len(calls) == 2 and "BlockingIOError" in done.stderr
 
 
 # wandb
@@ -452,6 +363,8 @@ def wandb_that_breaks():
 
     def init(id, resume, **options):
         note("init", [id, resume])
+        if breaks_at == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
         return Run()
     sys.modules["wandb"] = types.SimpleNamespace(init=init)
 
@@ -464,6 +377,13 @@ def test_wandb_that_breaks_does_not_stop_training(breaks_at, run, flags, trained
     assert untimed(tmp_path / "out") == untimed(trained(**TINY))
     calls = [json.loads(line) for line in notes.read_text().splitlines()]
     assert [step for what, step in calls if what == "log"][-1] == (2 if breaks_at == "log" else 4)
+
+
+def test_a_signal_while_wandb_starts_is_no_failure_of_wandb(run, flags, tmp_path):
+    """Before the first iteration a signal ends the run at once; the lock goes with it."""
+    done = run("train.py", *flags(**TINY, wandb_log=True), before=wandb_that_breaks, NOTES=str(tmp_path / "notes"), BREAKS_AT="signal")
+    assert done.returncode == 128 + 15 and not done.stderr and "wandb is off" not in done.stdout and "iter " not in done.stdout
+    assert os.listdir(tmp_path / "out") == ["log.jsonl"]
 
 
 def test_a_resumed_run_is_the_same_one_of_wandb(run, flags, tmp_path):
@@ -487,6 +407,19 @@ def test_an_id_beyond_the_vocabulary_is_found_anywhere(split, place, run, flags,
     ids[split][place] = 96
     done = run("train.py", *flags(dataset=write_ids(tmp_path / "data", ids["train"], ids["val"]), max_iters=0))
     assert_one_sentence(done, f"{split}.bin", "96", "95")
+    assert not (tmp_path / "out").exists()
+
+
+def data_of_the_second_process_is_gone():
+    def gone(folder):
+        raise ValueError("its disk is gone")
+    if os.environ["RANK"] == "1":
+        data.common.open_dataset = gone
+
+
+def test_a_mistake_that_one_process_meets_is_told_by_the_first(run, flags, tmp_path):
+    done = run("train.py", *flags(**TINY), processes=2, before=data_of_the_second_process_is_gone)
+    assert_one_sentence(done, "its disk is gone")
     assert not (tmp_path / "out").exists()
 
 

@@ -12,85 +12,15 @@ import pytest
 import torch
 
 import model
-from conftest import ROOT, Hostile, write_ids
+from conftest import ROOT, SMALL, TINY, Hostile, write_ids
+from runs import assert_one_sentence, assert_same_checkpoint, assert_same_course, load, losses, read_log, untimed
 
 STRUCTURES = ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "btt_moe", "moe", "einsum", "dyad"]
-SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2, max_iters=20, lr_decay_iters=None,
-             warmup_iters=5, eval_interval=5, eval_iters=4, log_interval=1, sample_tokens=0, device="cpu", seed=7)
-TINY = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, max_iters=4, eval_iters=1)
 UNIFORM = math.log(96)  # the loss of a model that knows nothing, nats per token
-
-
-@pytest.fixture(scope="module")
-def train(run, python_text):
-    """train(out, "btt", max_iters=30, ...) -> the folder out, after a run that ended well."""
-    def train(out, config="dense", processes=1, before=None, code=0, **settings):
-        flags = [f"--{k}={v}" for k, v in ({"dataset": python_text} | SMALL | settings).items()]
-        done = run("train.py", f"config/{config}.py", "config/quickstart.py", f"--out_dir={out}", *flags,
-                   processes=processes, before=before)
-        assert done.returncode == code, done.stderr
-        return out
-    return train
-
-
-@pytest.fixture(scope="module")
-def trained(train, tmp_path_factory):
-    """The same, into a folder to be read only, once for each choice of settings."""
-    folders = {}
-
-    def trained(config="dense", **settings):
-        key = (config, *sorted(settings.items()))
-        if key not in folders:
-            folders[key] = train(tmp_path_factory.mktemp("trained") / "out", config, **settings)
-        return folders[key]
-    return trained
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 def load_model(out):
     return load(out / "ckpt.pt")["model"]
-
-
-def read_log(out):
-    """(descriptions of the run, {iteration: train point}, {iteration: eval point}); no point may come twice."""
-    def refuse(word):
-        raise ValueError(f"{word} is not JSON")
-
-    lines = [json.loads(line, parse_constant=refuse) for line in (out / "log.jsonl").read_text().splitlines()]
-    of = {kind: [line for line in lines if line["type"] == kind] for kind in ("run", "train", "eval")}
-    assert sum(map(len, of.values())) == len(lines) and lines[0]["type"] == "run"
-    points = [{p["iter"]: p for p in of[kind]} for kind in ("train", "eval")]
-    assert [len(p) for p in points] == [len(of["train"]), len(of["eval"])]
-    return of["run"], *points
-
-
-def losses(out):
-    """{iteration: loss} and {iteration: val loss}."""
-    _, steps, evals = read_log(out)
-    return {i: p["loss"] for i, p in steps.items()}, {i: p["val_loss"] for i, p in evals.items()}
-
-
-def untimed(out):
-    """All points of a log, without what a clock says."""
-    _, steps, evals = read_log(out)
-    timed = {"ms_per_iter", "tokens_per_s", "utilization", "seconds"}
-    return [{k: v for k, v in p.items() if k not in timed} for p in [*steps.values(), *evals.values()]]
-
-
-def assert_same_checkpoint(a, b):
-    """Bitwise the same model, optimizer and counters."""
-    a, b = load(a / "ckpt.pt"), load(b / "ckpt.pt")
-    for name in a["model"]:
-        assert torch.equal(a["model"][name], b["model"][name]), name
-    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
-    for i, state in a["optimizer"]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, b["optimizer"]["state"][i][name]), (i, name)
-    for name in ("iteration", "tokens", "flops", "best_val_loss", "model_args", "tokenizer"):
-        assert a[name] == b[name], name
 
 
 def cross_entropy(checkpoint, ids, count):
@@ -175,12 +105,12 @@ def test_resume_takes_new_hyperparameters(before, after, train, tmp_path):
 # The order of the data
 
 def record_batches():
-    """Writes each batch that the model is given to a file of the process: [whether it trains, inputs, targets]."""
+    """Writes what the model is given to a file of the process: [whether it trains, inputs, targets, seed of dropout]."""
     forward = model.GPT.forward
 
     def recorded(self, idx, targets=None, **options):
         with open(f"{os.environ['BATCHES']}.{os.environ.get('RANK', 0)}", "a") as f:
-            f.write(json.dumps([self.training, idx.tolist(), targets.tolist()]) + "\n")
+            f.write(json.dumps([self.training, idx.tolist(), targets.tolist(), torch.initial_seed()]) + "\n")
         return forward(self, idx, targets, **options)
     model.GPT.forward = recorded
 
@@ -203,8 +133,10 @@ def places(run, alphabet, tmp_path, monkeypatch):
         for training in (True, False):
             batches = [[b for b in batches if b[0] == training] for batches in by_rank]
             found.append([x[0] for turn in zip(*batches, strict=True) for batch in turn for x in batch[1]])
-            for _, X, Y in sum(batches, []):
+            for _, X, Y, _ in sum(batches, []):
                 assert X == [list(range(x[0], x[0] + 32)) for x in X] and Y == [[i + 1 for i in x] for x in X]
+        dropout = {b[3] for batches in by_rank for b in batches if b[0]}
+        assert len(dropout) == processes * len(found[0]) // 64  # another in each iteration and process
         return found
     return places
 
@@ -229,18 +161,6 @@ def test_split_of_the_batch_does_not_matter(trained):
     a, b, c = (trained(batch_size=size, gradient_accumulation_steps=8 // size, eval_iters=16 // size) for size in (8, 4, 1))
     for other in (b, c):
         assert_same_course(a, other)
-
-
-def assert_same_course(a, b):
-    (_, steps_a, evals_a), (_, steps_b, evals_b) = read_log(a), read_log(b)
-    assert steps_a.keys() == steps_b.keys() and evals_a.keys() == evals_b.keys()
-    for i, p in steps_a.items():
-        assert p["loss"] == pytest.approx(steps_b[i]["loss"], abs=1e-4), i
-        assert p["grad_norm"] == pytest.approx(steps_b[i]["grad_norm"], rel=1e-2), i
-        assert [p[k] for k in ("tokens", "flops", "lr")] == [steps_b[i][k] for k in ("tokens", "flops", "lr")]
-    for i, p in evals_a.items():
-        assert p["val_loss"] == pytest.approx(evals_b[i]["val_loss"], abs=1e-4), i
-        assert np.allclose(p["router_load"], evals_b[i]["router_load"], atol=0.01), i
 
 
 # Several processes
@@ -330,9 +250,9 @@ def test_routers_are_balanced(config, routers, trained):
     (run,), _, evals = read_log(balanced)
     assert run["routers"] == routers
     for p in evals.values():
-        for load, entropy, largest in zip(p["router_load"], p["router_entropy"], p["router_max_load"], strict=True):
-            assert entropy == pytest.approx(-sum(share * math.log(share) for share in load if share), abs=1e-4)
-            assert largest == pytest.approx(8 * max(load), abs=1e-4)
+        for shares, entropy, largest in zip(p["router_load"], p["router_entropy"], p["router_max_load"], strict=True):
+            assert entropy == pytest.approx(-sum(share * math.log(share) for share in shares if share), abs=1e-4)
+            assert largest == pytest.approx(8 * max(shares), abs=1e-4)
     assert max(evals[0]["router_max_load"]) < 1.5 < max(read_log(free)[2][0]["router_max_load"])
     assert np.mean(evals[40]["router_max_load"]) < np.mean(read_log(free)[2][40]["router_max_load"])
     biases = {name: b for name, b in load_model(balanced).items() if name.endswith(".balance")}
@@ -472,13 +392,6 @@ MISTAKES = {
     "device": ("--device=abacus", "abacus"),
     "block_size": ("--block_size=20000", "val.bin", "20000"),
 }
-
-
-def assert_one_sentence(done, *words):
-    assert done.returncode not in (0, None) and done.stderr.startswith("error: "), done.stderr
-    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
-    for word in words:
-        assert word in done.stderr, (word, done.stderr)
 
 
 @pytest.fixture
