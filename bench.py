@@ -34,6 +34,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 
@@ -90,6 +91,20 @@ def take_turns(runs: dict, count: int) -> dict[str, list[float]]:
     return times
 
 
+@contextlib.contextmanager
+def silent_stderr():
+    """Nothing reaches stderr: each start and end of torch's profiler is a line there, in the middle of the table."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def memory(run) -> tuple[int, int] | tuple[None, None]:
     """(bytes that a run leaves allocated while its result is kept, most bytes at once), beyond those before it.
 
@@ -106,7 +121,8 @@ def memory(run) -> tuple[int, int] | tuple[None, None]:
     if device_type != "cpu":
         return None, None
     kernels.release_scratch()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                                 profile_memory=True) as profile:
         result = run()
         kernels.release_scratch()  # it serves all layers in turn: it counts for the peak alone
     del result
@@ -124,7 +140,7 @@ def memory(run) -> tuple[int, int] | tuple[None, None]:
 def ratios(times: list[float], base: list[float]) -> tuple[float, float, float]:
     """Median and quartiles of the ratios, turn by turn."""
     turn = [t / b for t, b in zip(times, base)]
-    low, _, high = statistics.quantiles(turn, n=4) if len(turn) > 1 else turn * 3
+    low, _, high = statistics.quantiles(turn, n=4, method="inclusive") if len(turn) > 1 else turn * 3
     return statistics.median(turn), low, high
 
 
