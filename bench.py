@@ -18,6 +18,7 @@ turns: int = 15                 # timed runs of each layer, after two that are n
 step: bool = True               # time training steps too
 n_embd: int = 512               # width of the model of the training step
 n_layer: int = 3                # its blocks
+head_size: int = 64             # the width of its heads
 block_size: int = 128           # its tokens per sequence
 batch_size: int = 16            # its sequences per step
 vocab_size: int = 96            # its vocabulary
@@ -47,13 +48,14 @@ import structured
 from configurator import fail, structure_config
 from model import GPT, GPTConfig
 
-for key in ("tokens", "turns", "steps", "n_embd", "n_layer", "block_size", "batch_size", "vocab_size"):
+for key in ("tokens", "turns", "steps", "n_embd", "n_layer", "head_size", "block_size", "batch_size",
+            "vocab_size"):
     if config[key] < 1:
         fail(f"{key} must be at least 1; got {config[key]}")
 if any(w < 1 or w != int(w) for w in widths):
     fail(f"widths must be positive whole numbers; got {widths}")
-if n_embd > 64 and n_embd % 64:
-    fail(f"n_embd must be a multiple of 64, the size of a head; got {n_embd}")
+if n_embd % head_size:
+    fail(f"n_embd must be a multiple of head_size = {head_size}; got {n_embd}")
 if dtype not in (None, "float32", "bfloat16", "float16"):
     fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
 device, device_type, dtype = devices.choose(device, dtype)
@@ -212,7 +214,7 @@ def bench_steps() -> list[dict]:
             model.rebalance(aux.load, aux.variance, 0.1)
         return run
 
-    size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=max(1, n_embd // 64))
+    size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // head_size)
     models = {name: GPT(GPTConfig(**size, **options)).to(device) for name, options in structures.items()}
     times = take_turns({name: training_step(model) for name, model in models.items()}, steps)
     rows = []

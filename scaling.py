@@ -36,6 +36,7 @@ base: str = "dense"             # structure that multipliers are against
 floor: float | None = None      # L∞ of every structure, in nats per token; None: fitted, each its own
 min_flops: float | None = None  # the frontier begins here; None: where the smallest size is the best one
 max_flops: float | None = None  # and ends here; None: where the largest size is the best one
+bench: str = ""                 # bench.py's json files whose training steps say the seconds, not the runs: they shared a machine
 samples: int = 300              # bootstrap samples
 level: float = 0.9              # probability of the intervals
 out: str = "results/scaling"    # folder of the tables and figures
@@ -541,7 +542,7 @@ def main() -> None:
     try:
         if command == "fit":
             scaling_report.fit(runs.split(","), out, base=base, floor=floor, window=(min_flops, max_flops),
-                               samples=samples, level=level)
+                               samples=samples, level=level, bench=[path for path in bench.split(",") if path])
         scaling_plot.plot(out)
     except (ValueError, OSError) as e:
         fail(str(e))

@@ -13,6 +13,7 @@ where the rate decays. Along an axis x (training FLOPs, those without the output
     multiplier  x that dense needs for the same loss ÷ x it needs, both by their laws, where both frontiers have that loss
 
 Seconds are iterations · the median time of one, so that a pause of the machine does not count; evaluations do not either.
+Of runs that shared a machine with others, the time of an iteration is better taken from bench.py.
 """
 import contextlib
 import dataclasses
@@ -32,6 +33,7 @@ PER_DECADE = 12     # budgets of a frontier
 COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "batch_size")  # what makes two validation losses one measure
 SEED_ASIDE = ("seed", "out_dir", "init_from", "max_iters", "eval_interval", "log_interval", "sample_tokens", "wandb_log",
               "wandb_project", "wandb_run_name")  # may differ between two seeds of the same run
+STEP_SHAPE = ("n_embd", "n_layer", "n_head", "block_size", "batch_size")    # of a training step that bench.py times
 HUBER = 1.345       # residuals beyond so many standard deviations count less
 
 
@@ -159,6 +161,30 @@ def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
             raise ValueError(f"these runs do not measure the same loss: {key} is {a} in {first} and {b} in {second}; "
                              "keep them in different folders")
     return found, notes
+
+
+def take_seconds(runs: list[Run], paths: Iterable[str]) -> list[str]:
+    """Seconds per token from the training steps of bench.py, in place of the runs' own: a run keeps none that no step of
+    the same structure and shape tells. Returns remarks; raises ValueError, in one sentence, for a file that is none of bench.py's."""
+    known = {}
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as f:
+                found = json.load(f)
+            config = found["config"] | dict(n_head=found["config"]["n_embd"] // found["config"]["head_size"])
+            shape = tuple(config[k] for k in STEP_SHAPE)
+            known |= {(step["config"], *shape): 1 / step["tokens_per_s"] for step in found["steps"]}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path} is no output of bench.py that can be read ({type(e).__name__}: {e})") from None
+    notes = []
+    for run in runs:
+        seconds = known.get((run.label, *(run.config[k] for k in STEP_SHAPE)))
+        run.flops_per_token.pop("seconds", None)
+        if seconds is None:
+            notes.append(f"{run.name}: no seconds, for bench.py has not timed {run.label} of its shape")
+        else:
+            run.flops_per_token["seconds"] = seconds
+    return notes
 
 
 # ---- Frontier -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from scaling_fit import (AXES, PER_DECADE, Fit, Run, fit_structure, interval, mean_of_seeds, multipliers, read_runs,
-                         seed_noise)
+                         seed_noise, take_seconds)
 
 # ---- What a reader should know --------------------------------------------------------------------------------------
 
@@ -151,13 +151,16 @@ def round_all(value):
 
 # ---- All of it ------------------------------------------------------------------------------------------------------
 
-def fit(folders: list[str], out: str, *, base: str, floor: float | None, window: tuple, samples: int, level: float) -> None:
+def fit(folders: list[str], out: str, *, base: str, floor: float | None, window: tuple, samples: int, level: float,
+        bench: Iterable[str] = ()) -> None:
     """Fits the runs below the folders; writes fit.json, runs.csv, frontier.csv and table.md into `out`.
 
     window is in FLOPs, and narrows the fits along FLOPs alone. Raises ValueError, in one sentence, for runs that cannot
     be fitted.
     """
     runs, notes = read_runs(folders)
+    if bench:
+        notes += take_seconds(runs, bench)
     labels = sorted({run.label for run in runs}, key=lambda label: (label != base, label))
     noise, seeds = seed_noise(runs)
     fits: dict[str, dict[str, Fit]] = {}

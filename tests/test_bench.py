@@ -7,8 +7,8 @@ import structured
 
 
 def test_bench(run, tmp_path):
-    told = run("bench.py", "--widths=32,64", "--tokens=96", "--turns=2", "--steps=2", "--n_embd=32", "--n_layer=1", "--block_size=16",
-               "--batch_size=2", f"--out={tmp_path}/results/b")
+    told = run("bench.py", "--widths=32,64", "--tokens=96", "--turns=2", "--steps=2", "--n_embd=32", "--head_size=16",
+                   "--n_layer=1", "--block_size=16", "--batch_size=2", f"--out={tmp_path}/results/b")
     assert told.returncode == 0, told.stderr
     result = json.loads((tmp_path / "results" / "b.json").read_text())
     names = ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "einsum", "dyad", "btt_moe"]

@@ -435,6 +435,25 @@ def test_seeds_count_as_their_mean(run):
     assert len(scaling_fit.mean_of_seeds([one, dataclasses.replace(other, config=other.config | dict(learning_rate=1.0))])) == 2
 
 
+def test_seconds_of_bench(tmp_path):
+    """A run's seconds per token are those of the training step of its structure and shape, or none."""
+    small, large = synthetic("btt", 1, 0, sizes=[1e5, 2e5])
+    for run, width in ((small, 64), (large, 128)):
+        run.config.update(n_embd=width, n_head=2, block_size=16, batch_size=4)
+    steps = [dict(config="btt", tokens_per_s=5000.0), dict(config="dense", tokens_per_s=1.0)]
+    config = dict(n_embd=64, n_layer=3, head_size=32, block_size=16, batch_size=4)
+    (tmp_path / "bench.json").write_text(json.dumps(dict(config=config, steps=steps)))
+    notes = scaling_fit.take_seconds([small, large], [tmp_path / "bench.json"])
+    assert small.flops_per_token["seconds"] == 1 / 5000 and "seconds" not in large.flops_per_token
+    assert len(notes) == 1 and large.name in notes[0]
+    for key in ("n_layer", "head_size", "block_size", "batch_size"):
+        (tmp_path / "bench.json").write_text(json.dumps(dict(config=config | {key: 8}, steps=steps)))
+        assert len(scaling_fit.take_seconds([small, large], [tmp_path / "bench.json"])) == 2
+    (tmp_path / "bench.json").write_text('{"steps": 3}')
+    with pytest.raises(ValueError, match="bench.json is no output of bench.py"):
+        scaling_fit.take_seconds([small], [tmp_path / "bench.json"])
+
+
 def test_from_plan_to_figures(run, python_text, tmp_path):
     """With train.py itself: a tiny run."""
     (tmp_path / "plan.py").write_text(ONE.replace("evals = 5", "evals = 12") + "eval_iters = 2\nwarmup_iters = 2\nsample_tokens = 0\nlog_interval = 2\n")
