@@ -420,6 +420,15 @@ def _choose(scores: Tensor, k: int) -> Tensor:
     return chosen
 
 
+def _place(whole: Tensor | None, part: Tensor, rows: slice, total: int) -> Tensor:
+    """Put a block's result into its rows of the whole, which is made with the first; one that is all of it is taken as it is."""
+    if len(part) == total:
+        return part
+    whole = part.new_empty(total, part.shape[1]) if whole is None else whole
+    whole[rows] = part
+    return whole
+
+
 @torch.library.custom_op("structured::routed_einsum", mutates_args=())
 def _routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, second: Tensor, top_k: int,
                    sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -430,7 +439,7 @@ def _routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, se
     for xs, part in zip(x.split(size), logits.split(size)):
         torch.mm(xs.to(router.dtype), router.T, out=part)
     x = x.to(first.dtype)  # the router has seen it as it was
-    y, z = x.new_empty(T, to.d_out), x.new_empty(T * top_k, to.width)
+    y, z = None, x.new_empty(T * top_k, to.width)
     chosen = _choose(logits + balance, top_k)
     gates = logits.gather(1, chosen).softmax(1).to(x.dtype)
     for block in _blocks(chosen, E, size, to.rows):
@@ -439,8 +448,8 @@ def _routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, se
         for e, i, j in block.pieces:
             zs = to.first_product(to.first(_gather("x", x, block.token[i:j])), first[e], z_block[i:j])
             torch.bmm(to.second(zs), second[e].mT, out=rows[i:j].view(f, d * (j - i), e_))
-        y[block.tokens] = to.combine_outputs(rows, block, gates[block.tokens])
-    return y, logits, chosen, z
+        y = _place(y, to.combine_outputs(rows, block, gates[block.tokens]), block.tokens, T)
+    return x.new_empty(T, to.d_out) if y is None else y, logits, chosen, z
 
 
 @_routed_einsum.register_fake
@@ -457,7 +466,7 @@ def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tens
     a, b, g, d, e_, f, r = sizes
     E, k = router.shape[0], chosen.shape[1]
     gates, x_seen, x = logits.gather(1, chosen).softmax(1), x, x.to(first.dtype)
-    dx, drouter = torch.empty_like(x_seen), torch.zeros_like(router)
+    dx, drouter = None, torch.zeros_like(router)
     dfirst, dsecond = _zeros(first, first.shape), _zeros(second, second.mT.shape)
     for block in _blocks(chosen, E, to.block(E, k), to.rows):
         tokens = block.tokens
@@ -479,9 +488,9 @@ def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tens
         dgates = torch.empty_like(dgate).index_copy_(0, block.order, dgate).view(-1, k)
         dlogit = dlogits[tokens].scatter_add(1, chosen[tokens], dgates - gates[tokens] * dgates.sum(1, keepdim=True))
         drouter.addmm_(dlogit.T, x_seen[tokens].to(router.dtype))
-        part = to.combine_inputs(rows, block).to(dx.dtype)
-        torch.addmm(part, dlogit.to(dx.dtype), router.to(dx.dtype), out=dx[tokens])
-    return dx, drouter, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
+        part = to.combine_inputs(rows, block).to(x_seen.dtype)
+        dx = _place(dx, part.addmm_(dlogit.to(part.dtype), router.to(part.dtype)), tokens, len(x))
+    return torch.empty_like(x_seen) if dx is None else dx, drouter, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
 
 
 @_routed_einsum_backward.register_fake
