@@ -169,6 +169,7 @@ def _log_distance(triple, exponents, d: int) -> float:
     return sum((math.log(size) - exponent * math.log(d)) ** 2 for size, exponent in zip(triple, exponents))
 
 
+@functools.lru_cache(maxsize=4096)
 def _nearest_triples(d: int, exponents) -> list[tuple[int, int, int]]:
     """All ordered divisor triples of d at the least distance from d^exponents in log space."""
     divisors = _divisors(d)
