@@ -174,8 +174,9 @@ def _nearest_triples(d: int, exponents) -> list[tuple[int, int, int]]:
     """All ordered divisor triples of d at the least distance from d^exponents in log space."""
     divisors = _divisors(d)
     triples = [(i, j, d // (i * j)) for i in divisors for j in divisors if d % (i * j) == 0]
-    least = min(_log_distance(t, exponents, d) for t in triples)
-    return [t for t in triples if _log_distance(t, exponents, d) <= least + 1e-9]
+    distances = [_log_distance(t, exponents, d) for t in triples]
+    least = min(distances)
+    return [t for t, distance in zip(triples, distances) if distance <= least + 1e-9]
 
 
 def _is_sensible(triple, exponents, d: int) -> bool:
