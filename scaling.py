@@ -22,6 +22,7 @@ once: a run belongs to who creates its claim file, until that file has not been 
 import sys
 
 import configurator
+import launcher
 
 # sweep
 runs: str = "out-scaling"       # folder of the runs; fit reads every log.jsonl below it (several: comma-separated)
@@ -50,74 +51,35 @@ def split_arguments(arguments: list[str]) -> tuple[str, str | None, list[str], l
     command, *rest = arguments or [""]
     if command not in ("sweep", "fit", "plot"):
         configurator.fail(f"the first word must be sweep, fit or plot; got {command!r}")
-    plan, own = None, set(configurator.read_keys(__file__))
     if command == "sweep":
         if not rest or rest[0].startswith("-"):
             configurator.fail("sweep needs a plan: python scaling.py sweep plans/cpu.py")
-        plan, *rest = rest
-        keys = set(configurator.read_keys(TRAIN)) - own
-        ours = [a for a in rest if a.partition("=")[0].removeprefix("--").replace("-", "_") not in keys]
-        return command, plan, ours, [a for a in rest if a not in ours]
-    return command, plan, rest, []
+        return command, rest[0], *launcher.split_flags(__file__, rest[1:])
+    return command, None, rest, []
 
 
-HERE = configurator.HERE
-TRAIN = HERE + "/train.py"
 command, plan_path, arguments, settings_for_all = split_arguments(sys.argv[1:])
 config = configurator.configure(globals(), arguments)
 globals().update(config)
 
 import contextlib
-import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
 import os
-import re
 import runpy
 import signal
-import socket
 import subprocess
 import time
 import types
 import uuid
 
-from configurator import fail, show
+from configurator import HERE, fail, show
+from launcher import TRAIN, Claim, Run, clock, final_loss, last_words, launch, make_run, shared_time, speed, stop
 
-# settings that do not change what is learned or measured, and so are no part of a run's name
-ASIDE = ("out_dir", "init_from", "eval_interval", "log_interval", "sample_tokens", "wandb_log", "wandb_project",
-         "wandb_run_name")
 PLAN_KEYS = ("structures", "head_size", "flops", "evals")
 
 # ---- Plans ----------------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    label: str          # its structure, as figures call it
-    settings: dict      # keys of train.py, all but out_dir and init_from
-    flops: float        # training FLOPs of the whole run
-
-    @property
-    def max_iters(self) -> int:
-        return self.settings["max_iters"]
-
-    @functools.cached_property
-    def name(self) -> str:
-        """The settings that differ most, and a hash of all: at a constant rate the length is not one of them."""
-        s = self.settings
-        aside = ASIDE if s.get("decay_lr", True) else (*ASIDE, "max_iters")
-        contents = json.dumps({k: v for k, v in sorted(s.items()) if k not in aside})
-        parts = [re.sub(r"[^\w.+-]+", "_", self.label), f"d{s['n_embd']}", f"l{s['n_layer']}", f"lr{s['learning_rate']:g}",
-                 f"s{s['seed']}", *([f"i{s['max_iters']}"] if "max_iters" not in aside else []),
-                 hashlib.sha256(contents.encode()).hexdigest()[:8]]
-        return "-".join(parts)
-
-    @property
-    def folder(self) -> str:
-        return os.path.join(runs, self.name)
-
 
 def read_plan(path: str) -> dict:
     """{key: value} of a plan file, each value of the type that train.py takes; whatever is wrong ends in one sentence."""
@@ -157,54 +119,6 @@ def check_values(where: str, values: dict, keys: dict) -> dict:
     return checked
 
 
-@functools.cache
-def vocabulary(dataset: str) -> int:
-    from data.common import open_dataset
-    try:
-        return open_dataset(dataset if os.path.isdir(dataset) else os.path.join(HERE, "data", dataset))[0]["vocab_size"]
-    except ValueError as e:
-        fail(str(e))
-
-
-@functools.cache
-def block_flops(arguments: tuple) -> tuple[int, int]:
-    """Forward FLOPs per token of (a block, the output layer) of a model with these GPTConfig fields. Raises ValueError."""
-    import torch
-    from model import GPT, GPTConfig
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**dict(arguments)))
-    return model.flops_per_token(False), model.flops_per_token() - model.flops_per_token(False)
-
-
-def make_run(label: str, values: dict, defaults: dict) -> Run:
-    """One point of the grid as a run: budgets turned into iterations. Raises ValueError where no such model can be made."""
-    from model import GPTConfig
-    values = dict(values)
-    head_size, budget, evals = (values.pop(k, None) for k in ("head_size", "flops", "evals"))
-    s = {k: v for k, v in values.items()}
-    for key in ("n_embd", "n_layer", "learning_rate", "seed"):
-        s.setdefault(key, defaults[key])
-    if head_size:
-        if s["n_embd"] % head_size:
-            raise ValueError(f"n_embd = {s['n_embd']} is no multiple of head_size = {head_size}")
-        s["n_head"] = int(s["n_embd"] // head_size)
-    full = defaults | s
-    fields = {f.name: full[f.name] for f in dataclasses.fields(GPTConfig) if f.name in full}
-    block, output = block_flops(tuple(sorted((fields | dict(n_layer=1, vocab_size=vocabulary(full["dataset"]))).items())))
-    per_token = 3 * (s["n_layer"] * block + output)
-    per_iter = per_token * full["gradient_accumulation_steps"] * full["batch_size"] * full["block_size"]
-    if isinstance(budget, dict):
-        if s["n_embd"] not in budget:
-            raise ValueError(f"flops has no budget for n_embd = {s['n_embd']}")
-        budget = budget[s["n_embd"]]
-    if budget:
-        s["max_iters"] = max(1, round(budget / per_iter))
-    s.setdefault("max_iters", defaults["max_iters"])
-    if evals:
-        s["eval_interval"] = max(1, math.ceil(s["max_iters"] / evals))
-    return Run(label, s, float(per_iter * s["max_iters"]))
-
-
 def expand(path: str) -> list[Run]:
     """The runs of a plan, the cheapest first."""
     keys = configurator.read_keys(TRAIN)
@@ -227,7 +141,7 @@ def expand(path: str) -> list[Run]:
         for point in itertools.product(*axes.values()):
             values |= dict(zip(axes, point))
             try:
-                run = make_run(label, values, defaults)
+                run = make_run(label, values, defaults, runs)
             except ValueError as e:
                 fail(f"{path}, {label}, {', '.join(f'{k} = {v}' for k, v in zip(axes, point))}: {e}")
             if run.name not in found or run.max_iters > found[run.name].max_iters:
@@ -235,127 +149,7 @@ def expand(path: str) -> list[Run]:
     return sorted(found.values(), key=lambda run: run.flops)
 
 
-# ---- Claims: a run belongs to the newest of its files claim.1, claim.2, ..., as long as that one lives ---------------
-
-def here() -> str:
-    """This machine, or container: process numbers mean something within it alone."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        with open("/proc/sys/kernel/random/boot_id") as f:
-            parts += [f.read().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(parts)
-
-
-def shared_time(token: str) -> float:
-    """The time by the clock of the folder's file system, which all machines share."""
-    path = os.path.join(runs, f".clock.{token}")
-    with open(path, "w"):
-        os.utime(path)
-    return os.stat(path).st_mtime
-
-
-def newest_claim(folder: str) -> int:
-    """Number of the newest claim of a run, 0 where there is none."""
-    numbers = [int(n) for name in os.listdir(folder) if name.startswith("claim.") and (n := name[6:]).isdecimal()]
-    return max(numbers, default=0)
-
-
-def process_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def claim_lives(folder: str, number: int, now: float) -> bool:
-    """Is somebody at work? Not where all its processes were of this machine and are gone; else by the last sign of life.
-
-    A log that grows is one too: train.py goes on when the sweep that launched it is killed.
-    """
-    path, times = os.path.join(folder, f"claim.{number}"), []
-    for file in (path, os.path.join(folder, "log.jsonl")):
-        with contextlib.suppress(OSError):
-            times.append(os.stat(file).st_mtime)
-    try:
-        with open(path) as f:
-            claim = json.load(f)
-        if os.name == "posix" and claim["here"] == here() and not any(map(process_exists, claim["processes"])):
-            return False
-    except FileNotFoundError:
-        return True     # released at this moment: look again later
-    except (OSError, ValueError, KeyError, TypeError):
-        pass            # being written
-    return now - max(times, default=0.0) < expiry
-
-
-class Claim:
-    """A claim that this process holds. The next number is taken by exclusive creation, which one process alone can do;
-    no claim but one's own is ever removed while it could be the newest."""
-
-    def __init__(self, folder: str, number: int, token: str):
-        self.folder, self.number, self.token = folder, number, token
-        self.path = os.path.join(folder, f"claim.{number}")
-
-    @classmethod
-    def take(cls, folder: str, now: float) -> "Claim | None":
-        os.makedirs(folder, exist_ok=True)
-        last = newest_claim(folder)
-        if last and claim_lives(folder, last, now):
-            return None
-        claim = cls(folder, last + 1, uuid.uuid4().hex)
-        try:
-            os.close(os.open(claim.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return None
-        claim.write([os.getpid()])
-        return claim
-
-    def write(self, processes: list[int]) -> None:
-        with open(self.path, "w") as f:
-            json.dump(dict(here=here(), processes=processes, token=self.token), f)
-
-    def held(self) -> bool:
-        """Is it still ours? Another takes over where this process slept for longer than `expiry`."""
-        try:
-            with open(self.path) as f:
-                return json.load(f)["token"] == self.token and newest_claim(self.folder) == self.number
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
-    def release(self) -> None:
-        for number in range(1, self.number + 1):    # its own last: until then nobody can take a lower one
-            with contextlib.suppress(OSError):
-                os.remove(os.path.join(self.folder, f"claim.{number}"))
-
-
 # ---- Sweep ----------------------------------------------------------------------------------------------------------
-
-def read_log(folder: str) -> list[dict]:
-    """The lines of log.jsonl; a line that is only half there is left out."""
-    points = []
-    with contextlib.suppress(OSError):
-        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    points.append(json.loads(line))
-    return points
-
-
-def final_loss(run: Run) -> float | None:
-    """Validation loss at the end of a run, None where it has not come to its end."""
-    ends = [p["val_loss"] for p in read_log(run.folder) if p.get("type") == "eval" and p["iter"] >= run.max_iters]
-    return ends[-1] if ends else None
-
-
-def speed(run: Run) -> tuple[int, float | None]:
-    """(iterations done, median ms of one, None where nothing is known yet)."""
-    points = [p for p in read_log(run.folder) if "iter" in p]
-    times = sorted(p["ms_per_iter"] for p in points if "ms_per_iter" in p)
-    return max((p["iter"] for p in points), default=0), times[len(times) // 2] if times else None
-
 
 def time_left(pending: list[Run], done: list[Run]) -> float | None:
     """Seconds for the rest of these runs: by their own speed, else by that of others per FLOP, of the same structure first."""
@@ -370,45 +164,6 @@ def time_left(pending: list[Run], done: list[Run]) -> float | None:
         ms = ms or sum(per_flop) / len(per_flop) * run.flops / run.max_iters
         total += max(0, run.max_iters - its) * ms / 1e3
     return total / jobs
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
-
-
-def launch(run: Run, job: int) -> subprocess.Popen:
-    """Start train.py on a run, or let it go on; what it prints goes into output.txt."""
-    threads = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // jobs)
-    environment = os.environ | dict(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(threads)))
-    start = [sys.executable]
-    if gpus:
-        visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g] or list(map(str, range(jobs * gpus)))
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[job * gpus:(job + 1) * gpus])
-    if gpus > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    flags = [f"--{k}={','.join(map(repr, v)) + ',' if isinstance(v, tuple) else v}" for k, v in run.settings.items()]
-    with open(os.path.join(run.folder, "settings.json"), "w", encoding="utf-8") as f:
-        json.dump(dict(label=run.label, settings=run.settings), f, indent=1)
-    with open(os.path.join(run.folder, "output.txt"), "a") as output:
-        return subprocess.Popen([*start, os.path.join(HERE, program), *flags, f"--out_dir={run.folder}",
-                                 "--init_from=auto"],
-                                stdout=output, stderr=subprocess.STDOUT, env=environment)
-
-
-def stop(process: subprocess.Popen) -> None:
-    process.terminate()
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def last_words(run: Run) -> str:
-    with contextlib.suppress(OSError):
-        with open(os.path.join(run.folder, "output.txt"), errors="replace") as f:
-            return (f.read().strip().splitlines() or ["it said nothing"])[-1]
-    return "it said nothing"
 
 
 def failed_since(run: Run, started: float) -> bool:
@@ -426,7 +181,7 @@ def sweep(todo: list[Run]) -> list[Run]:
     """
     os.makedirs(runs, exist_ok=True)
     token = uuid.uuid4().hex
-    started, pause = shared_time(token), min(1.0, expiry / 10)
+    started, pause = shared_time(runs, token), min(1.0, expiry / 10)
     finished = [run for run in todo if final_loss(run) is not None]
     pending = [run for run in todo if run not in finished]
     active: dict[int, tuple[Run, Claim, subprocess.Popen]] = {}
@@ -470,21 +225,21 @@ def sweep(todo: list[Run]) -> list[Run]:
                     os.utime(claim.path)
             free = [job for job in range(jobs) if job not in active]
             if free and time.monotonic() - last_look > 5 * pause:
-                last_look, now = time.monotonic(), shared_time(token)
+                last_look, now = time.monotonic(), shared_time(runs, token)
                 for run in [r for r in pending if all(r is not a for a, *_ in active.values())]:
                     if final_loss(run) is not None or failed_since(run, started):
                         others = finished if final_loss(run) is not None else failed
                         pending.remove(run)
                         others.append(run)
                         tell(run, "finished elsewhere" if others is finished else f"FAILED elsewhere: {last_words(run)}")
-                    elif free and (claim := Claim.take(run.folder, now)):
+                    elif free and (claim := Claim.take(run.folder, now, expiry)):
                         if final_loss(run) is not None:     # finished between the look and the claim
                             claim.release()
                             continue
                         with contextlib.suppress(FileNotFoundError):
                             os.remove(os.path.join(run.folder, "failed.txt"))
                         job = free.pop(0)
-                        active[job] = run, claim, launch(run, job)
+                        active[job] = run, claim, launch(run, job, jobs=jobs, gpus=gpus, program=program)
                         claim.write([os.getpid(), active[job][2].pid])
                 if pending and not active and not wait:
                     break

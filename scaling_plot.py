@@ -20,14 +20,24 @@ def style(i: int) -> dict:
     return dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)])
 
 
-def axes(plt, panels: int = 1, **options):
-    fig, found = plt.subplots(1, panels, figsize=(4.6 + 3.4 * (panels - 1) + 1.5, 4.0), squeeze=False, layout="constrained",
-                              **options)
-    for ax in found[0]:
+def pyplot(salt: str):
+    """matplotlib.pyplot without a screen, in the style of all figures; the same salt gives the same svg."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams |= {"svg.hashsalt": salt, "font.size": 9, "svg.fonttype": "none"}
+    return plt
+
+
+def axes(plt, panels: int = 1, rows: int = 1, **options):
+    """(figure, its axes: a row, or an array of rows where there are several)."""
+    fig, found = plt.subplots(rows, panels, figsize=(4.6 + 3.4 * (panels - 1) + 1.5, 0.8 + 3.2 * rows), squeeze=False,
+                              layout="constrained", **options)
+    for ax in found.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
-    return fig, found[0]
+    return fig, found[0] if rows == 1 else found
 
 
 def plain_ticks(axis) -> None:
@@ -126,10 +136,7 @@ def plot(folder: str) -> None:
             found = json.load(f)
     except (OSError, ValueError) as e:
         raise ValueError(f"there is no fit.json that can be read in {folder!r}: make it with scaling.py fit") from e
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams |= {"svg.hashsalt": "scaling", "font.size": 9, "svg.fonttype": "none"}
+    plt = pyplot("scaling")
     loss, by_axis = "validation loss, nats per token", found["axes"]
     for name, axis, what in (("frontier", "flops", "training FLOPs"), ("wall_clock", "seconds", "training time, s")):
         if axis in by_axis:

@@ -169,12 +169,14 @@ def _log_distance(triple, exponents, d: int) -> float:
     return sum((math.log(size) - exponent * math.log(d)) ** 2 for size, exponent in zip(triple, exponents))
 
 
+@functools.lru_cache(maxsize=4096)
 def _nearest_triples(d: int, exponents) -> list[tuple[int, int, int]]:
     """All ordered divisor triples of d at the least distance from d^exponents in log space."""
     divisors = _divisors(d)
     triples = [(i, j, d // (i * j)) for i in divisors for j in divisors if d % (i * j) == 0]
-    least = min(_log_distance(t, exponents, d) for t in triples)
-    return [t for t in triples if _log_distance(t, exponents, d) <= least + 1e-9]
+    distances = [_log_distance(t, exponents, d) for t in triples]
+    least = min(distances)
+    return [t for t, distance in zip(triples, distances) if distance <= least + 1e-9]
 
 
 def _is_sensible(triple, exponents, d: int) -> bool:

@@ -1,0 +1,17 @@
+# Minutes to an hour on a CPU: characters of Python's own standard library, 128 at a time, 3 layers; the scale of plans/cpu.py
+# and of the search (python data/python_char/prepare.py, no download).
+dataset = "python_char"
+block_size = 128
+batch_size = 16
+gradient_accumulation_steps = 1
+n_layer = 3
+n_head = 4
+n_embd = 128
+max_iters = 2000
+decay_lr = False
+warmup_iters = 50
+weight_decay = 0.0
+eval_interval = 250
+eval_iters = 20
+log_interval = 20
+sample_tokens = 128

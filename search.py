@@ -1,0 +1,390 @@
+"""Search for good structures: θ, and experts where asked for, at equal training FLOPs, by Optuna around runs of train.py.
+
+    python search.py run config/cpu.py --jobs=2             search; the same command goes on, from any number of processes
+    python search.py run config/cpu.py --dry_run=True       the request, the named structures, how many random θ have a model
+    python search.py report                                 ranked table, csv, figure, importances, best.py, follow.py
+    python scaling.py sweep results/search/follow.py --runs=out-search/follow --jobs=2
+                                                            the best and dense, with more budget and several seeds
+
+`run` takes config files and keys of train.py too: those that say what all trials share (data, batch, layers, seed ...).
+Every trial is a model whose FLOPs per token are those of a dense model of `dense_width`, and costs `flops` in all: its
+width and rank are chosen to that end (search_space.py). Evaluations go to Optuna as they come, and its pruner ends trials
+that are behind at an equal share of the budget.
+
+Needs optuna (pip install -r requirements-search.txt). State: the study, a journal in `out` unless `storage` says
+otherwise, and a folder in `out` for each point. Where several machines search, they share both. A trial belongs to who
+holds the claim file in its folder; one whose processes are dead, or which has not stirred for `expiry` seconds, is
+taken up by whoever finds it, and its runs go on from their checkpoints.
+"""
+import sys
+
+import configurator
+import launcher
+
+# run
+out: str = "out-search"         # folder of the runs, and of the study
+storage: str | None = None      # a database URL that Optuna takes; None: the file study.journal in `out`
+study: str = "search"           # name of the study in its storage
+jobs: int = 1                   # trials at a time of this process
+gpus: int = 0                   # GPUs of each run, the next ones for each job; 0: whatever there is, for all
+program: str = "train.py"       # what is launched
+expiry: float = 900.0           # seconds without a sign of life after which a trial is anyone's
+max_failures: int = 5           # end after so many failed trials in a row
+dry_run: bool = False           # tell what would be searched, and end
+# search
+trials: int = 45                # trials that are trained, pruned ones included, by all processes together
+named: bool = True              # the named structures come first, and are not pruned
+sampler: str = "tpe"            # 'tpe' or 'random'
+sampler_seed: int | None = None  # None: a different one each time; several processes must not share one
+pruner: str = "halving"         # 'halving' (successive halving), 'hyperband' or 'none'
+first_rung: int = 2             # evaluations before the pruner's first decision
+reduction: int = 2              # one in so many goes on at each rung: at first_rung · reduction^k evaluations
+# equal compute
+dense_width: int = 96           # FLOPs per token are those of a dense model of this width
+flops: float = 4e12             # training FLOPs of a trial
+tolerance: float = 0.05         # relative, of FLOPs per token
+widths: tuple | None = None     # to choose from; None: the multiples of 4 and n_head from 32 to 512
+learning_rates: tuple = (3e-3,)  # of every trial: the best counts, all are paid for
+experts: tuple = (0,)           # numbers of experts to choose from; 0: none
+top_ks: tuple = (2,)            # experts per token to choose from
+max_nu: float = 1.0             # θ above this compute intensity are left out: they cost more than dense and express no more
+evals: int = 8                  # evaluations of a run
+# report
+results: str = "results/search"  # folder of the report
+dense: str | None = None        # a fit.json of scaling.py, or folder of dense runs, to compare with; None: the study's dense
+top: int = 3                    # structures of follow.py, besides dense
+times: float = 4.0              # budget of a run there, in those of a trial
+seeds: tuple = (1, 2)           # of each
+
+
+def split_arguments(arguments: list[str]) -> tuple[str, list[str], list[str]]:
+    """(command, flags of this file, config files and flags of train.py)."""
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        return "", ["--help"], []
+    command, *rest = arguments or [""]
+    if command not in ("run", "report"):
+        configurator.fail(f"the first word must be run or report; got {command!r}")
+    if command == "report":
+        return command, rest, []
+    files = [a for a in rest if not a.startswith("-") and a.strip()]
+    ours, theirs = launcher.split_flags(__file__, [a for a in rest if a not in files])
+    return command, ours, files + theirs
+
+
+command, own_arguments, train_arguments = split_arguments(sys.argv[1:])
+config = configurator.configure(globals(), own_arguments)
+globals().update(config)
+
+import dataclasses
+import datetime
+import math
+import os
+import random
+import signal
+import subprocess
+import time
+import uuid
+
+from configurator import fail
+from launcher import Claim, Run, clock, last_words, launch, read_log, shared_time, speed, stop
+from space import STRUCTURES
+
+import search_space
+from search_space import LEVELS, Point, Space, theta_of
+from search_study import begin, is_trained, make_pruner, make_sampler, open_study, propose, settled
+
+import optuna    # after search_study, which says what to do where it is missing
+from optuna.trial import TrialState
+
+# ---- What is asked for ----------------------------------------------------------------------------------------------
+
+def make_space() -> Space:
+    """The space of this command, or one sentence about what is wrong with its keys."""
+    for key in ("jobs", "expiry", "max_failures", "trials", "first_rung", "dense_width", "flops", "tolerance", "evals",
+                "max_nu"):
+        if config[key] <= 0:
+            fail(f"{key} must be positive; got {config[key]}")
+    if reduction < 2:
+        fail(f"reduction must be at least 2; got {reduction}")
+    for key, options in dict(sampler=("tpe", "random"), pruner=("halving", "hyperband", "none")).items():
+        if config[key] not in options:
+            fail(f"{key} must be one of {', '.join(options)}; got {config[key]!r}")
+    for key, least in dict(widths=1, experts=0, top_ks=1, learning_rates=0).items():
+        if config[key] is not None and (not config[key] or any(v < least for v in config[key])):
+            fail(f"{key} takes numbers of at least {least}; got {config[key]}")
+    for key in ("widths", "experts", "top_ks"):
+        if any(v != int(v) for v in config[key] or ()):
+            fail(f"{key} takes whole numbers; got {config[key]}")
+    settings = configurator.configure({"__file__": launcher.TRAIN}, train_arguments)
+    defaults = {k.name: k.default for k in configurator.read_keys(launcher.TRAIN).values()}
+    for argument in train_arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("-") and name in search_space.CHOSEN:
+            fail(f"{name} is what the search chooses: python search.py --help has the keys that it chooses by")
+    shared = {k: v for k, v in settings.items() if k not in search_space.CHOSEN and v != defaults[k]}
+    for key in ("n_layer", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "dataset", "seed", "decay_lr"):
+        shared[key] = settings[key]     # a change of train.py's defaults must not change a study
+    step = math.lcm(4, shared["n_head"])
+    chosen = tuple(sorted(set(widths or (w for w in range(step, 513, step) if w >= 32))))
+    if bad := [w for w in chosen if w % shared["n_head"]]:
+        fail(f"widths must be multiples of n_head = {shared['n_head']}; got {bad[0]}")
+    vocabulary = launcher.vocabulary(shared["dataset"])
+    space = Space(dense_width, flops, chosen, tolerance, learning_rates, experts, top_ks, max_nu, evals, shared, vocabulary)
+    tokens = math.prod(shared[k] for k in ("gradient_accumulation_steps", "batch_size", "block_size"))
+    if (iterations := flops / space.flops_per_token / tokens) < (1 + tolerance) * evals / tolerance / 2:
+        fail(f"flops = {flops:g} are {iterations:.0f} iterations, too few to meet them within {tolerance:.0%} by multiples of "
+             f"evals = {evals}: ask for more flops, a larger tolerance, or fewer evals")
+    return space
+
+
+# ---- A trial at work ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Work:
+    trial: optuna.trial.Trial
+    point: Point
+    claim: Claim
+    runs: list[Run]             # one for each learning rate
+    processes: list[subprocess.Popen]
+    reported: set[int]          # evaluations that Optuna knows
+
+    @property
+    def what(self) -> str:
+        return f"trial {self.trial.number}, {self.point.label}, width {self.point.width}"
+
+    def stop(self) -> None:
+        for process in self.processes:
+            stop(process)
+
+
+def start(trial, point: Point, claim: Claim, space: Space, job: int) -> Work:
+    """Launch the runs of a trial, or let them go on."""
+    runs = space.runs(point, claim.folder)
+    known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    work = Work(trial, point, claim, runs, [], set(known))
+    for i, run in enumerate(runs):
+        if final(run, space) is None:
+            n = len(runs)
+            work.processes.append(launch(run, job * n + i, jobs=jobs * n, gpus=gpus, program=program))
+    claim.write([os.getpid(), *(p.pid for p in work.processes)])
+    return work
+
+
+def losses_of(run: Run) -> dict[int, float]:
+    """{evaluation: validation loss} of a run, from the first after the start on; inf where it is not finite."""
+    every = run.settings["eval_interval"]
+    found = {p["iter"] // every: p["val_loss"] for p in read_log(run.folder) if p.get("type") == "eval" and p["iter"]}
+    return {step: loss if math.isfinite(loss) else math.inf for step, loss in found.items()}
+
+
+def final(run: Run, space: Space) -> float | None:
+    return losses_of(run).get(space.evals)
+
+
+def follow(found, work: Work, space: Space) -> str | None:
+    """Report what is new of a trial; what it has come to, 'done', 'pruned' or 'failed', or None while it is at work.
+
+    Of several learning rates, the best at each evaluation counts, and one that has failed is left out.
+    """
+    ended = [p.poll() is not None for p in work.processes]
+    curves = [losses_of(run) for run in work.runs]
+    alive = [c for c, run in zip(curves, work.runs) if not has_failed(run, work, space)]
+    for step in sorted(set.intersection(*map(set, alive)) - work.reported) if alive else ():
+        work.trial.report(min(c[step] for c in alive), step)
+        work.reported.add(step)
+        behind = step < space.evals and work.trial.should_prune()   # which tells the pruner, too
+        if behind and "named" not in work.trial.user_attrs:
+            return "pruned"
+    if not alive:
+        return "failed"
+    return "done" if all(ended) else None
+
+
+def has_failed(run: Run, work: Work, space: Space) -> bool:
+    """Has a run ended before its end, or lost its finite loss?"""
+    losses = losses_of(run)
+    if math.inf in losses.values():
+        return True
+    running = any(p.poll() is None and f"--out_dir={run.folder}" in p.args for p in work.processes)
+    return not running and final(run, space) is None
+
+
+def why_failed(work: Work, space: Space) -> str:
+    """What became of the runs of a failed trial."""
+    words = []
+    for run in work.runs:
+        status = next((p.returncode for p in work.processes if f"--out_dir={run.folder}" in p.args), 0)
+        words.append("diverged, its validation loss is not finite" if math.inf in losses_of(run).values() else
+                     f"ended with status {status}: {last_words(run)}" if status else
+                     f"ended without reaching iteration {run.max_iters}: {last_words(run)}")
+    return "; ".join(dict.fromkeys(words))
+
+
+def close(found, work: Work, space: Space, outcome: str) -> None:
+    """Tell Optuna what a trial has come to, with what the report needs, and let its claim go."""
+    work.stop()
+    trial = work.trial
+    if outcome == "failed":
+        trial.set_user_attr("why", why_failed(work, space))
+        found.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    else:
+        best = min(work.runs, key=lambda run: final(run, space) or math.inf)
+        first = next((p for p in read_log(best.folder) if p.get("type") == "run"), {})
+        its, ms = speed(best)
+        facts = dict(run=os.path.relpath(best.folder, out), settings=best.settings, width=work.point.width,
+                     rank=work.point.rank, sizes=[str(s) for s in work.point.sizes], flops=best.flops, iterations=its,
+                     flops_per_token=work.point.flops_per_token, params=first.get("params"), ms_per_iter=ms)
+        for key, value in facts.items():
+            trial.set_user_attr(key, value)
+        if outcome == "done":
+            found.tell(trial, final(best, space), skip_if_finished=True)
+        else:
+            found.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+    work.claim.release()
+
+
+def adopt(found, space: Space, mine: set[int], now: float):
+    """(trial, point, claim) of a trial that nobody is at any more; None where there is none."""
+    for frozen in found.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if frozen.number in mine:
+            continue
+        trial = optuna.trial.Trial(found, frozen._trial_id)
+        if "point" not in frozen.user_attrs:    # who asked for it died before it knew what it was
+            if datetime.datetime.now() - frozen.datetime_start > datetime.timedelta(seconds=expiry):
+                found.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            continue
+        if claim := Claim.take(os.path.join(out, frozen.user_attrs["point"]), now, expiry):
+            told = found.get_trials(deepcopy=False)[frozen.number].state != TrialState.RUNNING
+            if not told and not settled(found, trial, frozen.user_attrs["point"]):
+                return trial, space.point(*space.suggest(trial)), claim
+            claim.release()
+    return None
+
+
+# ---- The search -----------------------------------------------------------------------------------------------------
+
+def search(found, space: Space) -> int:
+    """Until there are enough trials and none is at work; returns how many of this process failed.
+
+    One loop and no threads, as in scaling.py's sweep: it follows the trials at work, and fills free jobs, first with what
+    others have left.
+    """
+    token, pause = uuid.uuid4().hex, min(1.0, expiry / 10)
+    active: dict[int, Work] = {}
+    failures = failed = 0
+    os.makedirs(out, exist_ok=True)
+    last_told = time.monotonic()
+    try:
+        while True:
+            for job, work in list(active.items()):
+                if not work.claim.held():
+                    del active[job]
+                    work.stop()
+                    print(f"{work.what}: taken over by another machine, since this one did not stir for too long", flush=True)
+                    continue
+                os.utime(work.claim.path)
+                if outcome := follow(found, work, space):
+                    del active[job]
+                    close(found, work, space, outcome)
+                    failures, failed = (failures + 1, failed + 1) if outcome == "failed" else (0, failed)
+                    tell(found, work, outcome)
+                    if failures >= max_failures:
+                        raise ValueError(f"{failures} trials in a row have failed, the last: {why_failed(work, space)}")
+            for job in [j for j in range(jobs) if j not in active]:
+                now, mine = shared_time(out, token), {w.trial.number for w in active.values()}
+                if left := adopt(found, space, mine, now):
+                    active[job] = start(*left, space, job)
+                    print(f"{active[job].what}: taken up where it was left", flush=True)
+                elif proposal := propose(found, space, trials):
+                    if claim := Claim.take(os.path.join(out, proposal[1].name), now, expiry):   # else another has taken it up
+                        active[job] = start(*proposal, claim, space, job)
+                elif not active and not found.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                    return failed
+            if time.monotonic() - last_told > 60:
+                last_told = time.monotonic()
+                print("  running: " + (", ".join(f"trial {w.trial.number} {speed(w.runs[0])[0] / w.runs[0].max_iters:.0%}"
+                                                 for w in active.values()) or "others' trials"), flush=True)
+            time.sleep(pause)
+    finally:
+        for work in active.values():
+            work.stop()
+            work.claim.release()
+        if os.path.exists(path := os.path.join(out, f".clock.{token}")):
+            os.remove(path)
+
+
+def tell(found, work: Work, outcome: str) -> None:
+    """A line on a trial that has ended."""
+    all_trials = found.get_trials(deepcopy=False)
+    ended = sum(is_trained(t) and t.state.is_finished() for t in all_trials)
+    complete = [t for t in all_trials if t.state == TrialState.COMPLETE and is_trained(t)]
+    me = all_trials[work.trial.number]
+    if outcome == "failed":
+        what = f"FAILED, {me.user_attrs.get('why')}"
+    else:
+        what = (f"val loss {me.value:.4f}" if outcome == "done" else
+                f"pruned at evaluation {me.last_step} with {me.intermediate_values[me.last_step]:.4f}")
+        what += f", {clock((me.user_attrs['ms_per_iter'] or 0) * me.user_attrs['iterations'] / 1e3)}"
+    if complete:
+        best = min(complete, key=lambda t: t.value)
+        what += f" | best {best.value:.4f}, trial {best.number}, {best.user_attrs['label']}"
+    print(f"[{ended}/{trials}] {work.what}: {what}", flush=True)
+
+
+def describe(space: Space, draws: int = 300) -> None:
+    """What would be searched: the request, the models of the named structures, the share of random θ that have one."""
+    tokens = space.flops / space.flops_per_token
+    print(f"{trials} trials of {space.flops:.3g} training FLOPs, {space.flops_per_token:,.0f} a token, as a dense model of "
+          f"width {dense_width}: {tokens:,.0f} tokens; {len(space.widths)} widths from {space.widths[0]} to {space.widths[-1]}")
+    for name, theta in STRUCTURES.items():
+        if theta is not None:
+            try:
+                run, *_ = space.runs(point := space.point(theta), out)
+                print(f"  {point.label:32s} width {point.width:4d}  {str(point.sizes[0]):24s} {run.max_iters:7,} iterations  "
+                      f"{run.flops / space.flops:.1%} of the FLOPs")
+            except ValueError as e:
+                print(f"  {name}: {e}")
+    rng, intense, none = random.Random(0), 0, 0
+    for _ in range(draws):
+        theta = theta_of(*(rng.randrange(len(levels)) for levels in LEVELS.values()))
+        try:
+            space.point(theta)
+        except ValueError:
+            intense += theta.nu > space.max_nu + 1e-9
+            none += theta.nu <= space.max_nu + 1e-9
+    print(f"of {draws} random θ, {intense} are above ν = {space.max_nu:g}, {none} of the others have no width at these FLOPs")
+
+
+def main() -> None:
+    if command == "report":
+        import search_report
+        try:
+            return search_report.report(open_study(storage, study, out), out, results, dense=dense, top=top, times=times,
+                                        seeds=seeds, first_rung=first_rung)
+        except (ValueError, OSError) as e:
+            fail(str(e))
+    space = make_space()
+    if dry_run:
+        return describe(space)
+    found = open_study(storage, study, out, make_sampler(sampler, sampler_seed),
+                       make_pruner(pruner, first_rung, reduction, evals))
+    begin(found, space, named)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failed = search(found, space)
+    except (OSError, ValueError) as e:
+        fail(str(e))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
+        sys.exit(130)
+    ended = [t for t in found.trials if is_trained(t)]
+    counts = {s: sum(t.state == s for t in ended) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)}
+    print("{} trials to their end, {} pruned, {} failed".format(*counts.values())
+          + f"; {sum('rejected' in t.user_attrs for t in found.trials)} θ without a model, "
+          f"{sum('same_as' in t.user_attrs for t in found.trials)} that others had")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

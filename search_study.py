@@ -1,0 +1,137 @@
+"""What search.py asks of Optuna, and keeps in its study: sampler, pruner, storage, and the next point to be trained.
+
+A trial's user attributes: `named`, where a structure was asked for before the sampler had a say; `point`, the name of its
+model (search_space.Point.name), `label` and `theta`; or `rejected`, why it has none. `same_as`: the trial that had its point
+before. `surplus`: one too many. What came of its runs: `run`, `settings`, `params` ..., or `why` it failed.
+"""
+import math
+import os
+
+from configurator import fail, show
+from search_space import Space, places_of
+from space import STRUCTURES
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+except ImportError:
+    fail("the search needs optuna: pip install -r requirements-search.txt")
+
+JOURNAL = "study.journal"
+ATTEMPTS = 2000     # θ that a sampler may ask for in vain
+
+
+def make_sampler(kind: str, seed: int | None = None) -> optuna.samplers.BaseSampler:
+    """Optuna's. TPE looks at all parameters together, since ω and ψ depend on sums of them, and takes trials that others
+    are at for bad ones, so that two processes do not ask for the same."""
+    if kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=12)
+
+
+def make_pruner(kind: str, first_rung: int, reduction: int, evals: int) -> optuna.pruners.BasePruner:
+    """Optuna's; resources are evaluations."""
+    if kind == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=reduction)
+    if kind == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=first_rung, max_resource=evals, reduction_factor=reduction)
+    return optuna.pruners.NopPruner()
+
+
+def open_study(storage: str | None, name: str, folder: str, sampler=None, pruner=None) -> optuna.Study:
+    """The study in its storage, a journal in the folder or a database; with a sampler it is made where it is not there.
+    Ends in one sentence where it cannot be had."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    place = storage or os.path.join(folder, JOURNAL)
+    try:
+        if storage is None:
+            if sampler:
+                os.makedirs(folder, exist_ok=True)
+            elif not os.path.exists(place):
+                fail(f"there is no study {place!r}: search first, or name another folder with --out")
+            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(place))
+        if sampler:
+            return optuna.create_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner,
+                                       load_if_exists=True)
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        fail(f"there is no study {name!r} in {place!r}")
+    except Exception as e:      # whatever a database driver raises
+        fail(f"the storage {place!r} cannot be opened: {(str(e) or type(e).__name__).splitlines()[0]}")
+
+
+def begin(study: optuna.Study, space: Space, named: bool) -> None:
+    """A study keeps what it was asked for, and goes on with the same alone. The named structures may come first."""
+    asked, kept = space.request(), study.user_attrs.get("request")
+    if kept is None:
+        study.set_user_attr("request", asked)
+        for name, theta in STRUCTURES.items():
+            if named and theta is not None:
+                options = (("num_experts", sorted(space.experts)), ("top_k", space.top_ks))
+                choices = {key: values[0] for key, values in options if len(values) > 1}
+                study.enqueue_trial(places_of(theta) | choices, user_attrs=dict(named=name), skip_if_exists=True)
+    elif kept != asked:
+        key = next(k for k in asked if kept.get(k) != asked[k])
+        fail(f"the study was begun with {key} = {show(kept.get(key))}, not {show(asked[key])}: give the same, or another --out")
+
+
+def is_trained(trial) -> bool:
+    """Does this trial count? Those without a point, and those that repeat another's, do not."""
+    return "point" in trial.user_attrs and not trial.user_attrs.keys() & {"same_as", "surplus"}
+
+
+def propose(study: optuna.Study, space: Space, trials: int):
+    """(trial, its point), or None when there are so many trials already.
+
+    What the sampler asks for and cannot be trained, or need not be, is told as such and does not count: the next is asked
+    for. Raises ValueError where it asks for nothing else.
+    """
+    for _ in range(ATTEMPTS):
+        if sum(map(is_trained, study.get_trials(deepcopy=False))) >= trials:
+            return None
+        trial = study.ask()
+        try:
+            point = space.point(*space.suggest(trial))
+        except ValueError as e:
+            trial.set_user_attr("rejected", str(e))
+            study.tell(trial, state=TrialState.FAIL)
+            continue
+        for key, value in dict(label=point.label, theta=list(point.theta), point=point.name).items():
+            trial.set_user_attr(key, value)
+        if not settled(study, trial, point.name, trials):
+            return trial, point
+    raise ValueError(f"in {ATTEMPTS:,} attempts the sampler found nothing that is not trained yet: the space may be exhausted; "
+                     "widen --widths or --tolerance, or ask for fewer --trials")
+
+
+def settled(study: optuna.Study, trial, name: str, trials: float = math.inf) -> bool:
+    """Tell a trial whose point another one has, or which is beyond the number of trials; True if it was one.
+
+    A θ whose matrices are those of another gets its values. The very same θ is told without: more of the same would only
+    draw the sampler to where it has been.
+    """
+    try:
+        return _settle(study, trial, name, trials)
+    except optuna.exceptions.UpdateFinishedTrialError:  # another process has told it in the meantime
+        return True
+
+
+def _settle(study: optuna.Study, trial, name: str, trials: float) -> bool:
+    everyone = study.get_trials(deepcopy=False)
+    others = [t for t in everyone if t.number != trial.number and is_trained(t)]
+    same = [t for t in others if t.user_attrs["point"] == name and (t.state.is_finished() or t.number < trial.number)]
+    if not same:
+        surplus = sum(t.number < trial.number for t in others) >= trials
+        if surplus:
+            trial.set_user_attr("surplus", True)
+            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        return surplus
+    first = min(same, key=lambda t: (not t.state.is_finished(), t.number))
+    trial.set_user_attr("same_as", first.number)
+    mine, state, value = everyone[trial.number], TrialState.FAIL, None
+    if first.params != mine.params and first.state in (TrialState.COMPLETE, TrialState.PRUNED):
+        for step in sorted(first.intermediate_values.keys() - mine.intermediate_values.keys()):
+            trial.report(first.intermediate_values[step], step)
+        state, value = first.state, first.value if first.state == TrialState.COMPLETE else None
+    study.tell(trial, value, state=state, skip_if_finished=True)
+    return True
