@@ -19,6 +19,14 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, and are small
 
 
+# two files run beside each other: those that take long begin, since one that is left at the end runs alone
+LONG = ["test_mup.py", "test_train.py", "test_survive.py", "test_structured.py", "test_search.py", "test_scaling.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def tiktoken_cache(tmp_path_factory):
     """A folder where tiktoken finds GPT-2's vocabulary without the network, named by TIKTOKEN_CACHE_DIR meanwhile.
