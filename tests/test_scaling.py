@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import launcher
 import scaling_fit
 from scaling_fit import Law, Points, Run
 from space import Theta
@@ -163,6 +164,15 @@ def test_claims_expire(desk, claim, age, log_age, taken):
     assert told.returncode == 0 and (folder / "claim.3").exists() == (not taken)
     assert ("1 of 1 finished" in told.stdout) == taken and ("1 in the hands of others" in told.stdout) == (not taken)
     assert (desk.folder / "jobs").exists() == taken
+
+
+def test_one_of_two_gets_a_claim(tmp_path, monkeypatch):
+    """Both have looked when there was no claim yet: who creates the file first has the run."""
+    first = launcher.Claim.take(str(tmp_path), time.time(), 100)
+    with monkeypatch.context() as looked_before:
+        looked_before.setattr(launcher, "newest_claim", lambda folder: 0)
+        assert launcher.Claim.take(str(tmp_path), time.time(), 100) is None
+    assert first.held() and os.listdir(tmp_path) == ["claim.1"]
 
 
 def test_claims_of_dead_processes_end_at_once(desk):
