@@ -6,8 +6,8 @@
 For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. Layers take turns, so
 that a slow moment of the machine meets all of them; a ratio is taken within its turn, and the median and the quartiles
 are over turns. Beside it, the ratio of the FLOPs, the time per FLOP relative to nn.Linear's, and the memory above the inputs
-and the parameters: what the forward leaves for the backward, output included, and the peak of both. Then tokens/s of whole training steps. Writes everything to <out>.json. Let nothing else run
-meanwhile.
+and the parameters: what the forward leaves for the backward, output included, and the peak of both. Then tokens/s of whole
+training steps. Writes everything to <out>.json. Let nothing else run meanwhile.
 """
 import configurator
 

@@ -461,7 +461,8 @@ def _(x, router, balance, first, second, top_k, sizes, swapped):
 
 @torch.library.custom_op("structured::routed_einsum_backward", mutates_args=())
 def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tensor, chosen: Tensor, z: Tensor,
-                            router: Tensor, first: Tensor, second: Tensor, sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                            router: Tensor, first: Tensor, second: Tensor, sizes: list[int],
+                            swapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     to = _Layout(sizes, swapped, gathered=True)
     a, b, g, d, e_, f, r = sizes
     E, k = router.shape[0], chosen.shape[1]
@@ -490,7 +491,8 @@ def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tens
         drouter.addmm_(dlogit.T, x_seen[tokens].to(router.dtype))
         part = to.combine_inputs(rows, block).to(x_seen.dtype)
         dx = _place(dx, part.addmm_(dlogit.to(part.dtype), router.to(part.dtype)), tokens, len(x))
-    return torch.empty_like(x_seen) if dx is None else dx, drouter, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
+    dx = torch.empty_like(x_seen) if dx is None else dx  # no rows
+    return dx, drouter, dfirst.to(first.dtype), dsecond.mT.to(second.dtype).contiguous()
 
 
 @_routed_einsum_backward.register_fake

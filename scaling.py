@@ -173,7 +173,7 @@ def failed_since(run: Run, started: float) -> bool:
     return False
 
 
-def sweep(todo: list[Run]) -> list[Run]:
+def sweep(planned: list[Run]) -> list[Run]:
     """Make every run that is not there; returns those that failed.
 
     One loop and no threads: it looks at the launched processes, touches their claims, fills free jobs with runs whose
@@ -182,12 +182,12 @@ def sweep(todo: list[Run]) -> list[Run]:
     os.makedirs(runs, exist_ok=True)
     token = uuid.uuid4().hex
     started, pause = shared_time(runs, token), min(1.0, expiry / 10)
-    finished = [run for run in todo if final_loss(run) is not None]
-    pending = [run for run in todo if run not in finished]
+    finished = [run for run in planned if final_loss(run) is not None]
+    pending = [run for run in planned if run not in finished]
     active: dict[int, tuple[Run, Claim, subprocess.Popen]] = {}
     failed: list[Run] = []
-    total, last_look, last_told = len(todo), -math.inf, time.monotonic()    # -inf: look for runs to claim at once
-    print(f"{total} runs, {sum(run.flops for run in todo):.3g} FLOPs; {len(finished)} finished before", flush=True)
+    total, last_look, last_told = len(planned), -math.inf, time.monotonic()    # -inf: look for runs to claim at once
+    print(f"{total} runs, {sum(run.flops for run in planned):.3g} FLOPs; {len(finished)} finished before", flush=True)
 
     def tell(run: Run, what: str) -> None:
         print(f"[{len(finished) + len(failed)}/{total}] {run.name}: {what}", flush=True)
@@ -265,16 +265,16 @@ def run_sweep() -> None:
             fail(f"{key} must be positive; got {config[key]}")
     if gpus < 0:
         fail(f"gpus must not be negative; got {gpus}")
-    todo = expand(plan_path)
+    planned = expand(plan_path)
     if dry_run:
-        for run in todo:
+        for run in planned:
             its, ms = speed(run)
             print(f"{run.name:60s} {run.max_iters:8,} iterations {run.flops:9.3g} FLOPs  "
                   + ("finished" if final_loss(run) is not None else f"at iteration {its}" if its else "to do"))
-        return print(f"{len(todo)} runs, {sum(run.flops for run in todo):.3g} FLOPs")
+        return print(f"{len(planned)} runs, {sum(run.flops for run in planned):.3g} FLOPs")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = sweep(todo)
+        failed = sweep(planned)
     except OSError as e:
         fail(str(e))
     except KeyboardInterrupt:
