@@ -1,5 +1,6 @@
 """Runs that are killed, or told by a signal to end, at any moment; and kill_test.py, which does it many times."""
 import os
+import random
 import shutil
 import signal
 
@@ -20,8 +21,26 @@ def test_killed_at_random_moments(python_text, tmp_path):
     """kill_test.py, with few kills: what it asserts is its exit."""
     arguments = ["config/moe.py", f"--dataset={python_text}", "--max_iters=20", "--lr_decay_iters=20"]
     figures = kill_test.kill_test(lambda flags: Started(tmp_path, flags), str(tmp_path), 4, 3, arguments)
-    assert figures["kills"] == 4 and figures["half_lines"] == 0
-    assert figures["places"].get("writing a checkpoint", 0) >= 1
+    assert figures["kills"] == sum(figures["places"].values()) == 4 and figures["half_lines"] == 0
+
+
+def stay_in_the_first_save():
+    def endless_save(contents, f):
+        f.write(b"half a checkpoint")
+        f.flush()
+        signal.pause()
+    torch.save = endless_save
+
+
+def test_kill_test_finds_the_moment_of_writing(python_text, flags, tmp_path):
+    """However long it lasts: a run that gets no further than its first checkpoint is killed there."""
+    class First(random.Random):
+        def randrange(self, *_):
+            return 0
+    place = kill_test.kill_once(lambda arguments: Started(tmp_path, arguments, before=stay_in_the_first_save), flags(**TINY),
+                                str(tmp_path / "out"), None, First(0))
+    assert place == "writing a checkpoint"
+    assert (tmp_path / "out" / "ckpt.pt.tmp").read_bytes() == b"half a checkpoint"
 
 
 def test_kill_test_sees_a_difference(trained, tmp_path):

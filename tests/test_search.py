@@ -501,7 +501,7 @@ def test_dense_curves_from_elsewhere(tmp_path):
 
 
 def test_importances_say_which_parameter_decides():
-    study, rng = optuna.create_study(), random.Random(0)
+    study, rng = optuna.create_study(sampler=make_sampler("random", 0)), random.Random(0)
     for _ in range(60):
         trial = study.ask()
         places = {name: trial.suggest_int(name, 0, len(levels) - 1) for name, levels in LEVELS.items()}
