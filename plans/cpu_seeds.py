@@ -1,8 +1,8 @@
-# The noise of plans/cpu.py: a second seed of its runs of width 128.
+# The noise of plans/cpu.py: a second seed of its runs of width 64.
 import os
 import runpy
 
 _cpu = runpy.run_path(os.path.join(os.path.dirname(__file__), "cpu.py"))
 globals().update({k: v for k, v in _cpu.items() if not k.startswith("_")})
-n_embd = 128
+n_embd = 64
 seed = 2
