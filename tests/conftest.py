@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, and are small
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other, and are small
 
 
 # two files run beside each other: those that take long begin, since one that is left at the end runs alone
@@ -99,7 +99,7 @@ def run(tmp_path_factory):
                 target=_run_script, args=(script, [str(a) for a in arguments], environment | ranks, *files, before)))
             started[-1].start()
         for process in started:
-            process.join(300)
+            process.join(1200)
             process.kill()
             process.join()
         code = next((p.exitcode for p in started if p.exitcode), 0)
@@ -118,7 +118,9 @@ class Started:
         self.process.start()
 
     def wait(self):
-        self.process.join(120)
+        self.process.join(1200)
+        self.process.kill()
+        self.process.join()
         return self.process.exitcode
 
     def running(self):

@@ -25,7 +25,7 @@ def prepare(name, *arguments, cwd=None, **environment):
     command = [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=60
+        command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600
     )
 
 
@@ -152,7 +152,7 @@ def test_python_char_of_a_stripped_python(tmp_path):
         sysconfig.get_path = lambda name: {str(tmp_path / "lib")!r}
         sys.argv = ["prepare.py", "--out-dir", {str(tmp_path / "out")!r}]
         runpy.run_path({str(script)!r}, run_name="__main__")"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert "only 6 characters" in refused(done)
     assert not (tmp_path / "out" / "meta.json").exists()
 
@@ -373,7 +373,8 @@ def test_out_dir_is_a_file(tmp_path):
 
 def test_no_vocabulary(existing, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}
+    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "",
+               "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     done = prepare("openwebtext", "--source", tmp_path / "a.txt", "--out-dir", existing, **nowhere)
     assert "TIKTOKEN_CACHE_DIR" in refused(done)
 
@@ -424,7 +425,7 @@ def test_a_kill_at_any_step_leaves_no_broken_dataset(first_dataset, tmp_path):
         step += 1
         out = Path(shutil.copytree(first_dataset, tmp_path / f"step{step}"))
         command = [sys.executable, "-c", KILLED, step, script, *new, out]
-        code = subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, timeout=60).returncode
+        code = subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, timeout=600).returncode
         found = whole_or_absent(out)
         assert found in (None, old, expected)
         seen.append("none" if found is None else "old" if found == old else "new")
@@ -466,7 +467,7 @@ def test_interrupt(existing, tmp_path):
     (tmp_path / "new.txt").write_text("a new text")
     script = ROOT / "data" / "python_char" / "prepare.py"
     command = [sys.executable, "-c", INTERRUPTED, script, "--source", tmp_path / "new.txt", "--out-dir", existing]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 

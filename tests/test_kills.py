@@ -40,7 +40,7 @@ def test_kill_test_finds_the_moment_of_writing(python_text, flags, tmp_path):
     place = kill_test.kill_once(lambda arguments: Started(tmp_path, arguments, before=stay_in_the_first_save), flags(**TINY),
                                 str(tmp_path / "out"), None, First(0))
     assert place == "writing a checkpoint"
-    assert (tmp_path / "out" / "ckpt.pt.tmp").read_bytes() == b"half a checkpoint"
+    assert b"half a checkpoint".startswith((tmp_path / "out" / "ckpt.pt.tmp").read_bytes())
 
 
 def test_kill_test_sees_a_difference(trained, tmp_path):
@@ -252,7 +252,7 @@ def test_torchrun_restarts_a_killed_worker(flags, trained, tmp_path):
         ["--nproc-per-node=2", "--max-restarts=3", f"--master-port={free_port()}"], str(tmp_path),
         [str(a) for a in flags(**settings, init_from="auto")]))
     process.start()
-    process.join(150)
+    process.join(600)
     process.kill()
     process.join()
     said = {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path) if name.startswith("std")}

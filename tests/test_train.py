@@ -189,7 +189,7 @@ def test_the_documented_command(start, trained, python_text, tmp_path):
     flags = [f"--{k}={v}" for k, v in (SMALL | {"dataset": python_text, "sample_tokens": 30}).items()]
     command = [sys.executable, *start, ROOT / "train.py", "config/dense.py", "config/quickstart.py", *flags]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=6000)
     assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path) == ["out-dense-quickstart"]
     assert_same_course(tmp_path / "out-dense-quickstart", trained())
@@ -418,7 +418,7 @@ def test_accumulation_that_processes_do_not_divide(attempt):
 def test_a_mistake_at_a_real_start(python_text, tmp_path):
     """Also when torch is imported afresh, with all that it may print."""
     command = [sys.executable, ROOT / "train.py", f"--dataset={python_text}", "--n_head=5", f"--out_dir={tmp_path / 'out'}"]
-    assert_one_sentence(subprocess.run(command, capture_output=True, text=True, timeout=120), "n_head = 5")
+    assert_one_sentence(subprocess.run(command, capture_output=True, text=True, timeout=600), "n_head = 5")
     assert not (tmp_path / "out").exists()
 
 
