@@ -1,13 +1,13 @@
 # Our own reproduction on two CPU cores: characters of Python's standard library, 128 at a time, 3 layers.
 #
 #     python data/python_char/prepare.py
-#     python scaling.py sweep plans/cpu_rates.py --jobs=2       the learning rate of each structure: write the best below
+#     python scaling.py sweep plans/cpu_rates.py --jobs=2       the learning rate of each structure: the best is below
 #     python scaling.py sweep plans/cpu.py --jobs=2             the grid; goes on from the runs of the best rates
 #     python scaling.py sweep plans/cpu_seeds.py --jobs=2       a second seed at width 64: the noise
 #     python scaling.py fit
 #
 # The rate is constant after its warmup, as in the paper, so that every evaluation is a point of the frontier. Budgets give
-# every run 1,300 to 3,200 iterations of 2,048 characters, so that none reads one of the corpus' 10 million twice: 2e12 to
+# every run 1,300 to 3,200 iterations of 2,048 characters, less than an epoch of the corpus' 10 million: 2e12 to
 # 1e14 FLOPs a run. Learning-rate effort, the same for each structure: three rates at width 128, for about a third of its
 # budget, and one more beyond where the best was at the edge.
 #
@@ -17,11 +17,11 @@
 _large = {64: 5e12, 128: 2e13, 256: 1e14}       # FLOPs by width, where a width costs what dense does
 _medium = {64: 3.3e12, 128: 8e12, 256: 2.4e13}  # ν = 3/4
 _small = {64: 2e12, 128: 5e12, 256: 1e13}       # ν = 1/2
-_rates = {}  # what cpu_rates found, {structure: rate}; 3e-3, the paper's, where it says nothing
+_rates = dict(dense=3e-3, low_rank=3e-3, kronecker=6e-3, monarch=1.5e-3, tt=6e-3, btt=1.5e-3, btt_moe=3e-3, moe=3e-3)  # by cpu_rates
 _budgets = {"dense": _large, "moe": _large | {256: 7e13}, "btt": _medium, "tt": _medium, "btt_moe": _medium | {256: 1.8e13},
             "monarch": _small, "low_rank": _small, "kronecker": _small}
 
-structures = {label: dict(flops=budget, learning_rate=_rates.get(label, 3e-3)) for label, budget in _budgets.items()}
+structures = {label: dict(flops=budget, learning_rate=_rates[label]) for label, budget in _budgets.items()}
 for _label in ("btt_moe", "moe"):
     structures[_label]["router_balance_rate"] = 0.0  # the paper's routers; balanced ones cost loss at this scale
 n_embd = [64, 128, 256]
