@@ -7,7 +7,7 @@
 #     python scaling.py fit
 #
 # The rate is constant after its warmup, as in the paper, so that every evaluation is a point of the frontier. Budgets give
-# every run 1,300 to 3,200 iterations of 2,048 characters, so that none reads one of the corpus' 10 million twice: 2e12 to
+# every run 1,300 to 3,200 iterations of 2,048 characters, less than one epoch's worth of the corpus' 10 million: 2e12 to
 # 1e14 FLOPs a run. Learning-rate effort, the same for each structure: three rates at width 128, for about a third of its
 # budget, and one more beyond where the best was at the edge.
 #
