@@ -11,19 +11,33 @@ from pathlib import Path
 
 import pytest
 
+import configurator
 import launcher
 from space import Theta
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Writes the log of a run that took no time. 'jobs' beside it says what was launched, and how it is to behave.
+# Writes the log of a run that took no time. 'jobs' beside it says what was launched; where 'meet' names a word of that and
+# a number, a run waits until so many of them are different.
 STAND_IN = '''
 import json, os, sys, time
 flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
 out, its, every = flags["out_dir"], int(flags["max_iters"]), int(flags["eval_interval"])
 here = os.path.dirname(os.path.abspath(__file__))
+job = dict(flags, pid=os.getpid(), parent=os.getppid(), threads=os.environ["OMP_NUM_THREADS"],
+           gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
 with open(os.path.join(here, "jobs"), "a") as f:
-    f.write(json.dumps(dict(flags, pid=os.getpid(), parent=os.getppid(), threads=os.environ["OMP_NUM_THREADS"])) + "\\n")
+    f.write(json.dumps(job) + "\\n")
+if os.path.exists(os.path.join(here, "meet")):
+    with open(os.path.join(here, "meet")) as f:
+        word, number = f.read().split()
+    open(os.path.join(here, f"met.{job[word]}"), "w").close()
+    for _ in range(10_000):
+        if sum(name.startswith("met.") for name in os.listdir(here)) >= int(number):
+            break
+        time.sleep(0.02)
+    else:
+        sys.exit("nobody came")
 if flags["seed"] == "13" and not os.path.exists(os.path.join(here, "mended")):
     print("a long story")
     sys.exit("seed 13 brings bad luck")
@@ -50,13 +64,13 @@ seed = 1
 
 @pytest.fixture
 def desk(run, python_text, tmp_path):
-    """desk(plan, *flags): a sweep of a plan with the stand-in; desk.jobs(): what it was launched with."""
+    """desk(plan, *flags, **options of run): a sweep of a plan with the stand-in; desk.jobs(): what it was launched with."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
 
-    def sweep(plan=PLAN, *flags):
+    def sweep(plan=PLAN, *flags, **options):
         (tmp_path / "plan.py").write_text(plan)
         return run("scaling.py", "sweep", tmp_path / "plan.py", f"--runs={tmp_path}/runs", f"--program={tmp_path}/stand_in.py",
-                   f"--dataset={python_text}", *(flags or ["--expiry=2"]))
+                   f"--dataset={python_text}", *flags, **options)
     def jobs():
         return [json.loads(line) for line in (tmp_path / "jobs").read_text().splitlines()]
     sweep.jobs, sweep.runs, sweep.folder = jobs, tmp_path / "runs", tmp_path
@@ -112,16 +126,50 @@ def test_failures_are_told_and_the_rest_goes_on(desk):
     assert "2 finished before" in told.stdout and "4 of 6 finished, 2 failed" in told.stdout and len(desk.jobs()) == 10
 
 
+def forget_threads():
+    del os.environ["OMP_NUM_THREADS"]
+
+
 def test_jobs_share_the_machine(desk):
-    told = desk(PLAN + "dropout = 0.005\n", "--jobs=4", "--expiry=1")
-    assert told.returncode == 0 and len(desk.jobs()) == 4
+    """Four run at once, each with its share of the cores."""
+    (desk.folder / "meet").write_text("pid 4")
+    told = desk(PLAN, "--jobs=4", before=forget_threads)
+    assert told.returncode == 0 and len(desk.jobs()) == 4, told.stdout
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert {j["threads"] for j in desk.jobs()} <= {str(max(1, cores // 4)), os.environ.get("OMP_NUM_THREADS")}
+    assert {j["threads"] for j in desk.jobs()} == {str(max(1, cores // 4))}
+
+
+def test_jobs_share_the_gpus(desk):
+    (desk.folder / "meet").write_text("pid 2")
+    told = desk(PLAN, "--jobs=2", "--gpus=1", CUDA_VISIBLE_DEVICES="5,7")
+    assert told.returncode == 0 and {j["gpus"] for j in desk.jobs()} == {"5", "7"}, told.stdout + told.stderr
+    told = desk(PLAN + "bias = True\n", "--jobs=2", "--gpus=2", CUDA_VISIBLE_DEVICES="5,6,7")     # two would have one GPU
+    assert told.returncode == 1 and told.stderr.count("\n") == 1
+    assert "jobs = 2 times gpus = 2 is more than the 3 GPUs" in told.stderr
+    assert len(desk.jobs()) == 4
+
+
+# one structure's runs: max_iters, eval_interval and n_head at 6 * 1e8 FLOPs, 5 evaluations, heads of 32, unless overridden
+@pytest.mark.parametrize("plan, flags, its, every, heads", [
+    ("", ["--max_iters=20"], 20, 4, 2), ("", ["--eval_interval=7"], None, 7, 2), ("", ["--n_head=4"], None, None, 4),
+    ("max_iters=20, n_head=[4]", [], 20, 4, 4), ("eval_interval=7", ["--max_iters=30"], 30, 7, 2),
+    ("n_head=4, eval_interval=7", ["--n_head=8", "--eval_interval=9"], None, 9, 8)])
+def test_what_is_more_specific_wins(desk, plan, flags, its, every, heads):
+    """A structure's own keys over the plan's budgets and head sizes, and the command line over both."""
+    plan = PLAN.replace('"btt": dict(learning_rate=1e-3)', "").replace("{}", f"dict({plan})").replace("[32, 64]", "64")
+    assert desk(plan.replace("3e8", "6e8"), *flags).returncode == 0
+    job, = desk.jobs()
+    if its is None:
+        from model import GPT, GPTConfig
+        model = GPT(GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=heads, n_embd=64))
+        its = round(6e8 / (3 * model.flops_per_token() * 4 * 16))
+    assert [int(job[k]) for k in ("max_iters", "eval_interval", "n_head")] == [its, every or math.ceil(its / 5), heads]
 
 
 def test_machines_share_a_plan(desk):
-    """Three sweeps at once: every run is made, and made once."""
-    plan = PLAN.replace("n_embd = [32, 64]", "n_embd = 32").replace("seed = 1\n", "seed = [1, 2, 3, 4, 5, 6]\ndropout = 0.002\n")
+    """Three sweeps at once: every run is made, and made once, and each sweep makes some."""
+    plan = PLAN.replace("n_embd = [32, 64]", "n_embd = 32").replace("seed = 1\n", "seed = [1, 2, 3, 4, 5, 6]\n")
+    (desk.folder / "meet").write_text("parent 3")
     told = []
     threads = [threading.Thread(target=lambda: told.append(desk(plan))) for _ in range(3)]
     for t in threads:
@@ -130,7 +178,7 @@ def test_machines_share_a_plan(desk):
         t.join()
     assert [t.returncode for t in told] == [0, 0, 0] and all("12 of 12 finished, 0 failed" in t.stdout for t in told)
     jobs = desk.jobs()
-    assert len(jobs) == 12 and len({j["out_dir"] for j in jobs}) == 12 and len({j["parent"] for j in jobs}) > 1
+    assert len(jobs) == 12 and len({j["out_dir"] for j in jobs}) == 12 and len({j["parent"] for j in jobs}) == 3
     assert not list(desk.runs.rglob("claim.*"))
 
 
@@ -190,7 +238,7 @@ def launched(desk, plan, *flags):
     told = []
     thread = threading.Thread(target=lambda: told.append(desk(plan, *flags)))
     thread.start()
-    for _ in range(600):
+    for _ in range(6000):
         if (desk.folder / "jobs").exists() and (desk.folder / "jobs").read_text().endswith("\n"):
             break
         time.sleep(0.05)
@@ -207,7 +255,7 @@ def gone(pid):
 
 def test_a_lost_claim_ends_the_run(desk):
     """Who slept for too long finds the run in other hands, and leaves it to them."""
-    thread, told = launched(desk, ONE + "dropout = 0.9\n", "--expiry=1", "--wait=False")
+    thread, told = launched(desk, ONE + "dropout = 0.9\n", "--wait=False")
     job, = desk.jobs()
     (Path(job["out_dir"]) / "claim.2").write_text(json.dumps(ELSEWHERE))
     thread.join()
@@ -216,7 +264,7 @@ def test_a_lost_claim_ends_the_run(desk):
 
 
 def test_an_interrupted_sweep_leaves_nothing_behind(desk):
-    thread, told = launched(desk, ONE + "dropout = 0.9\n", "--expiry=1")
+    thread, told = launched(desk, ONE + "dropout = 0.9\n")
     job, = desk.jobs()
     assert list(Path(job["out_dir"]).glob("claim.*"))
     os.kill(job["parent"], 15)
@@ -230,6 +278,8 @@ def test_an_interrupted_sweep_leaves_nothing_behind(desk):
     (PLAN + "n_emdb = 3", [], "did you mean n_embd"), (PLAN + "n_layer = 'three'", [], "n_layer"), (PLAN + "1 / 0", [], "line 13"),
     (PLAN + "head_size = 48", [], "48"), (PLAN.replace("64: 3e8", "65: 3e8"), [], "n_embd = 64"), (PLAN + "flops = -1", [], "flops"),
     (PLAN.replace("[32, 64]", "[37]").replace("head_size = 32", "n_head = 1"), [], "37"), (PLAN, ["--jobs=0"], "jobs"),
+    (PLAN + "max_iters = 3", [], "flops and max_iters"),
+    (PLAN.replace("{}", "dict(n_head=2, head_size=4)"), [], "head_size and n_head"),
     (PLAN, ["--expiry=-1"], "expiry"), (PLAN, ["--seedd=3"], "seed"), (PLAN, ["--dataset=nowhere"], "nowhere")])
 def test_sweep_refuses(desk, plan, flags, word):
     told = desk(plan, *flags)
@@ -239,7 +289,7 @@ def test_sweep_refuses(desk, plan, flags, word):
 
 @pytest.mark.parametrize("words, named", [
     ([], "sweep"), (["sweeep"], "sweeep"), (["sweep"], "plan"), (["sweep", "nowhere.py"], "nowhere.py"),
-    (["fit", "--runs=nowhere"], "nowhere"), (["fit", "--runs=tests"], "no run"), (["fit", "--level=2"], "level"),
+    (["fit", "--runs=nowhere"], "nowhere"), (["fit", f"--runs={ROOT / 'tests'}"], "no run"), (["fit", "--level=2"], "level"),
     (["fit", "--samples=1"], "samples"), (["plot", "--out=nowhere"], "fit.json"), (["fit", "--n_embd=3"], "n_embd")])
 def test_commands_refuse(run, words, named):
     told = run("scaling.py", *words)
@@ -259,10 +309,31 @@ def test_taxonomy_plan_differs_in_one_thing_at_a_time():
 
 
 def test_plans_can_be_run(run, python_text, tmp_path):
-    """Every model of the plans can be made at its widths; the paper's own are too many to make here."""
-    for plan, count in (("cpu", 24), ("cpu_rates", 26), ("cpu_seeds", 8), ("taxonomy", 36)):
-        told = run("scaling.py", "sweep", f"plans/{plan}.py", "--dry_run=True", f"--dataset={python_text}", f"--runs={tmp_path}/r")
+    """Every model of the plans can be made at its widths; the paper's own, which are many, at one."""
+    one = ["--n_embd=256", "--n_layer=3"]
+    for plan, count, flags in (("cpu", 24, []), ("cpu_rates", 26, []), ("cpu_seeds", 8, []), ("taxonomy", 36, []),
+                               ("paper", 24, one), ("paper_moe", 7, one)):
+        told = run("scaling.py", "sweep", f"plans/{plan}.py", "--dry_run=True", f"--dataset={python_text}",
+                   f"--runs={tmp_path}/r", *flags)
         assert told.returncode == 0 and told.stdout.count("to do") == count, told.stderr
+
+
+def test_what_is_not_learned_changes_no_name():
+    """A sweep that writes checkpoints more often, say, goes on with the runs that are there."""
+    settings = dict(n_embd=32, n_layer=2, learning_rate=1e-3, seed=1, max_iters=10)
+    name = launcher.Run("dense", settings, 1.0, "").name
+    for key in ("checkpoint_interval", "max_skipped", "eval_interval", "log_interval"):
+        assert launcher.Run("dense", settings | {key: 7}, 1.0, "").name == name
+    assert launcher.Run("dense", settings | dict(weight_decay=0.1), 1.0, "").name != name
+
+
+def test_paper_config_is_a_point_of_its_plan():
+    config = configurator.configure({"__file__": launcher.TRAIN}, ["config/paper.py"])
+    plan = runpy.run_path(str(ROOT / "plans" / "paper.py"))
+    assert math.prod(config[k] for k in ("gradient_accumulation_steps", "batch_size", "block_size")) == 65_536
+    assert config["n_embd"] == config["n_head"] * plan["head_size"]
+    for key in runpy.run_path(str(ROOT / "config" / "paper.py")).keys() & plan.keys():
+        assert key.startswith("_") or config[key] in (plan[key] if isinstance(plan[key], list) else [plan[key]]), key
 
 
 # ---- From plan to figures ------------------------------------------------------------------------------------------------
@@ -270,7 +341,7 @@ def test_plans_can_be_run(run, python_text, tmp_path):
 def test_from_plan_to_figures(run, python_text, tmp_path):
     """With train.py itself: a tiny run."""
     (tmp_path / "plan.py").write_text(ONE.replace("evals = 5", "evals = 12") + "eval_iters = 2\nwarmup_iters = 2\nsample_tokens = 0\nlog_interval = 2\n")
-    places = [tmp_path / "plan.py", f"--runs={tmp_path}/runs", f"--dataset={python_text}", "--expiry=5"]
+    places = [tmp_path / "plan.py", f"--runs={tmp_path}/runs", f"--dataset={python_text}"]
     told = run("scaling.py", "sweep", *places)
     assert told.returncode == 0 and "1 of 1 finished" in told.stdout, told.stdout + told.stderr
     for log in (tmp_path / "runs").rglob("log.jsonl"):
