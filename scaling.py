@@ -36,7 +36,7 @@ expiry: float = 900.0           # seconds without a sign of life after which a r
 wait: bool = True               # when only other machines' runs are left, wait, and take over those whose claim expires
 dry_run: bool = False           # list the runs and end
 # fit and plot
-base: str = "dense"             # structure that multipliers are against
+base: str | None = None         # structure that multipliers are against; None: dense, where there are runs of it
 floor: float | None = None      # L∞ of every structure, in nats per token; None: fitted, each its own
 min_flops: float | None = None  # the frontier begins here; None: where the smallest size is the best one
 max_flops: float | None = None  # and ends here; None: where the largest size is the best one

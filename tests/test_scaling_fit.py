@@ -1,5 +1,6 @@
 """scaling.py fit and plot: laws of runs whose truth is known."""
 import csv
+import dataclasses
 import json
 import math
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 import scaling_fit
+import scaling_plot
+import scaling_report
 from scaling_fit import Law, Points, Run
 
 
@@ -90,18 +93,19 @@ def test_frontier_is_the_least_of_all_curves():
 
 # ---- fit and plot, from logs to figures ------------------------------------------------------------------------------
 
-def write_log(folder, label, config, per_token, tokens, losses, train=None, ms=10.0):
-    """A log as train.py writes it, 1,000 tokens an iteration."""
+def write_log(folder, label, config, per_token, tokens, losses, ms=10.0, skipped=0, max_iters=None):
+    """A log as train.py writes it, 1,000 tokens an iteration, the last ones skipped."""
     folder.mkdir(parents=True)
     config = dict(struct="dense", dataset="d", block_size=8, eval_iters=2, batch_size=4, decay_lr=False, learning_rate=1e-3, seed=1,
-                  n_layer=3, max_iters=int(tokens[-1] // 1000)) | config
+                  n_layer=3, n_head=1, max_iters=max_iters or int(tokens[-1] // 1000)) | config
     lines = [dict(type="run", config=config, model_args=dict(vocab_size=96), params=config["n_embd"] ** 2,
                   active_params=config["n_embd"], flops_per_token=per_token, tokens_per_iter=1000,
                   flops_per_token_without_output_layer=per_token * 0.9),
              dict(type="eval", iter=0, tokens=0, val_loss=4.6)]
     for t, loss in zip(tokens, losses):
-        lines.append(dict(type="train", iter=int(t // 1000) - 1, tokens=t, loss=loss if train is None else train, ms_per_iter=ms))
+        lines.append(dict(type="train", iter=int(t // 1000) - 1, tokens=t, loss=loss, ms_per_iter=ms))
         lines.append(dict(type="eval", iter=int(t // 1000), tokens=t, val_loss=loss))
+    lines += [dict(type="skip", iter=int(tokens[-1] // 1000) + i, tokens=0, loss=None) for i in range(skipped)]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"type": "eval", "it')    # a half line
     (folder / "settings.json").write_text(json.dumps(dict(label=label)))
 
@@ -120,10 +124,18 @@ def fitted(run, tmp_path_factory):
         write_log(folder / "runs" / f"seed{seed}", "dense", dict(n_embd=7, seed=seed, learning_rate=2e-3), 6e6, tokens,
                   2 * factor * chinchilla(1e6, tokens), ms=1e9)
     flat = np.full(40, 2.0)
-    write_log(folder / "runs" / "nan", "dense", dict(n_embd=8), 6e5, tokens, flat, train=math.nan)
+    write_log(folder / "runs" / "skips", "dense", dict(n_embd=8), 6e5, tokens, flat, skipped=25, max_iters=10 ** 6)
+    write_log(folder / "runs" / "nan", "dense", dict(n_embd=8), 6e5, tokens, np.r_[flat[:39], math.nan])
     write_log(folder / "runs" / "rises", "dense", dict(n_embd=8), 6e5, tokens, np.linspace(2, 4, 40))
-    write_log(folder / "runs" / "decays", "dense", dict(n_embd=8, decay_lr=True, max_iters=10 ** 6), 6e5, tokens, flat)
-    write_log(folder / "runs" / "short", "dense", dict(n_embd=8, max_iters=10 ** 6), 6e9, tokens, flat + 2, ms=1e9)
+    write_log(folder / "runs" / "decays", "dense", dict(n_embd=8, decay_lr=True), 6e5, tokens, flat, max_iters=10 ** 6)
+    write_log(folder / "runs" / "short", "dense", dict(n_embd=8), 6e9, tokens, flat + 2, ms=1e9, max_iters=10 ** 6)
+    write_log(folder / "runs" / "some", "dense", dict(n_embd=9), 6e9, tokens, flat + 2, ms=1e9, skipped=3)
+    for name, change in (("lacks", '"flops_per_token": '), ("unset", '"n_head": '), ("list", '"config": ')):
+        write_log(folder / "runs" / name, "dense", dict(n_embd=8), 6e5, tokens, flat)
+        log = folder / "runs" / name / "log.jsonl"
+        log.write_text(log.read_text().replace(change, '"config": 3, "x": ' if name == "list" else '"x": '))
+    with open(folder / "runs" / "some" / "log.jsonl", "a") as f:
+        f.write("\n3\n")
     told = run("scaling.py", "fit", f"--runs={folder}/runs", f"--out={folder}/out", "--samples=20")
     assert told.returncode == 0, told.stderr
     return folder / "out", told
@@ -140,24 +152,32 @@ def test_fit_finds_the_multiplier_in_logs(fitted):
     assert law["exponent"] == pytest.approx(EXPONENT, rel=0.1) and law["floor"] == pytest.approx(1, abs=0.1)
     with open(folder / "runs.csv", newline="") as f:
         assert {r["run"] for r in csv.DictReader(f)} == {*(f"{s}{i}" for s in ("dense", "btt") for i in range(5)), "seed1", "seed2",
-                                                         "short"}
+                                                         "short", "some"}
 
 
 def test_fit_names_what_it_leaves_out(fitted):
     folder, told = fitted
     text = (folder / "table.md").read_text()
     assert text in told.stdout
-    for line in ("nan: left out, diverged: its training loss is not finite", "rises: left out, diverged: its validation loss ends",
-                 "decays: unfinished, at iteration 40000 of 1000000; left out", "short: unfinished, at iteration 40000 of 1000000\n",
+    for line in ("nan: left out, diverged: its validation loss is not finite", "some: 3 iterations skipped, whose",
+                 "skips: left out, diverged: its loss or gradient is not finite at its end, iteration 40024",
+                 "lacks: left out, its log is none of train.py's (KeyError: 'flops_per_token')",
+                 "unset: left out, its log is none of train.py's (KeyError: 'n_head')", "list: left out, its log is none",
+                 "rises: left out, diverged: its validation loss ends", "short: unfinished, at iteration 40000 of 1000000\n",
+                 "decays: unfinished, at iteration 40000 of 1000000; left out",
                  "short: outlier"):
         assert f"- {line}" in text
-    assert "relative noise of a run 1.41% between seeds" in text     # 1 ± 0.01: the standard deviation of two, one degree of freedom
+    # 1 ± 0.01: the standard deviation of two, one degree of freedom
+    assert "noise of a run, relative, is 1.41% between seeds" in text
+    rows = [line.split("|") for line in text.splitlines() if line.startswith(("| dense |", "| btt |"))]
+    noise = [float(row[-2].strip().rstrip("%")) for row in rows if row[-2].strip().endswith("%")]
+    assert len(noise) == 6 and min(noise) == 1.41 and max(noise) < 2     # of each structure along each axis
     assert "dense0: " not in text
 
 
 def test_figures(fitted, run):
     folder, _ = fitted
-    names = [f"{name}.{kind}" for name in ("frontier", "wall_clock", "multiplier", "params") for kind in ("png", "svg")]
+    names = [f"{name}.{kind}" for name in scaling_plot.FIGURES for kind in ("png", "svg")]
     made = {name: (folder / name).read_bytes() for name in names}
     assert all(made[n].startswith(b"\x89PNG") and len(made[n]) > 10_000 for n in names if n.endswith("png"))
     for name in (n for n in names if n.endswith("svg")):
@@ -175,15 +195,137 @@ def test_fit_refuses_different_losses(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_seeds_count_as_their_mean(run):
+@pytest.mark.parametrize("flag, words", [
+    ("--base=dnse", ("dnse", "btt, dense")), ("--floor=-1", ("floor", "-1")), ("--floor=3", ("floor", "3")),
+    ("--min_flops=1e30", ("min_flops",))])
+def test_fit_refuses(fitted, run, tmp_path, flag, words):
+    told = run("scaling.py", "fit", f"--runs={fitted[0].parent}/runs", f"--out={tmp_path}/out", "--samples=10", flag)
+    assert told.returncode == 1 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1, told.stderr
+    assert all(word in told.stderr for word in words) and not (tmp_path / "out").exists()
+
+
+def report(folder, base=None):
+    """The page about the runs in a folder."""
+    scaling_report.fit([str(folder / "runs")], str(folder / "out"), base=base, floor=None, window=(None, None), samples=10,
+                       level=0.9)
+    return (folder / "out" / "table.md").read_text()
+
+
+def test_without_a_base_there_are_no_multipliers(tmp_path):
+    """Nor the figure of some before, and a structure without a single budget is skipped by name."""
+    tokens = np.arange(1, 11) * 1e6
+    write_log(tmp_path / "runs" / "a", "btt", dict(n_embd=8), 6e5, tokens, 3 - tokens / 1e7)
+    write_log(tmp_path / "runs" / "b", "tt", dict(n_embd=8), 6e5, np.array([1.01, 1.02]) * 10 ** 6.1, [3, 2.9])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "multiplier.svg").touch()
+    text = report(tmp_path)
+    assert "- no multipliers, since there are no runs of dense" in text and "needs for the same loss" not in text
+    assert "- tt: left out along training FLOPs, no point of its frontier" in text and "| btt | 1e+12 | 3 x 8" in text
+    scaling_plot.plot(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "frontier.svg").exists() and not (tmp_path / "out" / "multiplier.svg").exists()
+
+
+def test_a_structure_looks_the_same_in_every_figure(fitted, tmp_path):
+    """One whose seconds are known, while those of the structure before it are not."""
+    found = json.loads((fitted[0] / "fit.json").read_text())
+    del found["axes"]["seconds"]["dense"]
+    (tmp_path / "fit.json").write_text(json.dumps(found))
+    scaling_plot.plot(str(tmp_path))
+    for name in ("frontier", "wall_clock", "multiplier"):
+        assert scaling_plot.COLORS[1].lower() in (tmp_path / f"{name}.svg").read_text(), name
+
+
+def test_unlike_runs_of_a_structure_are_named(tmp_path):
+    tokens = np.arange(1, 41) * 1e6
+    for rate in (1e-3, 2e-3):
+        for balance in (0.0, 0.1):
+            config = dict(n_embd=8, learning_rate=rate, router_balance_rate=balance, log_interval=int(rate * 1e3))
+            write_log(tmp_path / "runs" / f"r{rate:g}b{balance:g}", "moe", config, 6e5, tokens,
+                      3 + balance + rate - tokens / 1e8, ms=10 + balance)
+    text = report(tmp_path, base="moe")
+    assert "- moe: its runs differ in router_balance_rate, 0.0 in r0.002b0, 0.1 in r0.002b0.1; its frontier" in text
+    assert "differ in log_interval" not in text and "differ in learning_rate" not in text
+    with open(tmp_path / "out" / "runs.csv", newline="") as f:
+        assert [float(r["seconds"]) for r in csv.DictReader(f)] == pytest.approx([40_000 * 10.05e-3] * 4)   # the median
+    for balance, loss in ((0, 2.6), (0.1, 2.7)):
+        assert (f"- moe, 3 x 8: **0.001: {loss + 0.001:.3f}**, 0.002: {loss + 0.002:.3f} after 40,000,000 tokens (at the edge "
+                f"of the rates tried); the best is r0.001b{balance}\n") in text
+
+
+def test_rates_are_compared_at_the_same_tokens():
+    """Of runs whose rate decays only the end is known, and only those of the same length have the same end."""
+    def ended(rate, its, decays=True):
+        config = dict(n_embd=8, n_layer=3, seed=1, learning_rate=rate, decay_lr=decays, max_iters=its)
+        points = Points(np.array([its]), np.array([3 - rate]))
+        return Run(f"{rate}-{its}", "dense", config, 1, 1, {"flops": 1.0}, points, 1.0)
+
+    line, = scaling_report.best_rates([ended(rate, its) for rate, its in ((0.1, 100), (0.2, 100), (0.3, 500))])
+    assert line.startswith("dense, 3 x 8: 0.1: 2.900, **0.2: 2.800** after 100 tokens")
+    assert not scaling_report.best_rates([ended(0.1, 100, False), ended(0.2, 500, False)])
+
+
+def test_a_copy_is_no_second_run(tmp_path):
+    """The same settings and seed in another folder: the longer one counts, and there is no noise to be had from both."""
+    tokens = np.arange(1, 41) * 1e6
+    for place, n in (("here", 40), ("there", 30)):
+        write_log(tmp_path / "runs" / place / f"run{n}", "dense", dict(n_embd=8), 6e5, tokens[:n], 3 - tokens[:n] / 1e8)
+    text = report(tmp_path)
+    assert "- run30: left out, another run of the same settings and seed is as long or longer, run40" in text
+    assert text.startswith("1 runs of 1 structures") and "none differ in their seed alone" in text
+
+
+def with_seed(run, seed, points=slice(None), worse=0.0):
+    """A run like another, but for the seed, some of the points, and the losses."""
+    return dataclasses.replace(run, name=f"seed {seed}", config=run.config | dict(seed=seed), points=Points(
+        run.points.tokens[points], run.points.losses[points] + worse))
+
+
+def test_seeds_count_as_their_mean():
     one, = synthetic("dense", 1, 0, sizes=[1e5])
-    import dataclasses
-    other = dataclasses.replace(one, name="other", config=one.config | dict(seed=2), points=Points(one.points.tokens[:30],
-                                                                                                 one.points.losses[:30] + 0.2))
-    mean, = scaling_fit.mean_of_seeds([one, other])
-    assert np.array_equal(mean.points.tokens, one.points.tokens[:30])
-    assert mean.points.losses == pytest.approx(one.points.losses[:30] + 0.1)
-    assert len(scaling_fit.mean_of_seeds([one, dataclasses.replace(other, config=other.config | dict(learning_rate=1.0))])) == 2
+    other = with_seed(one, 2, slice(38), 0.2)
+    groups, notes = scaling_fit.same_but_seed([one, other])
+    mean, = scaling_fit.mean_of_seeds(groups)
+    assert not notes and np.array_equal(mean.points.tokens, one.points.tokens[:38])
+    assert mean.points.losses == pytest.approx(one.points.losses[:38] + 0.1)
+    other.config["learning_rate"] = 1.0
+    assert len(scaling_fit.same_but_seed([one, other])[0]) == 2
+
+
+@pytest.mark.parametrize("points, late", [(slice(20), slice(None)), (slice(1), slice(1, None)), (slice(1), slice(None)),
+                                          (slice(39), slice(39, None))])
+def test_a_seed_that_ends_early_is_left_out(points, late):
+    """Of the mean, which would end there, and of the noise; also where the other one begins after its end."""
+    whole, = synthetic("dense", 1, 0, sizes=[1e5])
+    one, short = with_seed(whole, 1, late), with_seed(whole, 2, points, 1.0)
+    groups, note = scaling_fit.same_but_seed([short, one])
+    mean, = scaling_fit.mean_of_seeds(groups)
+    assert np.array_equal(mean.points.tokens, one.points.tokens) and np.array_equal(mean.points.losses, one.points.losses)
+    assert scaling_fit.seed_noise(groups) == (None, [])
+    assert len(note) == 1 and note[0].startswith("seed 2: left out of its seeds' mean")
+
+
+def test_seeds_are_compared_where_all_of_them_are_known():
+    """Of a seed that begins late, or has one point alone, with the other's losses there, not with earlier ones."""
+    one, = synthetic("dense", 1, 0, sizes=[1e5])
+    groups, _ = scaling_fit.same_but_seed([with_seed(one, 2, slice(30, None)), with_seed(one, 1, slice(39), 1.0)])
+    mean, = scaling_fit.mean_of_seeds(groups)
+    assert np.array_equal(mean.points.tokens, one.points.tokens[30:39])
+    assert mean.points.losses == pytest.approx(one.points.losses[30:39] + 0.5)
+    groups, _ = scaling_fit.same_but_seed([with_seed(one, 2, slice(38, 39)), one])
+    mean, = scaling_fit.mean_of_seeds(groups)
+    assert mean.points.tokens == one.points.tokens[38] and mean.points.losses == pytest.approx(one.points.losses[38])
+    assert scaling_fit.seed_noise(groups)[0] == 0
+
+
+def test_a_size_has_one_time():
+    """Runs of a structure and size differ in their time by chance; their median is the size."""
+    runs = synthetic("dense", 1, 0, sizes=[1e5, 1e5, 1e5, 2e5])
+    for run, seconds in zip(runs, (1.0, 1.01, 1.5, 7.0)):
+        run.flops_per_token["seconds"] = seconds
+    del runs[3].flops_per_token["flops"]
+    runs.append(dataclasses.replace(runs[0], flops_per_token={}))
+    scaling_fit.share_seconds(runs)
+    assert [run.flops_per_token.get("seconds") for run in runs] == [1.01, 1.01, 1.01, 7.0, None]
 
 
 def test_seconds_of_bench(tmp_path):
