@@ -23,8 +23,8 @@ from configurator import HERE, fail
 
 TRAIN = os.path.join(HERE, "train.py")
 # settings that do not change what is learned or measured, and so are no part of a run's name
-ASIDE = ("out_dir", "init_from", "eval_interval", "log_interval", "sample_tokens", "wandb_log", "wandb_project",
-         "wandb_run_name")
+ASIDE = ("out_dir", "init_from", "eval_interval", "checkpoint_interval", "log_interval", "sample_tokens", "max_skipped",
+         "wandb_log", "wandb_project", "wandb_run_name")
 
 
 def split_flags(script: str, arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -212,14 +212,14 @@ class Claim:
 # ---- Processes and logs ----------------------------------------------------------------------------------------------
 
 def read_log(folder: str) -> list[dict]:
-    """The lines of log.jsonl; a line that is only half there is left out."""
+    """The points of log.jsonl; a line that is only half there is left out, and so is one that is no object."""
     points = []
     with contextlib.suppress(OSError):
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
             for line in f:
                 with contextlib.suppress(ValueError):
                     points.append(json.loads(line))
-    return points
+    return [p for p in points if isinstance(p, dict)]
 
 
 def final_loss(run: Run) -> float | None:
@@ -239,6 +239,19 @@ def clock(seconds: float) -> str:
     return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that jobs share: those that CUDA_VISIBLE_DEVICES names, else all of this machine."""
+    import torch
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(map(str, range(torch.cuda.device_count()))) if named is None else [g for g in named.split(",") if g]
+
+
+def check_gpus(jobs: int, gpus: int) -> None:
+    """End in one sentence where so many jobs cannot have so many GPUs each: those left over would train on the CPU."""
+    if gpus and jobs * gpus > len(visible_gpus()):
+        fail(f"jobs = {jobs} times gpus = {gpus} is more than the {len(visible_gpus())} GPUs that can be seen here")
+
+
 def launch(run: Run, job: int, *, jobs: int, gpus: int, program: str) -> subprocess.Popen:
     """Start train.py on a run, or let it go on, as the job-th of so many at a time; what it prints goes into output.txt."""
     os.makedirs(run.folder, exist_ok=True)
@@ -246,8 +259,7 @@ def launch(run: Run, job: int, *, jobs: int, gpus: int, program: str) -> subproc
     environment = os.environ | dict(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(threads)))
     start = [sys.executable]
     if gpus:
-        visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g] or list(map(str, range(jobs * gpus)))
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[job * gpus:(job + 1) * gpus])
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[job * gpus:(job + 1) * gpus])
     if gpus > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     flags = [f"--{k}={','.join(map(repr, v)) + ',' if isinstance(v, tuple) else v}" for k, v in run.settings.items()]

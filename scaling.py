@@ -18,6 +18,9 @@ A run's folder is named by its settings, so that a finished one is never made ag
 the learning rate is constant, shorter runs are the beginnings of longer ones: the largest budget alone is run, and a
 plan whose budgets are raised goes on from there. Any number of machines that share a folder may sweep the same plan at
 once: a run belongs to who creates its claim file, until that file has not been touched for `expiry` seconds.
+
+config/<label>.py, the plan, a structure's own keys and the command line follow each other, and a later one wins: max_iters
+on the command line, say, over the plan's flops.
 """
 import sys
 
@@ -33,7 +36,7 @@ expiry: float = 900.0           # seconds without a sign of life after which a r
 wait: bool = True               # when only other machines' runs are left, wait, and take over those whose claim expires
 dry_run: bool = False           # list the runs and end
 # fit and plot
-base: str = "dense"             # structure that multipliers are against
+base: str | None = None         # structure that multipliers are against; None: dense, where there are runs of it
 floor: float | None = None      # L∞ of every structure, in nats per token; None: fitted, each its own
 min_flops: float | None = None  # the frontier begins here; None: where the smallest size is the best one
 max_flops: float | None = None  # and ends here; None: where the largest size is the best one
@@ -77,7 +80,7 @@ import uuid
 from configurator import HERE, fail, show
 from launcher import TRAIN, Claim, Run, clock, final_loss, last_words, launch, make_run, shared_time, speed, stop
 
-PLAN_KEYS = ("structures", "head_size", "flops", "evals")
+STANDS_FOR = dict(head_size="n_head", flops="max_iters", evals="eval_interval")     # a plan's keys, and those they decide
 
 # ---- Plans ----------------------------------------------------------------------------------------------------------
 
@@ -103,20 +106,31 @@ def check_values(where: str, values: dict, keys: dict) -> dict:
     checked = {}
     for name, value in values.items():
         try:
-            if name in ("head_size", "flops", "evals"):
+            if name in STANDS_FOR:
                 each = list(value.values()) if isinstance(value, dict) and name == "flops" else value
                 for v in each if isinstance(each, list) else [each]:
                     if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf:
                         raise ValueError(f"{name} takes positive numbers, not {show(value)}")
                 checked[name] = value
             elif name not in keys or name in ("out_dir", "init_from"):
-                raise ValueError(f"unknown key {show(name)}: {configurator.nearest(name, [*keys, *PLAN_KEYS])}")
+                known = [*keys, *STANDS_FOR, "structures"]
+                raise ValueError(f"unknown key {show(name)}: {configurator.nearest(name, known)}")
             else:
                 coerce = functools.partial(configurator.coerce, keys[name])
                 checked[name] = [coerce(v) for v in value] if isinstance(value, list) else coerce(value)
         except ValueError as e:
             fail(f"{where}: {e}")
     return checked
+
+
+def override(values: dict, more: dict, where: str) -> dict:
+    """The values, and more over them: what decides one of these no longer does. Both at once end in one sentence."""
+    for key, decided in STANDS_FOR.items():
+        if key in more and decided in more:
+            fail(f"{where}: {key} and {decided} decide the same: set one of them")
+        if key in more or decided in more:
+            values = {k: v for k, v in values.items() if k not in (key, decided)}
+    return values | more
 
 
 def expand(path: str) -> list[Run]:
@@ -135,15 +149,16 @@ def expand(path: str) -> list[Run]:
         known = os.path.exists(os.path.join(HERE, "config", f"{label}.py"))
         if not known and "struct" not in own:
             fail(f"{path}: there is no config/{label}.py, so structures[{label!r}] must set struct")
-        values = (configurator.structure_config(label) if known else {}) | plan
-        values |= check_values(f"{path}, {label}", own, keys) | for_all
+        where = f"{path}, {label}"
+        values = override(configurator.structure_config(label) if known else {}, plan, path)
+        values = override(override(values, check_values(where, own, keys), where), for_all, "the command line")
         axes = {k: v for k, v in values.items() if isinstance(v, list)}
         for point in itertools.product(*axes.values()):
             values |= dict(zip(axes, point))
             try:
                 run = make_run(label, values, defaults, runs)
             except ValueError as e:
-                fail(f"{path}, {label}, {', '.join(f'{k} = {v}' for k, v in zip(axes, point))}: {e}")
+                fail(f"{where}, {', '.join(f'{k} = {v}' for k, v in zip(axes, point))}: {e}")
             if run.name not in found or run.max_iters > found[run.name].max_iters:
                 found[run.name] = run
     return sorted(found.values(), key=lambda run: run.flops)
@@ -220,6 +235,7 @@ def sweep(planned: list[Run]) -> list[Run]:
                 elif not claim.held():
                     del active[job]
                     stop(process)
+                    last_look = -math.inf
                     tell(run, "taken over by another machine, since this one did not stir for too long")
                 else:
                     os.utime(claim.path)
@@ -248,7 +264,11 @@ def sweep(planned: list[Run]) -> list[Run]:
                 print("  running: " + (", ".join(f"{run.name} {speed(run)[0] / run.max_iters:.0%}"
                                                  for run, *_ in active.values()) or "others' runs")
                       + (f" | left about {clock(left)}" if left is not None else ""), flush=True)
-            time.sleep(pause if pending else 0)
+            if active:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    next(iter(active.values()))[2].wait(pause)
+            elif pending:
+                time.sleep(pause)
     finally:
         for run, claim, process in active.values():
             stop(process)
@@ -272,6 +292,7 @@ def run_sweep() -> None:
             print(f"{run.name:60s} {run.max_iters:8,} iterations {run.flops:9.3g} FLOPs  "
                   + ("finished" if final_loss(run) is not None else f"at iteration {its}" if its else "to do"))
         return print(f"{len(planned)} runs, {sum(run.flops for run in planned):.3g} FLOPs")
+    launcher.check_gpus(jobs, gpus)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         failed = sweep(planned)

@@ -12,7 +12,8 @@ where the rate decays. Along an axis x (training FLOPs, those without the output
                 the noise within a run, and the frontier and the law are made anew
     multiplier  x that dense needs for the same loss ÷ x it needs, both by their laws, where both frontiers have that loss
 
-Seconds are iterations · the median time of one, so that a pause of the machine does not count; evaluations do not either.
+Seconds are iterations · the median time of one, over all runs of a structure and size, so that a pause of the machine does
+not count; evaluations do not either.
 Of runs that shared a machine with others, the time of an iteration is better taken from bench.py.
 """
 import contextlib
@@ -26,13 +27,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from launcher import ASIDE, read_log
+
 # what a frontier is drawn against
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
         "seconds": "training seconds"}
 PER_DECADE = 12     # budgets of a frontier
 COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "batch_size")  # what makes two validation losses one measure
-SEED_ASIDE = ("seed", "out_dir", "init_from", "max_iters", "eval_interval", "log_interval", "sample_tokens", "wandb_log",
-              "wandb_project", "wandb_run_name")  # may differ between two seeds of the same run
+VARIED = ("n_embd", "n_layer", "n_head", "learning_rate", "seed", "max_iters", "lr_decay_iters", "backend", "device",
+          "dtype", "compile")  # may differ between runs of a structure without a remark
+SHARE = 0.9         # of seeds, those count together that have come this far
 STEP_SHAPE = ("n_embd", "n_layer", "n_head", "block_size", "batch_size")    # of a training step that bench.py times
 HUBER = 1.345       # residuals beyond so many standard deviations count less
 
@@ -95,30 +99,27 @@ def label_of(config: dict) -> str:
     return label + (f"-{config['layers']}" if config.get("layers", "all") != "all" else "")
 
 
-def read_run(path: str) -> tuple[Run | None, str | None]:
-    """(a run that can be used or None, what a reader should know of it or None), from its log.jsonl."""
-    folder, lines = os.path.dirname(path), []
-    name = os.path.basename(os.path.abspath(folder))
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    starts = [p for p in lines if isinstance(p, dict) and p.get("type") == "run"]
+def read_run(folder: str) -> tuple[Run | None, str | None]:
+    """(a run that can be used or None, what a reader should know of it or None), from its log.jsonl. Raises KeyError,
+    TypeError, AttributeError or ValueError for a log that lacks something."""
+    lines, name = read_log(folder), os.path.basename(os.path.abspath(folder))
+    starts, trains, skips = ([p for p in lines if p.get("type") == kind] for kind in ("run", "train", "skip"))
     evals = sorted({p["iter"]: p for p in lines if p.get("type") == "eval"}.items())
-    trains = [p for p in lines if p.get("type") == "train"]
     if not starts:
         return None, f"{name}: left out, its log has no run line"
     first, config = starts[-1], starts[-1]["config"]
-    if not evals or evals[-1][0] == 0:
-        return None, f"{name}: left out, it has no evaluation after the first iteration"
+    config |= {key: config[key] for key in ("learning_rate", "seed", *STEP_SHAPE)}    # which others will ask for
+    last = evals[-1][0] if evals else 0
     losses = np.array([p["val_loss"] for _, p in evals], float)
-    last, note = evals[-1][0], None
-    if diverged := divergence(np.array([p["loss"] for p in trains], float), losses):
+    if diverged := divergence(losses, lines[-1] if last < config["max_iters"] else {}):
         return None, f"{name}: left out, diverged: {diverged}"
+    if last == 0:
+        return None, f"{name}: left out, it has no evaluation after the first iteration"
+    remarks = [f"{len(skips)} iterations skipped, whose loss or gradient was not finite"] if skips else []
     if last < config["max_iters"]:
-        note = f"{name}: unfinished, at iteration {last} of {config['max_iters']}"
+        remarks.append(f"unfinished, at iteration {last} of {config['max_iters']}")
         if config["decay_lr"]:
-            return None, note + "; left out, since its learning rate decays and only an end counts"
+            return None, f"{name}: {'; '.join(remarks)}; left out, since its learning rate decays and only an end counts"
     keep = [i for i, (it, _) in enumerate(evals) if it > 0 and (not config["decay_lr"] or it == last)]
     label = label_of(config)
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -129,29 +130,38 @@ def read_run(path: str) -> tuple[Run | None, str | None]:
         per_token["seconds"] = statistics.median(p["ms_per_iter"] for p in trains) / 1e3 / first["tokens_per_iter"]
     points = Points(np.array([evals[i][1]["tokens"] for i in keep], float), losses[keep])
     return Run(name, label, config | dict(vocab_size=first.get("model_args", {}).get("vocab_size")), first["params"],
-               first["active_params"], per_token, points, trains[-1]["loss"] if trains else math.nan), note
+               first["active_params"], per_token, points, trains[-1]["loss"] if trains else math.nan), (
+                   f"{name}: {'; '.join(remarks)}" if remarks else None)
 
 
-def divergence(train: np.ndarray, val: np.ndarray) -> str | None:
-    """What is wrong with the losses of a run, if anything: not finite, or a tenth of what was gained is lost again."""
-    for kind, losses in (("training", train), ("validation", val)):
-        if not np.isfinite(losses).all():
-            return f"its {kind} loss is not finite"
+def divergence(val: np.ndarray, end: dict) -> str | None:
+    """What is wrong with a run, if anything: its validation losses are not finite, or a tenth of what was gained is lost
+    again; or it stopped early, and the end of its log says that an iteration was skipped."""
+    if not np.isfinite(val).all():
+        return "its validation loss is not finite"
+    if end.get("type") == "skip":
+        return f"its loss or gradient is not finite at its end, iteration {end['iter']}"
     if len(val) > 2 and val[-1] - val.min() > 0.1 * (val[0] - val.min()):
         return f"its validation loss ends at {val[-1]:.3f}, after {val.min():.3f}"
     return None
 
 
 def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
-    """(runs, remarks on those left out or unfinished) below the folders. Raises ValueError, in one sentence, where there
-    is none, or where their losses do not measure the same."""
-    paths = []
+    """(runs, remarks on those left out, unfinished or unlike others) below the folders. Raises ValueError, in one
+    sentence, where there is none, or where their losses do not measure the same."""
+    paths: list[str] = []
     for folder in folders:
         if not os.path.isdir(folder):
             raise ValueError(f"there is no folder {folder!r}: give the folder of some runs with --runs")
-        paths += [os.path.join(root, "log.jsonl") for root, _, files in os.walk(folder) if "log.jsonl" in files]
-    read = [read_run(path) for path in sorted(set(paths))]
-    found, notes = [run for run, _ in read if run], [note for _, note in read if note]
+        paths += [os.path.realpath(root) for root, _, files in os.walk(folder) if "log.jsonl" in files]
+    found, notes = [], []
+    for path in sorted(set(paths)):
+        try:
+            run, note = read_run(path)
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            run, note = None, f"{os.path.basename(path)}: left out, its log is none of train.py's ({type(e).__name__}: {e})"
+        found += [run] if run else []
+        notes += [note] if note else []
     if not found:
         raise ValueError(f"there is no run below {', '.join(folders)} that can be used" + (f" ({notes[0]})" if notes else ""))
     for key in COMPARABLE:
@@ -160,7 +170,52 @@ def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
             (a, first), (b, second), *_ = values.items()
             raise ValueError(f"these runs do not measure the same loss: {key} is {a} in {first} and {b} in {second}; "
                              "keep them in different folders")
+    found, copies = without_copies(found)
+    return found, notes + copies + unlike(found)
+
+
+def alike(runs: Iterable[Run], aside: Iterable[str]) -> list[list[Run]]:
+    """Groups of runs of a structure that differ in nothing but settings that change nothing, and those named. Where the
+    rate is constant, the length is one that changes nothing."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        without = {*ASIDE, *aside, *(() if run.config["decay_lr"] else ("max_iters",))}
+        config = {k: v for k, v in run.config.items() if k not in without}
+        groups.setdefault(json.dumps([run.label, config], sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
+def without_copies(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """(the longest of each group of runs that do not even differ in the seed, remarks on the others)."""
+    found, notes = [], []
+    for same in alike(runs, ()):
+        longest = max(same, key=lambda run: run.points.tokens[-1])
+        found.append(longest)
+        notes += [f"{run.name}: left out, another run of the same settings and seed is as long or longer, {longest.name}"
+                  for run in same if run is not longest]
     return found, notes
+
+
+def unlike(runs: list[Run]) -> list[str]:
+    """Remarks on structures whose runs differ in more than size, learning rate, seed and length."""
+    notes = []
+    for label in sorted({run.label for run in runs}):
+        mine = [run for run in runs if run.label == label]
+        for key in sorted({k for run in mine for k in run.config} - {*ASIDE, *VARIED}):
+            values = {str(run.config.get(key)): run.name for run in mine}
+            if len(values) > 1:
+                where = ", ".join(f"{value} in {name}" for value, name in values.items())
+                notes.append(f"{label}: its runs differ in {key}, {where}; its frontier is the least of all")
+    return notes
+
+
+def share_seconds(runs: list[Run]) -> None:
+    """Seconds per token are the median over all runs of a structure and size: a run slowed down is no size of its own."""
+    timed = [run for run in runs if "seconds" in run.flops_per_token]
+    medians = {key: statistics.median(run.flops_per_token["seconds"] for run in timed if (run.label, run.size) == key)
+               for key in {(run.label, run.size) for run in timed}}
+    for run in timed:
+        run.flops_per_token["seconds"] = medians[run.label, run.size]
 
 
 def take_seconds(runs: list[Run], paths: Iterable[str]) -> list[str]:
@@ -324,37 +379,37 @@ def analyse(curves, sizes, window, floor) -> tuple[Frontier, np.ndarray, Growth 
     return frontier, used, growth, law
 
 
-def same_but_seed(runs: list[Run]) -> list[list[Run]]:
-    """Groups of runs that differ in the seed alone."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        config = {k: v for k, v in run.config.items() if k not in SEED_ASIDE or k == "max_iters" and run.config["decay_lr"]}
-        groups.setdefault(json.dumps([run.label, config], sort_keys=True), []).append(run)
-    return list(groups.values())
+def same_but_seed(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
+    """(groups of runs that differ in the seed alone, remarks on those left out): of several, those have come to nearly the
+    same end, and none of them ends where another has no evaluation yet."""
+    groups, notes = [], []
+    for same in alike(runs, ("seed",)):
+        least = max(SHARE * max(run.points.tokens[-1] for run in same), *(run.points.tokens[0] for run in same))
+        groups.append([run for run in same if run.points.tokens[-1] >= least])
+        notes += [f"{run.name}: left out of its seeds' mean, it ends after {run.points.tokens[-1]:,.0f} tokens; another "
+                  "goes on" for run in same if run.points.tokens[-1] < least]
+    return groups, notes
 
 
-def mean_of_seeds(runs: list[Run]) -> list[Run]:
+def mean_of_seeds(groups: list[list[Run]]) -> list[Run]:
     """One run for each group of runs that differ in the seed alone: the mean of their losses, as long as all of them go on.
     The least of several seeds would make a frontier too low, and only where there are several."""
     means = []
-    for same in same_but_seed(runs):
+    for same in groups:
         first = min(same, key=lambda run: run.points.tokens[-1])
-        tokens = first.points.tokens
-        if len(tokens) > 1:
-            tokens = tokens[tokens >= max(run.points.tokens[0] for run in same)]
+        tokens = first.points.tokens[first.points.tokens >= max(run.points.tokens[0] for run in same)]
         losses = np.mean([np.interp(tokens, *run.points) for run in same], axis=0)
         per_token = {axis: statistics.mean(run.flops_per_token[axis] for run in same) for axis in first.flops_per_token
                      if all(axis in run.flops_per_token for run in same)}
-        means.append(dataclasses.replace(first, points=Points(tokens, losses), flops_per_token=per_token) if len(same) > 1
-                     else first)
+        means.append(dataclasses.replace(first, points=Points(tokens, losses), flops_per_token=per_token))
     return means
 
 
-def seed_noise(runs: list[Run]) -> tuple[float | None, list[str]]:
+def seed_noise(groups: list[list[Run]]) -> tuple[float | None, list[str]]:
     """(relative standard deviation of a run's loss between seeds, pooled over all groups of runs that differ in the seed
     alone; None without any, a line for each group)."""
     squares, freedom, lines = 0.0, 0, []
-    for same in (g for g in same_but_seed(runs) if len(g) > 1):
+    for same in (g for g in groups if len(g) > 1):
         tokens = min(run.points.tokens[-1] for run in same)
         losses = np.array([np.interp(tokens, *run.points) for run in same])
         squares += float(((losses / losses.mean() - 1) ** 2).sum())

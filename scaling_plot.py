@@ -3,11 +3,13 @@
 Colours are Okabe and Ito's, which the colour-blind tell apart; each structure also has a marker and a line style of its
 own, so that a grey print shows as much. Every figure is written as svg and as png.
 """
+import contextlib
 import json
 import os
 
 import numpy as np
 
+FIGURES = ("frontier", "frontier_without_output_layer", "wall_clock", "multiplier", "params")
 # yellow is left out: on white it is too faint for a line
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 MARKERS = "os^DvPX*<>hp"
@@ -72,10 +74,10 @@ def save(plt, fig, ax, folder: str, name: str) -> None:
     plt.close(fig)
 
 
-def draw_frontier(ax, fitted: dict, curves: list[dict], axis: str) -> None:
+def draw_frontier(ax, fitted: dict, looks: dict, curves: list[dict], axis: str) -> None:
     """Faint: every run. Markers: the frontier, hollow where it is not fitted. Lines: the laws."""
-    for i, (label, f) in enumerate(fitted.items()):
-        look = style(i)
+    for label, f in fitted.items():
+        look = looks[label]
         for curve in (c for c in curves if c["structure"] == label and axis in c):
             ax.plot(curve[axis], curve["loss"], color=look["color"], linewidth=0.6, alpha=0.25)
         x, loss, used = np.array(f["x"]), np.array(f["loss"]), np.array(f["used"], bool)
@@ -96,10 +98,10 @@ def draw_frontier(ax, fitted: dict, curves: list[dict], axis: str) -> None:
     plain_ticks(ax.yaxis)
 
 
-def draw_multipliers(ax, fitted: dict, base: str) -> None:
+def draw_multipliers(ax, fitted: dict, looks: dict, base: str) -> None:
     """A line and its interval for each structure, 1 for the base."""
-    for i, (label, f) in enumerate(fitted.items()):
-        look = style(i)
+    for label, f in fitted.items():
+        look = looks[label]
         points = [(x, *m) for x, m in zip(f["x"], f["multipliers"]) if m is not None]
         if label == base:
             ax.axhline(1, color=look["color"], linewidth=1.2, label=label, linestyle=look["linestyle"])
@@ -115,10 +117,9 @@ def draw_multipliers(ax, fitted: dict, base: str) -> None:
     plain_ticks(ax.yaxis)
 
 
-def draw_params(ax, runs: list[dict], labels: list[str], key: str) -> None:
+def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
     """The end of every run; a line through the best of each size."""
-    for i, label in enumerate(labels):
-        look = style(i)
+    for label, look in looks.items():
         mine = [(r[key], r["val_loss"]) for r in runs if r["structure"] == label]
         best = sorted({size: min(loss for s, loss in mine if s == size) for size, _ in mine}.items())
         ax.plot(*zip(*mine), color=look["color"], marker=look["marker"], linestyle="none", markersize=3.5,
@@ -130,31 +131,39 @@ def draw_params(ax, runs: list[dict], labels: list[str], key: str) -> None:
 
 
 def plot(folder: str) -> None:
-    """frontier, wall_clock, multiplier and params, .svg and .png, beside fit.json. Raises ValueError without that."""
+    """All FIGURES there are data for, .svg and .png, beside fit.json. Raises ValueError without that."""
     try:
         with open(os.path.join(folder, "fit.json"), encoding="utf-8") as f:
             found = json.load(f)
     except (OSError, ValueError) as e:
         raise ValueError(f"there is no fit.json that can be read in {folder!r}: make it with scaling.py fit") from e
     plt = pyplot("scaling")
+    for name in FIGURES:    # one that is not drawn this time would tell of other runs
+        for kind in ("svg", "png"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, f"{name}.{kind}"))
     loss, by_axis = "validation loss, nats per token", found["axes"]
-    for name, axis, what in (("frontier", "flops", "training FLOPs"), ("wall_clock", "seconds", "training time, s")):
+    labels = dict.fromkeys(label for of_axis in by_axis.values() for label in of_axis)
+    looks = {label: style(i) for i, label in enumerate(labels)}
+    for name, axis, what in (("frontier", "flops", "training FLOPs"), ("wall_clock", "seconds", "training time, s"),
+                             ("frontier_without_output_layer", "flops_without_output_layer",
+                              "training FLOPs without the output layer")):
         if axis in by_axis:
             fig, (ax,) = axes(plt)
-            draw_frontier(ax, by_axis[axis], found["curves"], axis)
+            draw_frontier(ax, by_axis[axis], looks, found["curves"], axis)
             ax.set(xlabel=what, ylabel=loss)
             save(plt, fig, ax, folder, name)
     panels = [(axis, what) for axis, what in (("flops", "training FLOPs"), ("seconds", "training time, s")) if axis in by_axis]
     if any(m for axis, _ in panels for f in by_axis[axis].values() for m in f["multipliers"]):
         fig, both = axes(plt, len(panels), sharey=True)
         for ax, (axis, what) in zip(both, panels):
-            draw_multipliers(ax, by_axis[axis], found["base"])
+            draw_multipliers(ax, by_axis[axis], looks, found["base"])
             ax.set(xlabel=what, title=("Compute" if axis == "flops" else "Time") + f" that {found['base']} needs ÷ needed")
         both[0].set_ylabel("multiplier")
         save(plt, fig, both[0], folder, "multiplier")
     fig, both = axes(plt, 2, sharey=True)
     for ax, (key, what) in zip(both, (("params", "parameters"), ("active_params", "active parameters"))):
-        draw_params(ax, found["runs"], list(by_axis["flops"]), key)
+        draw_params(ax, found["runs"], looks, key)
         ax.set_xlabel(what)
     both[0].set_ylabel(loss + ", at each run's end")
     save(plt, fig, both[0], folder, "params")

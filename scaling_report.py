@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from scaling_fit import (AXES, PER_DECADE, Fit, Run, fit_structure, interval, mean_of_seeds, multipliers, read_runs,
-                         seed_noise, take_seconds)
+from scaling_fit import (AXES, PER_DECADE, Fit, Run, alike, fit_structure, interval, mean_of_seeds, multipliers, read_runs,
+                         same_but_seed, seed_noise, share_seconds, take_seconds)
 
 # ---- What a reader should know --------------------------------------------------------------------------------------
 
@@ -52,21 +52,20 @@ def worse_though_larger(runs: list[Run], noise: float) -> list[str]:
 
 
 def best_rates(runs: list[Run]) -> list[str]:
-    """For each structure and size with several learning rates: the losses after the same tokens, the least in bold."""
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.label, run.size, run.config.get("seed")), []).append(run)
+    """For runs that differ in the learning rate alone: the losses after the same tokens, the least in bold."""
     lines = []
-    for (label, size, _), same in sorted(groups.items(), key=lambda item: str(item[0])):
-        if len({run.config["learning_rate"] for run in same}) > 1:
-            tokens = min(run.points.tokens[-1] for run in same)
+    for same in alike(runs, ("learning_rate",)):
+        tokens = min(run.points.tokens[-1] for run in same)
+        if len(same) > 1 and tokens >= max(run.points.tokens[0] for run in same):
             losses = {run.config["learning_rate"]: float(np.interp(tokens, *run.points)) for run in same}
             best = min(losses, key=losses.get)
+            name = next(run.name for run in same if run.config["learning_rate"] == best)
             edge = " (at the edge of the rates tried)" if best in (min(losses), max(losses)) else ""
-            lines.append(f"{label}, {size}: " + ", ".join(f"{'**' * (rate == best)}{rate:g}: {loss:.3f}{'**' * (rate == best)}"
-                                                          for rate, loss in sorted(losses.items()))
-                         + f" after {tokens:,.0f} tokens{edge}")
-    return lines
+            lines.append(f"{same[0].label}, {same[0].size}: "
+                         + ", ".join(f"{'**' * (rate == best)}{rate:g}: {loss:.3f}{'**' * (rate == best)}"
+                                     for rate, loss in sorted(losses.items()))
+                         + f" after {tokens:,.0f} tokens{edge}; the best is {name}")
+    return sorted(lines)
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------
@@ -97,14 +96,15 @@ def laws_table(fits: dict[str, Fit], level: float, unit: str) -> str:
     rows = []
     for label, fit in fits.items():
         if fit.law is None:
-            rows.append([label, *["—"] * 6])
+            rows.append([label, *["—"] * 7])
             continue
         growth = f"{fit.growth.exponent:.2f}" + between(fit.growths, level) if fit.growth else "—"
         rows.append([label, number(fit.law.floor) + between([s.floor for s in fit.samples], level),
                      number(fit.law.scale) + between([s.scale for s in fit.samples], level),
                      number(fit.law.exponent) + between([s.exponent for s in fit.samples], level),
-                     f"{number(fit.range[0])} to {number(fit.range[1])}", str(int(fit.used.sum())), growth])
-    return table(["structure", "L∞", "C0", "a", f"fitted between ({unit})", "points", "best size ∝ C^p, p"], rows)
+                     f"{number(fit.range[0])} to {number(fit.range[1])}", str(int(fit.used.sum())), growth,
+                     f"{fit.noise:.2%}"])
+    return table(["structure", "L∞", "C0", "a", f"fitted between ({unit})", "points", "best size ∝ C^p, p", "noise"], rows)
 
 
 def multiplier_table(fits: dict[str, Fit], base: str, budgets: list[float], level: float) -> str:
@@ -151,35 +151,52 @@ def round_all(value):
 
 # ---- All of it ------------------------------------------------------------------------------------------------------
 
-def fit(folders: list[str], out: str, *, base: str, floor: float | None, window: tuple, samples: int, level: float,
+def fit(folders: list[str], out: str, *, base: str | None, floor: float | None, window: tuple, samples: int, level: float,
         bench: Iterable[str] = ()) -> None:
     """Fits the runs below the folders; writes fit.json, runs.csv, frontier.csv and table.md into `out`.
 
-    window is in FLOPs, and narrows the fits along FLOPs alone. Raises ValueError, in one sentence, for runs that cannot
-    be fitted.
+    window is in FLOPs, and narrows the fits along FLOPs alone. base: None stands for dense, which may be missing. Raises
+    ValueError, in one sentence, for runs that cannot be fitted.
     """
     runs, notes = read_runs(folders)
     if bench:
         notes += take_seconds(runs, bench)
-    labels = sorted({run.label for run in runs}, key=lambda label: (label != base, label))
-    noise, seeds = seed_noise(runs)
+    share_seconds(runs)
+    labels = {run.label for run in runs}
+    if base not in labels | {None}:
+        raise ValueError(f"there are no runs of {base!r}, that multipliers could be against: base takes one of "
+                         f"{', '.join(sorted(labels))}")
+    if (base := base or "dense") not in labels:
+        notes.append(f"no multipliers, since there are no runs of {base}; --base takes another structure")
+    least = min(run.points.losses.min() for run in runs)
+    if floor is not None and not 0 <= floor < least:
+        raise ValueError(f"floor must not be negative, and below all losses, the least of which is {least:.4g}; "
+                         f"got {floor:g}")
+    groups, short = same_but_seed(runs)
+    means, (noise, seeds) = mean_of_seeds(groups), seed_noise(groups)
+    notes += short
     fits: dict[str, dict[str, Fit]] = {}
-    for axis in AXES:
+    for axis, what in AXES.items():
         rng = np.random.default_rng(0)
-        of_axis = {label: [r for r in mean_of_seeds(runs) if r.label == label and axis in r.flops_per_token]
-                   for label in labels}
-        of_axis = {label: fit_structure(label, mine, axis, window=window if axis != "seconds" else (None, None),
-                                        floor=floor, samples=samples, noise=noise, rng=rng)
-                   for label, mine in of_axis.items() if mine}
-        if of_axis:
-            fits[axis] = of_axis
+        for label in sorted(labels, key=lambda label: (label != base, label)):
+            if mine := [run for run in means if run.label == label and axis in run.flops_per_token]:
+                found = fit_structure(label, mine, axis, window=window if axis != "seconds" else (None, None),
+                                      floor=floor, samples=samples, noise=noise, rng=rng)
+                if found.used.any():
+                    fits.setdefault(axis, {})[label] = found
+                else:
+                    notes.append(f"{label}: left out along {what}, no point of its frontier is in the range")
+    if "flops" not in fits:
+        raise ValueError("no frontier has a point between min_flops and max_flops: ask for a wider range, or for more runs")
     notes += worse_though_larger(runs, noise or 0.0)
     for f in fits["flops"].values():
         notes += remarks(f)
     about = (f"{len(runs)} runs of {len(labels)} structures. Losses are validation cross-entropy in nats per token, budgets C in "
              "FLOPs (2 per multiply-add, backward twice the forward, attention and routers included; embeddings are looked up, "
-             f"and cost none). Intervals: {level:.0%}, parametric bootstrap with {samples} samples; relative noise of a run "
-             + (f"{noise:.2%} between seeds" if noise else "from the residuals, since no runs differ in their seed alone")
+             f"and cost none). Intervals: {level:.0%}, parametric bootstrap with {samples} samples; "
+             "the noise of a run, relative, is "
+             + (f"{noise:.2%} between seeds, or more where a structure's runs scatter more about its law" if noise
+                else "how its structure's runs scatter about the law, since none differ in their seed alone")
              + (f"; L∞ is set to {floor:g}" if floor is not None else "") + ".")
     text = [about]
     for axis, of_axis in fits.items():
@@ -204,7 +221,8 @@ def comparable(fits: dict[str, Fit], base: str) -> bool:
 def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[str]:
     """Paragraphs of the page about one axis: laws, multipliers, and the best sizes along FLOPs."""
     what, unit = AXES[axis], "s" if axis == "seconds" else "FLOPs"
-    text = [f"## Against {what}", "L = L∞ + (C / C0)^-a" + (", C in seconds" if unit == "s" else "") + ":",
+    timing = ", C in seconds; the intervals hold the noise of losses, none of times" if unit == "s" else ""
+    text = [f"## Against {what}", f"L = L∞ + (C / C0)^-a{timing}:",
             laws_table(fits, level, unit)]
     budgets = budgets_of(fits.values())
     if comparable(fits, base) and len(fits) > 1:

@@ -1,0 +1,19 @@
+# The paper's protocol (Potapczynski et al., arXiv:2410.02117), for a GPU: characters of OpenWebText, 128 at a time, 65,536 a
+# step, 100,000 steps at a constant 3e-3; one of its sizes, 3 layers of width 768 (it has 256 to 4096, 3, 6 and 9 layers).
+# All of them are in plans/paper.py, which says what is the paper's and what is ours. Data: data/openwebtext_char/prepare.py.
+# As there, indices that do not follow the heads take --head_aligned=False; experts, --router_balance_rate=0.
+dataset = "openwebtext_char"
+block_size = 128
+batch_size = 64
+gradient_accumulation_steps = 8     # 64 x 8 x 128 = 65,536
+n_layer = 3
+n_head = 12                         # heads of 64
+n_embd = 768
+max_iters = 100_000
+learning_rate = 3e-3
+decay_lr = False
+warmup_iters = 2_000
+weight_decay = 0.0
+eval_interval = 2_500
+eval_iters = 200
+log_interval = 100
