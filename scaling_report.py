@@ -79,7 +79,8 @@ def budgets_of(fits: Iterable[Fit]) -> list[float]:
 
 def number(value: float, digits: int = 3) -> str:
     """Three digits, with an exponent where there are more than five places."""
-    return f"{value:.{digits}g}" if not math.isfinite(value) or 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
+    plain = not math.isfinite(value) or value == 0 or 1e-3 <= abs(value) < 1e5
+    return f"{value:.{digits}g}" if plain else f"{value:.2e}"
 
 
 def between(values: list[float], level: float) -> str:
