@@ -461,11 +461,11 @@ def test_share_of_dense():
     assert float(curve.share(1e12, 2.75)) == pytest.approx(1e12 / middle, rel=0.01)
 
 
-def test_a_dense_curve_ends_where_its_loss_is_not_finite(tmp_path):
-    points = [dict(type="eval", iter=i, flops=1e12 * i, val_loss=loss) for i, loss in enumerate((4.0, 3.0, 2.5, None))]
+def test_a_dense_curve_leaves_out_what_is_not_finite(tmp_path):
+    points = [dict(type="eval", iter=i, flops=1e12 * i, val_loss=loss) for i, loss in enumerate((4.0, 3.0, None, 2.5))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     curve = search_report.dense_curve(None, [dict(name="dense", run=".", trial=0)], str(tmp_path), {})
-    assert list(curve.flops) == [1e12, 2e12] and list(curve.losses) == [3.0, 2.5]
+    assert list(curve.flops) == [1e12, 3e12] and list(curve.losses) == [3.0, 2.5]
 
 
 def test_dense_curves_from_elsewhere(tmp_path):
