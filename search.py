@@ -1,7 +1,7 @@
 """Search for good structures: θ, and experts where asked for, at equal training FLOPs, by Optuna around runs of train.py.
 
     python search.py run config/cpu.py --jobs=2             search; the same command goes on, from any number of processes
-    python search.py run config/cpu.py --dry_run=True       the request, the named structures, how many random θ have a model
+    python search.py run config/cpu.py --dry_run=True       the request, the named structures, how many random θ have one
     python search.py report                                 ranked table, csv, figure, importances, best.py, follow.py
     python scaling.py sweep results/search/follow.py --runs=out-search/follow --jobs=2
                                                             the best and dense, with more budget and several seeds
@@ -12,9 +12,9 @@ width and rank are chosen to that end (search_space.py). Evaluations go to Optun
 that are behind at an equal share of the budget.
 
 Needs optuna (pip install -r requirements-search.txt). State: the study, a journal in `out` unless `storage` says
-otherwise, and a folder in `out` for each point. Where several machines search, they share both. A trial belongs to who
-holds the claim file in its folder; one whose processes are dead, or which has not stirred for `expiry` seconds, is
-taken up by whoever finds it, and its runs go on from their checkpoints.
+otherwise, and a folder for each point, in one of the study's in `out`. Where several machines search, they share both.
+A trial belongs to who holds the claim file in its folder; one whose processes are dead, or which has not stirred for
+`expiry` seconds, is taken up by whoever finds it, and its runs go on from their checkpoints.
 """
 import sys
 
@@ -43,7 +43,7 @@ reduction: int = 2              # one in so many goes on at each rung: at first_
 dense_width: int = 96           # FLOPs per token are those of a dense model of this width
 flops: float = 4e12             # training FLOPs of a trial
 tolerance: float = 0.05         # relative, of FLOPs per token
-widths: tuple | None = None     # to choose from; None: the multiples of 4 and n_head from 32 to 512
+widths: tuple | None = None     # to choose from; None: multiples of 4 and n_head, a third of dense_width to six times it
 learning_rates: tuple = (3e-3,)  # of every trial: the best counts, all are paid for
 experts: tuple = (0,)           # numbers of experts to choose from; 0: none
 top_ks: tuple = (2,)            # experts per token to choose from
@@ -51,7 +51,7 @@ max_nu: float = 1.0             # θ above this compute intensity are left out: 
 evals: int = 8                  # evaluations of a run
 # report
 results: str = "results/search"  # folder of the report
-dense: str | None = None        # a fit.json of scaling.py, or folder of dense runs, to compare with; None: the study's dense
+dense: str | None = None        # fit.json of scaling.py, or folder of dense runs, to compare with; None: the study's dense
 top: int = 3                    # structures of follow.py, besides dense
 times: float = 4.0              # budget of a run there, in those of a trial
 seeds: tuple = (1, 2)           # of each
@@ -78,6 +78,8 @@ globals().update(config)
 
 import dataclasses
 import datetime
+import hashlib
+import json
 import math
 import os
 import random
@@ -88,19 +90,18 @@ import uuid
 
 from configurator import fail
 from launcher import Claim, Run, clock, last_words, launch, read_log, shared_time, speed, stop
-from space import STRUCTURES
 
-import search_space
-from search_space import LEVELS, Point, Space, theta_of
+from search_space import CHOSEN, LEVELS, STRUCTURAL, Point, Space, theta_of
 from search_study import begin, is_trained, make_pruner, make_sampler, open_study, propose, settled
 
 import optuna    # after search_study, which says what to do where it is missing
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 # ---- What is asked for ----------------------------------------------------------------------------------------------
 
 def make_space() -> Space:
-    """The space of this command, or one sentence about what is wrong with its keys."""
+    """The space of this command, or one sentence about what is wrong with its keys. Raises ValueError, in one too."""
     for key in ("jobs", "expiry", "max_failures", "trials", "first_rung", "dense_width", "flops", "tolerance", "evals",
                 "max_nu"):
         if config[key] <= 0:
@@ -116,25 +117,31 @@ def make_space() -> Space:
     for key in ("widths", "experts", "top_ks"):
         if any(v != int(v) for v in config[key] or ()):
             fail(f"{key} takes whole numbers; got {config[key]}")
+    if 1 in experts:
+        fail(f"experts takes 0, for none, and numbers of at least 2; got {experts}")
     settings = configurator.configure({"__file__": launcher.TRAIN}, train_arguments)
     defaults = {k.name: k.default for k in configurator.read_keys(launcher.TRAIN).values()}
-    for argument in train_arguments:
-        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        if argument.startswith("-") and name in search_space.CHOSEN:
-            fail(f"{name} is what the search chooses: python search.py --help has the keys that it chooses by")
-    shared = {k: v for k, v in settings.items() if k not in search_space.CHOSEN and v != defaults[k]}
-    for key in ("n_layer", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "dataset", "seed", "decay_lr"):
+    flags = {a.partition("=")[0].removeprefix("--").replace("-", "_") for a in train_arguments if a.startswith("-")}
+    for key in CHOSEN:
+        if key in flags or key in STRUCTURAL and settings[key] != defaults[key]:
+            fail(f"{key} is what the search chooses: python search.py --help has the keys that it chooses by")
+    shared = {k: v for k, v in settings.items() if k not in CHOSEN and v != defaults[k]}
+    for key in ("n_layer", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "dataset", "seed",
+                "decay_lr"):
         shared[key] = settings[key]     # a change of train.py's defaults must not change a study
     step = math.lcm(4, shared["n_head"])
-    chosen = tuple(sorted(set(widths or (w for w in range(step, 513, step) if w >= 32))))
+    chosen = tuple(sorted(set(widths or (w for w in range(step, 6 * dense_width + 1, step) if w >= dense_width / 3))))
     if bad := [w for w in chosen if w % shared["n_head"]]:
         fail(f"widths must be multiples of n_head = {shared['n_head']}; got {bad[0]}")
     vocabulary = launcher.vocabulary(shared["dataset"])
     space = Space(dense_width, flops, chosen, tolerance, learning_rates, experts, top_ks, max_nu, evals, shared, vocabulary)
     tokens = math.prod(shared[k] for k in ("gradient_accumulation_steps", "batch_size", "block_size"))
     if (iterations := flops / space.flops_per_token / tokens) < (1 + tolerance) * evals / tolerance / 2:
-        fail(f"flops = {flops:g} are {iterations:.0f} iterations, too few to meet them within {tolerance:.0%} by multiples of "
-             f"evals = {evals}: ask for more flops, a larger tolerance, or fewer evals")
+        fail(f"flops = {flops:g} are {iterations:.0f} iterations, too few to meet them within {tolerance:.0%} by multiples "
+             f"of evals = {evals}: ask for more flops, a larger tolerance, or fewer evals")
+    for point in space.named().values():
+        if isinstance(point, Point):
+            space.runs(point, out)      # what the settings do not allow must not become a study's request
     return space
 
 
@@ -148,6 +155,8 @@ class Work:
     runs: list[Run]             # one for each learning rate
     processes: list[subprocess.Popen]
     reported: set[int]          # evaluations that Optuna knows
+    behind: bool                # the pruner's word on the last of them
+    why: str                    # it has no runs
 
     @property
     def what(self) -> str:
@@ -158,13 +167,23 @@ class Work:
             stop(process)
 
 
+def folder_of(point: str, space: Space) -> str:
+    """Of a point's runs. Another request has its own, since its runs evaluate at other iterations."""
+    digest = hashlib.sha256(json.dumps(space.request(), sort_keys=True).encode()).hexdigest()[:8]
+    return os.path.join(out, f"{study}-{digest}", point)
+
+
 def start(trial, point: Point, claim: Claim, space: Space, job: int) -> Work:
     """Launch the runs of a trial, or let them go on."""
-    runs = space.runs(point, claim.folder)
-    known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-    work = Work(trial, point, claim, runs, [], set(known))
+    try:
+        runs, why = space.runs(point, claim.folder), ""
+    except ValueError as e:     # the trial fails, and no other
+        runs, why = [], str(e)
+    known = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+    behind = bool(known) and is_behind(trial, max(known), space)    # who has reported it may have died before asking
+    work = Work(trial, point, claim, runs, [], known, behind, why)
     for i, run in enumerate(runs):
-        if final(run, space) is None:
+        if final(run, space) is None and not behind:
             n = len(runs)
             work.processes.append(launch(run, job * n + i, jobs=jobs * n, gpus=gpus, program=program))
     claim.write([os.getpid(), *(p.pid for p in work.processes)])
@@ -172,29 +191,35 @@ def start(trial, point: Point, claim: Claim, space: Space, job: int) -> Work:
 
 
 def losses_of(run: Run) -> dict[int, float]:
-    """{evaluation: validation loss} of a run, from the first after the start on; inf where it is not finite."""
+    """{evaluation: validation loss} of a run, from the first after the start on; inf where the log has null, not finite."""
     every = run.settings["eval_interval"]
-    found = {p["iter"] // every: p["val_loss"] for p in read_log(run.folder) if p.get("type") == "eval" and p["iter"]}
-    return {step: loss if math.isfinite(loss) else math.inf for step, loss in found.items()}
+    return {p["iter"] // every: math.inf if p["val_loss"] is None else p["val_loss"] for p in read_log(run.folder)
+            if p.get("type") == "eval" and p["iter"] and p["iter"] % every == 0}
 
 
 def final(run: Run, space: Space) -> float | None:
     return losses_of(run).get(space.evals)
 
 
-def follow(found, work: Work, space: Space) -> str | None:
+def is_behind(trial, step: int, space: Space) -> bool:
+    """The pruner's word on the last evaluation, which it keeps, so that each is asked about; the named go to their end."""
+    return step < space.evals and trial.should_prune() and "named" not in trial.user_attrs
+
+
+def follow(work: Work, space: Space) -> str | None:
     """Report what is new of a trial; what it has come to, 'done', 'pruned' or 'failed', or None while it is at work.
 
     Of several learning rates, the best at each evaluation counts, and one that has failed is left out.
     """
+    if work.behind:
+        return "pruned"
     ended = [p.poll() is not None for p in work.processes]
     curves = [losses_of(run) for run in work.runs]
     alive = [c for c, run in zip(curves, work.runs) if not has_failed(run, work, space)]
     for step in sorted(set.intersection(*map(set, alive)) - work.reported) if alive else ():
         work.trial.report(min(c[step] for c in alive), step)
         work.reported.add(step)
-        behind = step < space.evals and work.trial.should_prune()   # which tells the pruner, too
-        if behind and "named" not in work.trial.user_attrs:
+        if is_behind(work.trial, step, space):
             return "pruned"
     if not alive:
         return "failed"
@@ -218,18 +243,18 @@ def why_failed(work: Work, space: Space) -> str:
         words.append("diverged, its validation loss is not finite" if math.inf in losses_of(run).values() else
                      f"ended with status {status}: {last_words(run)}" if status else
                      f"ended without reaching iteration {run.max_iters}: {last_words(run)}")
-    return "; ".join(dict.fromkeys(words))
+    return "; ".join(dict.fromkeys(words)) or work.why
 
 
 def close(found, work: Work, space: Space, outcome: str) -> None:
-    """Tell Optuna what a trial has come to, with what the report needs, and let its claim go."""
-    work.stop()
+    """Tell Optuna what a trial has come to, with what the report needs; then end its runs, which may take a while, and let
+    its claim go."""
     trial = work.trial
     if outcome == "failed":
         trial.set_user_attr("why", why_failed(work, space))
         found.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
     else:
-        best = min(work.runs, key=lambda run: final(run, space) or math.inf)
+        best = min(work.runs, key=lambda run: losses_of(run).get(max(work.reported), math.inf))
         first = next((p for p in read_log(best.folder) if p.get("type") == "run"), {})
         its, ms = speed(best)
         facts = dict(run=os.path.relpath(best.folder, out), settings=best.settings, width=work.point.width,
@@ -241,7 +266,23 @@ def close(found, work: Work, space: Space, outcome: str) -> None:
             found.tell(trial, final(best, space), skip_if_finished=True)
         else:
             found.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+    work.stop()
     work.claim.release()
+
+
+def attend(found, work: Work, space: Space) -> str | None:
+    """Follow a trial, and close it at its end: what it has come to, 'lost' where another process has it or has told it."""
+    try:
+        outcome = follow(work, space) if work.claim.held() else "lost"
+        if outcome is None:
+            os.utime(work.claim.path)
+        elif outcome != "lost":
+            close(found, work, space, outcome)
+    except UpdateFinishedTrialError:
+        outcome = "lost"
+    if outcome == "lost":
+        work.stop()
+    return outcome
 
 
 def adopt(found, space: Space, mine: set[int], now: float):
@@ -254,7 +295,7 @@ def adopt(found, space: Space, mine: set[int], now: float):
             if datetime.datetime.now() - frozen.datetime_start > datetime.timedelta(seconds=expiry):
                 found.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             continue
-        if claim := Claim.take(os.path.join(out, frozen.user_attrs["point"]), now, expiry):
+        if claim := Claim.take(folder_of(frozen.user_attrs["point"], space), now, expiry):
             told = found.get_trials(deepcopy=False)[frozen.number].state != TrialState.RUNNING
             if not told and not settled(found, trial, frozen.user_attrs["point"]):
                 return trial, space.point(*space.suggest(trial)), claim
@@ -278,15 +319,12 @@ def search(found, space: Space) -> int:
     try:
         while True:
             for job, work in list(active.items()):
-                if not work.claim.held():
+                outcome = attend(found, work, space)
+                if outcome:
                     del active[job]
-                    work.stop()
-                    print(f"{work.what}: taken over by another machine, since this one did not stir for too long", flush=True)
-                    continue
-                os.utime(work.claim.path)
-                if outcome := follow(found, work, space):
-                    del active[job]
-                    close(found, work, space, outcome)
+                if outcome == "lost":
+                    print(f"{work.what}: another process has taken it over", flush=True)
+                elif outcome:
                     failures, failed = (failures + 1, failed + 1) if outcome == "failed" else (0, failed)
                     tell(found, work, outcome)
                     if failures >= max_failures:
@@ -297,14 +335,14 @@ def search(found, space: Space) -> int:
                     active[job] = start(*left, space, job)
                     print(f"{active[job].what}: taken up where it was left", flush=True)
                 elif proposal := propose(found, space, trials):
-                    if claim := Claim.take(os.path.join(out, proposal[1].name), now, expiry):   # else another has taken it up
+                    if claim := Claim.take(folder_of(proposal[1].name, space), now, expiry):   # else another is at it
                         active[job] = start(*proposal, claim, space, job)
                 elif not active and not found.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                     return failed
             if time.monotonic() - last_told > 60:
                 last_told = time.monotonic()
                 print("  running: " + (", ".join(f"trial {w.trial.number} {speed(w.runs[0])[0] / w.runs[0].max_iters:.0%}"
-                                                 for w in active.values()) or "others' trials"), flush=True)
+                                                 for w in active.values() if w.runs) or "others' trials"), flush=True)
             time.sleep(pause)
     finally:
         for work in active.values():
@@ -336,15 +374,15 @@ def describe(space: Space, draws: int = 300) -> None:
     """What would be searched: the request, the models of the named structures, the share of random θ that have one."""
     tokens = space.flops / space.flops_per_token
     print(f"{trials} trials of {space.flops:.3g} training FLOPs, {space.flops_per_token:,.0f} a token, as a dense model of "
-          f"width {dense_width}: {tokens:,.0f} tokens; {len(space.widths)} widths from {space.widths[0]} to {space.widths[-1]}")
-    for name, theta in STRUCTURES.items():
-        if theta is not None:
-            try:
-                run, *_ = space.runs(point := space.point(theta), out)
-                print(f"  {point.label:32s} width {point.width:4d}  {str(point.sizes[0]):24s} {run.max_iters:7,} iterations  "
-                      f"{run.flops / space.flops:.1%} of the FLOPs")
-            except ValueError as e:
-                print(f"  {name}: {e}")
+          f"width {dense_width}: {tokens:,.0f} tokens; {len(space.widths)} widths from {space.widths[0]} to "
+          f"{space.widths[-1]}")
+    for name, point in space.named().items():
+        if isinstance(point, Point):
+            run, *_ = space.runs(point, out)
+            print(f"  {point.label:32s} width {point.width:4d}  {str(point.sizes[0]):24s} {run.max_iters:7,} iterations  "
+                  f"{run.flops / space.flops:.1%} of the FLOPs")
+        else:
+            print(f"  {name}: {point}")
     rng, intense, none = random.Random(0), 0, 0
     for _ in range(draws):
         theta = theta_of(*(rng.randrange(len(levels)) for levels in LEVELS.values()))
@@ -353,37 +391,43 @@ def describe(space: Space, draws: int = 300) -> None:
         except ValueError:
             intense += theta.nu > space.max_nu + 1e-9
             none += theta.nu <= space.max_nu + 1e-9
-    print(f"of {draws} random θ, {intense} are above ν = {space.max_nu:g}, {none} of the others have no width at these FLOPs")
+    print(f"of {draws} random θ, {intense} are above ν = {space.max_nu:g}, {none} of the others have no width at these "
+          "FLOPs")
 
 
-def main() -> None:
-    if command == "report":
-        import search_report
-        try:
-            return search_report.report(open_study(storage, study, out), out, results, dense=dense, top=top, times=times,
-                                        seeds=seeds, first_rung=first_rung)
-        except (ValueError, OSError) as e:
-            fail(str(e))
+def run() -> int:
+    """Search, and sum up; the status to exit with."""
     space = make_space()
     if dry_run:
-        return describe(space)
+        describe(space)
+        return 0
     found = open_study(storage, study, out, make_sampler(sampler, sampler_seed),
                        make_pruner(pruner, first_rung, reduction, evals))
-    begin(found, space, named)
+    begin(found, space, named, first_rung)
+    for name, point in space.named().items() if named else ():
+        if isinstance(point, str):
+            print(f"{name} is left out: {point}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        failed = search(found, space)
-    except (OSError, ValueError) as e:
-        fail(str(e))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
-        sys.exit(130)
+    failed = search(found, space)
     ended = [t for t in found.trials if is_trained(t)]
     counts = {s: sum(t.state == s for t in ended) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)}
     print("{} trials to their end, {} pruned, {} failed".format(*counts.values())
           + f"; {sum('rejected' in t.user_attrs for t in found.trials)} θ without a model, "
           f"{sum('same_as' in t.user_attrs for t in found.trials)} that others had")
-    sys.exit(1 if failed else 0)
+    return 1 if failed else 0
+
+
+def main() -> None:
+    try:
+        if command == "run":
+            sys.exit(run())
+        import search_report
+        search_report.report(open_study(storage, study, out), out, results, dense=dense, top=top, times=times, seeds=seeds)
+    except (OSError, ValueError, OptunaError) as e:
+        fail(str(e))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

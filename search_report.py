@@ -14,14 +14,14 @@ from optuna.trial import TrialState
 import scaling_fit
 from launcher import read_log
 from scaling_report import number, round_all, table, write_csv
-from search_space import LEVELS, name_of, text_of
+from search_space import LEVELS, text_of
 from search_study import is_trained
 from space import Theta
 
 PANELS = (("omega", "ω, parameter sharing"), ("psi", "ψ, rank"), ("nu", "ν, compute intensity"))
 
 
-def rows_of(study: optuna.Study, first_rung: int) -> list[dict]:
+def rows_of(study: optuna.Study) -> list[dict]:
     """A row for each trial of the budget, those of the full budget first, by loss; then those pruned latest."""
     rows = []
     for trial in filter(is_trained, study.get_trials(deepcopy=False)):
@@ -30,11 +30,13 @@ def rows_of(study: optuna.Study, first_rung: int) -> list[dict]:
         last = evals if trial.state == TrialState.COMPLETE else trial.last_step or 0
         loss = trial.value if trial.state == TrialState.COMPLETE else steps.get(last, math.nan)
         rows.append(dict(trial=trial.number, state=trial.state.name.lower(), structure=facts["label"],
-                         name=name_of(theta) or "", theta=text_of(theta), omega=theta.omega, psi=theta.psi, nu=theta.nu, loss=loss,
-                         share_of_budget=last / evals, first_loss=steps.get(first_rung, math.nan),
+                         name=facts["structure"], theta=text_of(theta), omega=theta.omega, psi=theta.psi, nu=theta.nu,
+                         loss=loss, share_of_budget=last / evals,
+                         first_loss=steps.get(study.user_attrs["first_rung"], math.nan),
                          flops=facts.get("flops", math.nan) * last / evals, width=facts.get("width", ""),
-                         rank=facts.get("rank", ""), sizes="; ".join(facts.get("sizes", ())), params=facts.get("params") or "",
-                         flops_per_token=facts.get("flops_per_token", ""), ms_per_iter=facts.get("ms_per_iter") or "",
+                         rank=facts.get("rank", ""), sizes="; ".join(facts.get("sizes", ())),
+                         params=facts.get("params") or "", flops_per_token=facts.get("flops_per_token", ""),
+                         ms_per_iter=facts.get("ms_per_iter") or "",
                          learning_rate=facts.get("settings", {}).get("learning_rate", ""), run=facts.get("run", ""),
                          why=facts.get("why", "")))
     order = dict(complete=0, pruned=1, running=2, fail=3)
@@ -58,7 +60,8 @@ class DenseCurve:
         self.flops, self.losses, self.source = flops[keep], losses[keep], source
 
     def share(self, flops: float, loss: float) -> str:
-        """FLOPs spent ÷ those of dense for the same loss, a bound where dense has not come so far, — where it began below."""
+        """FLOPs spent ÷ those of dense for the same loss, a bound where dense has not come so far, — where it began
+        below."""
         if not math.isfinite(loss) or loss > self.losses[0]:
             return "—"
         if loss < self.losses[-1]:
@@ -74,7 +77,8 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
         mine = [r for r in rows if r["name"] == "dense" and r["run"]]
         if not mine:
             return None
-        points = [p for p in read_log(os.path.join(out, mine[0]["run"])) if p.get("type") == "eval" and p["iter"]]
+        points = [p for p in read_log(os.path.join(out, mine[0]["run"]))
+                  if p.get("type") == "eval" and p["iter"] and p["val_loss"] is not None]
         return DenseCurve([p["flops"] for p in points], [p["val_loss"] for p in points],
                           f"the study's own, trial {mine[0]['trial']}, one width along its training") if points else None
     if os.path.isdir(dense):
@@ -84,8 +88,8 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
             raise ValueError(f"there is no run of dense below {dense!r}")
         for key in (k for k in scaling_fit.COMPARABLE if k in settings):
             if runs[0].config[key] != settings[key]:
-                raise ValueError(f"the runs in {dense!r} do not measure the same loss: {key} is {runs[0].config[key]} there "
-                                 f"and {settings[key]} in the search")
+                raise ValueError(f"the runs in {dense!r} do not measure the same loss: {key} is {runs[0].config[key]} "
+                                 f"there and {settings[key]} in the search")
         frontier = scaling_fit.frontier_of(scaling_fit.curves_of(runs, "flops"))
         return DenseCurve(frontier.x, frontier.losses, f"the frontier of {len(runs)} runs in {dense}")
     try:
@@ -93,7 +97,7 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
             found = json.load(f)["axes"]["flops"]["dense"]
         return DenseCurve(found["x"], found["loss"], f"the frontier in {dense}")
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{dense!r} holds no dense curve: give a fit.json that scaling.py made, or a folder of runs") from e
+        raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of scaling.py, or a folder of runs") from e
 
 
 # ---- Importances ----------------------------------------------------------------------------------------------------
@@ -139,7 +143,8 @@ def draw(rows: list[dict], first_rung: int, evals: int, folder: str) -> None:
 
 def config_text(row: dict, settings: dict) -> str:
     """A config file of train.py: all settings of the trial's run."""
-    lines = [f"# Trial {row['trial']} of a search: {row['structure']}, ω {row['omega']:g}, ψ {row['psi']:g}, ν {row['nu']:g},",
+    lines = [f"# Trial {row['trial']} of a search: {row['structure']}, "
+             f"ω {row['omega']:g}, ψ {row['psi']:g}, ν {row['nu']:g},",
              f"# validation loss {row['loss']:.4f} after {number(row['flops'])} training FLOPs.",
              *(f"{key} = {value!r}" for key, value in settings.items())]
     return "\n".join(lines) + "\n"
@@ -157,8 +162,8 @@ def plan_text(best: list[dict], settings: dict, dense: dict | None, request: dic
         lines.append(f"    {row['structure']!r}: {({k: v for k, v in chosen.items() if k in own})!r},")
     rates = dense["learning_rate"] if dense else list(request["learning_rates"])
     lines += [f"    'dense': {dict(n_embd=request['dense_width'], learning_rate=rates)!r},", "}",
-              f"flops = {times * request['flops']!r}", f"seed = {[int(s) for s in seeds]!r}", f"evals = {4 * request['evals']}",
-              *(f"{k} = {v!r}" for k, v in shared.items())]
+              f"flops = {times * request['flops']!r}", f"seed = {[int(s) for s in seeds]!r}",
+              f"evals = {4 * request['evals']}", *(f"{k} = {v!r}" for k, v in shared.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -172,9 +177,10 @@ def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, first_
     early = f"{first_rung / request['evals']:.0%}"
     text = [f"{len(complete)} trials with the full budget of {number(request['flops'])} training FLOPs, "
             f"{number(request['flops_per_token'])} per token (within {request['tolerance']:.0%}), {len(pruned)} pruned, "
-            f"{len(failed)} failed. The sampler asked for {rejected} θ that were not trained, having no model or too large a ν, "
-            f"and for {same} whose matrices a trial had before. Losses are validation cross-entropy in nats per token. Sizes are of the maps "
-            "d → d, d → 4d, 4d → d."]
+            f"{len(failed)} failed. The sampler asked for {rejected} θ that were not trained, having no model or too large "
+            f"a ν, and for {same} whose matrices a trial had before. Losses are validation cross-entropy in nats per "
+            "token. Sizes are of the maps d → d, d → 4d, 4d → d. Dense is train.py's own, without weight norm; btt and "
+            "monarch are plain einsums, not aligned with heads."]
     if curve:
         text.append(f"Share of dense's compute: FLOPs ÷ those that dense needs for the same loss; dense is {curve.source}.")
     head = ["", "structure, θ (α β γ δ ε φ ρ)", "width", "sizes", "ω", "ψ", "ν", "parameters", "loss"]
@@ -196,28 +202,28 @@ def importance_section(study: optuna.Study, rows: list[dict], complete: list[dic
     """Paragraphs on the importances by the losses at the full budget, and of all trials at the first rung."""
     measures = {"full budget": {r["trial"]: r["loss"] for r in complete},
                 f"{early} of the budget": {r["trial"]: r["first_loss"] for r in rows}}
-    found = [(what, sum(map(math.isfinite, losses.values())), importances(study, losses)) for what, losses in measures.items()]
+    found = [(what, sum(map(math.isfinite, losses.values())), importances(study, losses))
+             for what, losses in measures.items()]
     names = list(dict.fromkeys(name for *_, shares in found for name in (*LEVELS, *shares) if shares))
     lines = [[what, str(n), *(f"{shares.get(name, 0):.2f}" for name in names)] for what, n, shares in found if shares]
-    return ["## Importance of the parameters", "PED-ANOVA, Optuna's: how much a parameter decides whether a trial is among the "
-            "best tenth. alpha and delta are the shares of what θγ and θφ leave.",
+    return ["## Importance of the parameters", "PED-ANOVA, Optuna's: how much a parameter decides whether a trial is among "
+            "the best tenth. alpha and delta are the shares of what θγ and θφ leave.",
             table(["loss at", "trials", *names], lines)] if lines else []
 
 
-def report(study: optuna.Study, out: str, results: str, *, dense: str | None, top: int, times: float, seeds: tuple,
-           first_rung: int) -> None:
+def report(study: optuna.Study, out: str, results: str, *, dense: str | None, top: int, times: float, seeds: tuple) -> None:
     """Writes table.md, trials.csv, taxonomy.svg and .png, best.py and follow.py into `results`. Raises ValueError, in one
     sentence, where no trial has come to its end."""
-    rows = rows_of(study, first_rung)
+    rows = rows_of(study)
     complete = [r for r in rows if r["state"] == "complete"]
     if not complete:
         raise ValueError("no trial of this study has come to its end yet")
-    request = study.user_attrs["request"]
+    request, first_rung = (study.user_attrs[key] for key in ("request", "first_rung"))
     curve = dense_curve(dense, rows, out, request["settings"])
     for row in rows:
         row["share_of_dense"] = curve.share(row["flops"], row["loss"]) if curve else ""
     trials = study.get_trials(deepcopy=False)
-    settings = {r["trial"]: found | dict(theta=tuple(found["theta"])) for r in rows
+    settings = {r["trial"]: {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()} for r in rows
                 if (found := trials[r["trial"]].user_attrs.get("settings"))}
     dense_settings = next((settings[r["trial"]] for r in rows if r["name"] == "dense" and r["trial"] in settings), None)
     best = [r for r in complete if r["name"] != "dense"][:top]

@@ -35,9 +35,10 @@ PARTS = tuple(map(Fraction, ("0", "1/4", "1/3", "1/2", "2/3", "3/4", "1")))
 LEVELS = {"gamma": PARTS, "alpha": tuple(p for p in PARTS if p >= Fraction(1, 2)), "phi": PARTS, "delta": PARTS,
           "rho": tuple(map(Fraction, ("0", "1/8", "1/4", "1/3", "1/2", "3/4")))}
 RANK_SLACK = 1.25   # ranks between d^θρ ÷ this and d^θρ · this are tried
-# keys of train.py that the search sets itself
-CHOSEN = ("out_dir", "init_from", "struct", "theta", "rank", "layers", "num_experts", "top_k", "n_embd", "max_iters",
-          "learning_rate", "min_lr", "lr_decay_iters", "eval_interval")
+# keys of train.py that the search sets itself: those of a structure and its rate, and those that any config may have
+STRUCTURAL = ("struct", "theta", "rank", "layers", "num_experts", "top_k", "ffn_experts", "head_aligned", "learning_rate",
+              "min_lr")
+CHOSEN = (*STRUCTURAL, "out_dir", "init_from", "n_embd", "max_iters", "lr_decay_iters", "eval_interval")
 
 
 def theta_of(gamma: int, alpha: int, phi: int, delta: int, rho: int) -> Theta:
@@ -108,10 +109,19 @@ class Point(NamedTuple):
         return f"d{self.width}-{square}{experts}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
     @property
+    def experts(self) -> str:
+        return f", {self.num_experts} experts, top {self.top_k}" if self.num_experts else ""
+
+    @property
+    def structure(self) -> str:
+        """Its name, that of dense without experts alone being 'dense'; '' where it has none."""
+        name = name_of(self.theta)
+        return name + self.experts if name else ""
+
+    @property
     def label(self) -> str:
         """As tables and figures call it."""
-        name = (name_of(self.theta) or "θ") + f" {text_of(self.theta)}"
-        return name + (f", {self.num_experts} experts, top {self.top_k}" if self.num_experts else "")
+        return f"{name_of(self.theta) or 'θ'} {text_of(self.theta)}{self.experts}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +177,25 @@ class Space:
                              f"are within {self.tolerance:.0%} of {self.flops_per_token:.3g}")
         return self.cache[key]
 
+    def named(self) -> dict[str, Point | str]:
+        """{name: its model, or why it has none} of the named structures, with the fewest experts."""
+        found: dict[str, Point | str] = {}
+        for name, theta in STRUCTURES.items():
+            if theta is not None:
+                try:
+                    found[name] = self.point(theta, min(self.experts), self.top_ks[0] if min(self.experts) else 0)
+                except ValueError as e:
+                    found[name] = str(e)
+        return found
+
     def _nearest(self, theta: Theta, experts: int, top_k: int) -> Point | None:
         if experts and top_k > experts:
             return None
         found: list[tuple[float, float, Point]] = []
         # a factor 2 in FLOPs is farther than divisors are from real sizes
         limits = (self.flops_per_token * limit for limit in ((1 - self.tolerance) / 2, (1 + self.tolerance) * 2))
-        low, high = (bisect.bisect(self.widths, limit, key=lambda d: self._ideal(theta, d, experts, top_k)) for limit in limits)
+        low, high = (bisect.bisect(self.widths, limit, key=lambda d: self._ideal(theta, d, experts, top_k))
+                     for limit in limits)
         for d in self.widths[low:high]:
             for rank in self._ranks(theta, d):
                 try:
@@ -201,18 +223,25 @@ class Space:
 
     def runs(self, point: Point, root: str) -> list[launcher.Run]:
         """A run of the point for each learning rate; iterations are a multiple of the evaluations, so that every trial
-        evaluates at the same shares of its budget. Raises ValueError where no such model can be made."""
+        evaluates at the same shares of its budget. Raises ValueError where no such model can be made.
+
+        Dense is train.py's own, without weight norm; all others are plain einsums, heads not aligned.
+        """
         tokens = math.prod(self.settings[k] for k in ("gradient_accumulation_steps", "batch_size", "block_size"))
         every = max(1, round(self.flops / (point.flops_per_token * tokens * self.evals)))
-        values = self.settings | dict(struct="einsum", theta=tuple(point.theta), n_embd=point.width,
-                                      max_iters=every * self.evals, eval_interval=every)
+        structure = dict(struct="dense") if point.structure == "dense" else dict(struct="einsum", theta=tuple(point.theta))
+        values = self.settings | structure | dict(n_embd=point.width, max_iters=every * self.evals, eval_interval=every)
         if point.rank != max(1, round(point.width ** point.theta.rho)):
             values |= dict(rank=point.rank)
         if point.num_experts:
             values |= dict(num_experts=point.num_experts, top_k=point.top_k)
         defaults = {k.name: k.default for k in configurator.read_keys(launcher.TRAIN).values()}
-        return [launcher.make_run(point.label, values | dict(learning_rate=rate), defaults, root)
+        runs = [launcher.make_run(point.label, values | dict(learning_rate=rate), defaults, root)
                 for rate in self.learning_rates]
+        if abs(runs[0].flops / self.flops - 1) > self.tolerance + 1e-9:
+            raise ValueError(f"a run of {point.label} would cost {runs[0].flops:.3g} FLOPs, not {self.flops:.3g}: its "
+                             "settings change what a model costs")
+        return runs
 
 
 def _maps(d: int) -> tuple[tuple[int, int], ...]:

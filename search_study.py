@@ -1,8 +1,9 @@
 """What search.py asks of Optuna, and keeps in its study: sampler, pruner, storage, and the next point to be trained.
 
 A trial's user attributes: `named`, where a structure was asked for before the sampler had a say; `point`, the name of its
-model (search_space.Point.name), `label` and `theta`; or `rejected`, why it has none. `same_as`: the trial that had its point
-before. `surplus`: one too many. What came of its runs: `run`, `settings`, `params` ..., or `why` it failed.
+model (search_space.Point.name), `label`, `structure` and `theta`; or `rejected`, why it has none. `same_as`: the trial
+that had its point before. `surplus`: one too many. What came of its runs: `run`, `settings`, `params` ..., or `why` it
+failed.
 """
 import math
 import os
@@ -49,7 +50,10 @@ def open_study(storage: str | None, name: str, folder: str, sampler=None, pruner
                 os.makedirs(folder, exist_ok=True)
             elif not os.path.exists(place):
                 fail(f"there is no study {place!r}: search first, or name another folder with --out")
-            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(place))
+            backend = optuna.storages.journal.JournalFileBackend(place)
+            if sampler:
+                mend(place)
+            storage = optuna.storages.JournalStorage(backend)
         if sampler:
             return optuna.create_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner,
                                        load_if_exists=True)
@@ -60,19 +64,36 @@ def open_study(storage: str | None, name: str, folder: str, sampler=None, pruner
         fail(f"the storage {place!r} cannot be opened: {(str(e) or type(e).__name__).splitlines()[0]}")
 
 
-def begin(study: optuna.Study, space: Space, named: bool) -> None:
-    """A study keeps what it was asked for, and goes on with the same alone. The named structures may come first."""
+def mend(journal: str) -> None:
+    """Cut half a line, left by a full disk or a power cut, off the end: Optuna would append to it, and read no further."""
+    lock = optuna.storages.journal.JournalFileSymlinkLock(journal)
+    lock.acquire()
+    try:
+        with open(journal, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def begin(study: optuna.Study, space: Space, named: bool, first_rung: int) -> None:
+    """A study keeps what it was asked for, and goes on with the same alone. The named structures may come first.
+
+    The request is written last: until it is there, a study has not begun.
+    """
     asked, kept = space.request(), study.user_attrs.get("request")
     if kept is None:
-        study.set_user_attr("request", asked)
         for name, theta in STRUCTURES.items():
             if named and theta is not None:
                 options = (("num_experts", sorted(space.experts)), ("top_k", space.top_ks))
                 choices = {key: values[0] for key, values in options if len(values) > 1}
                 study.enqueue_trial(places_of(theta) | choices, user_attrs=dict(named=name), skip_if_exists=True)
+        study.set_user_attr("first_rung", first_rung)
+        study.set_user_attr("request", asked)
     elif kept != asked:
-        key = next(k for k in asked if kept.get(k) != asked[k])
-        fail(f"the study was begun with {key} = {show(kept.get(key))}, not {show(asked[key])}: give the same, or another --out")
+        kept, asked = ({k: v for k, v in r.items() if k != "settings"} | r["settings"] for r in (kept, asked))
+        key = next(k for k in asked | kept if kept.get(k) != asked.get(k))
+        fail(f"the study was begun with {key} = {show(kept.get(key))}, not {show(asked.get(key))}: give the same, or "
+             "another --out")
 
 
 def is_trained(trial) -> bool:
@@ -96,12 +117,13 @@ def propose(study: optuna.Study, space: Space, trials: int):
             trial.set_user_attr("rejected", str(e))
             study.tell(trial, state=TrialState.FAIL)
             continue
-        for key, value in dict(label=point.label, theta=list(point.theta), point=point.name).items():
+        facts = dict(label=point.label, structure=point.structure, theta=list(point.theta), point=point.name)
+        for key, value in facts.items():
             trial.set_user_attr(key, value)
         if not settled(study, trial, point.name, trials):
             return trial, point
-    raise ValueError(f"in {ATTEMPTS:,} attempts the sampler found nothing that is not trained yet: the space may be exhausted; "
-                     "widen --widths or --tolerance, or ask for fewer --trials")
+    raise ValueError(f"in {ATTEMPTS:,} attempts the sampler found nothing that is not trained yet: the space may be "
+                     "exhausted; widen --widths or --tolerance, or ask for fewer --trials")
 
 
 def settled(study: optuna.Study, trial, name: str, trials: float = math.inf) -> bool:
