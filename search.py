@@ -89,7 +89,7 @@ import time
 import uuid
 
 from configurator import fail
-from launcher import Claim, Run, clock, last_words, launch, read_log, shared_time, speed, stop
+from launcher import Claim, Run, check_gpus, clock, last_words, launch, read_log, shared_time, speed, stop
 
 from search_space import CHOSEN, LEVELS, STRUCTURAL, Point, Space, theta_of
 from search_study import begin, is_trained, make_pruner, make_sampler, open_study, propose, settled
@@ -401,6 +401,7 @@ def run() -> int:
     if dry_run:
         describe(space)
         return 0
+    check_gpus(jobs * len(learning_rates), gpus)
     found = open_study(storage, study, out, make_sampler(sampler, sampler_seed),
                        make_pruner(pruner, first_rung, reduction, evals))
     begin(found, space, named, first_rung)

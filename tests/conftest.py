@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other, and are smal
 
 
 # two files run beside each other: those that take long begin, since one that is left at the end runs alone
-LONG = ["test_mup.py", "test_train.py", "test_survive.py", "test_structured.py", "test_search.py", "test_scaling.py"]
+LONG = ["test_mup.py", "test_train.py", "test_survive.py", "test_structured.py", "test_search.py", "test_search_space.py", "test_scaling.py"]
 
 
 def pytest_collection_modifyitems(items):

@@ -357,7 +357,7 @@ def test_a_study_goes_on_with_the_same_request_alone(desk):
     (["config/nowhere.py"], "nowhere"), (["--top_ks=1.5"], "top_ks"), (["--storage=mongo://x"], "mongo"),
     (["--learning_rates="], "learning_rates"), (["--experts=0,1"], "experts"), (["--dropout=1.5"], "dropout"),
     (["--ffn_experts=4"], "ffn_experts"), (["config/moe.py"], "ffn_experts"), (["config/btt.py"], "struct"),
-    (["--head_aligned=True"], "head_aligned")])
+    (["--head_aligned=True"], "head_aligned"), (["--gpus=100"], "gpus")])
 def test_run_refuses(desk, flags, word):
     told = desk(*flags)
     assert told.returncode == 1 and told.stderr.startswith("error: ") and word in told.stderr, told.stderr
