@@ -8,7 +8,7 @@
 #
 # The rate is constant after its warmup, as in the paper, so that every evaluation is a point of the frontier. Budgets give
 # every run 1,400 to 4,700 iterations of 2,048 characters, less than an epoch of the corpus' 10 million: 4e12 to
-# 1e14 FLOPs a run. Learning-rate effort, the same for each structure: three rates at width 128, for about a third of its
+# 1e14 FLOPs a run. Learning-rate effort, the same for each structure: three rates at width 128, for a fifth of its
 # budget, and one more beyond where the best was at the edge.
 #
 # Width 64 is still ahead of 128 at 2,000 iterations, so that the two smaller widths go through most of an epoch: without

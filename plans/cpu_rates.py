@@ -1,4 +1,4 @@
-# Learning rates for plans/cpu.py: three for each structure at width 128, for about a third of its budget there; where the
+# Learning rates for plans/cpu.py: three for each structure at width 128, for a fifth of its budget there; where the
 # best of the three was at the edge, one more beyond it. The structures with routers had their three with balanced ones
 # (--router_balance_rate=0.1); the best two again with those of the grid.
 import os
