@@ -32,7 +32,7 @@ expiry: float = 900.0           # seconds without a sign of life after which a t
 max_failures: int = 5           # end after so many failed trials in a row
 dry_run: bool = False           # tell what would be searched, and end
 # search
-trials: int = 45                # trials that are trained, pruned ones included, by all processes together
+trials: int = 40                # trials that are trained, pruned ones included, by all processes together
 named: bool = True              # the named structures come first, and are not pruned
 sampler: str = "tpe"            # 'tpe' or 'random'
 sampler_seed: int | None = None  # None: a different one each time; several processes must not share one
@@ -41,7 +41,7 @@ first_rung: int = 2             # evaluations before the pruner's first decision
 reduction: int = 2              # one in so many goes on at each rung: at first_rung · reduction^k evaluations
 # equal compute
 dense_width: int = 96           # FLOPs per token are those of a dense model of this width
-flops: float = 4e12             # training FLOPs of a trial
+flops: float = 3e12             # training FLOPs of a trial
 tolerance: float = 0.05         # relative, of FLOPs per token
 widths: tuple | None = None     # to choose from; None: multiples of 4 and n_head, a third of dense_width to six times it
 learning_rates: tuple = (3e-3,)  # of every trial: the best counts, all are paid for

@@ -311,7 +311,7 @@ def test_taxonomy_plan_differs_in_one_thing_at_a_time():
 def test_plans_can_be_run(run, python_text, tmp_path):
     """Every model of the plans can be made at its widths; the paper's own, which are many, at one."""
     one = ["--n_embd=256", "--n_layer=3"]
-    for plan, count, flags in (("cpu", 24, []), ("cpu_rates", 26, []), ("cpu_seeds", 8, []), ("taxonomy", 36, []),
+    for plan, count, flags in (("cpu", 24, []), ("cpu_rates", 26, []), ("cpu_seeds", 4, []), ("taxonomy", 36, []),
                                ("paper", 24, one), ("paper_moe", 7, one)):
         told = run("scaling.py", "sweep", f"plans/{plan}.py", "--dry_run=True", f"--dataset={python_text}",
                    f"--runs={tmp_path}/r", *flags)

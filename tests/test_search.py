@@ -388,7 +388,7 @@ def test_commands_refuse(run, tmp_path):
         told = run("search.py", *words)
         assert told.returncode == 1 and told.stderr.startswith("error: ") and named in told.stderr
         assert told.stderr.count("\n") == 1
-    assert "--trials=45" in run("search.py", "--help").stdout
+    assert "--trials=40" in run("search.py", "--help").stdout
     told = run("search.py", "run", before=no_optuna)
     assert told.returncode == 1 and "requirements-search.txt" in told.stderr and told.stderr.count("\n") == 1
 
