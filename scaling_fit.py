@@ -10,7 +10,8 @@ where the rate decays. Along an axis x (training FLOPs, those without the output
     law         L = L∞ + (x / x0)^-a through it: for each a the other two are linear, and Huber weights make it robust
     intervals   by a parametric bootstrap: every run's losses move together by the noise between seeds, each evaluation by
                 the noise within a run, and the frontier and the law are made anew
-    multiplier  x that dense needs for the same loss ÷ x it needs, both by their laws, where both frontiers have that loss
+    multiplier  x that dense needs for the same loss ÷ x it needs, both by their laws, where both frontiers have that loss;
+                and, without laws, from one frontier's points to the other, between these by interpolation
 
 Seconds are iterations · the median time of one, over all runs of a structure and size, so that a pause of the machine does
 not count; evaluations do not either.
@@ -249,6 +250,11 @@ class Frontier(NamedTuple):
     losses: np.ndarray  # the least loss reached by each, descending
     owners: np.ndarray  # index of the run that reached it
 
+    def x_for(self, losses) -> np.ndarray:
+        """The budget that reaches each loss, between points by interpolation in logarithms; nan outside of them."""
+        logs = np.interp(-np.log(losses), -np.log(self.losses), np.log(self.x), left=math.nan, right=math.nan)
+        return np.exp(logs)
+
 
 def frontier_of(curves: list[tuple[np.ndarray, np.ndarray]]) -> Frontier:
     """The lower envelope of curves (x, losses), each ascending in x; one point alone is a curve too."""
@@ -473,6 +479,11 @@ def multipliers(fit: Fit, base: Fit, x: np.ndarray, level: float) -> list[tuple[
         value = float(base.law.x(fit.law.loss(at))) / at
         found.append((value, *interval(drawn, level)) if math.isfinite(value) else None)
     return found
+
+
+def measured_multipliers(fit: Fit, base: Fit) -> np.ndarray:
+    """The multiplier at each point of the frontier without a law: what base's frontier needs ÷ x, nan where it has no such loss."""
+    return base.frontier.x_for(fit.frontier.losses) / fit.frontier.x
 
 
 def interval(values: list[float], level: float) -> tuple[float, float]:

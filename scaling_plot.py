@@ -98,23 +98,28 @@ def draw_frontier(ax, fitted: dict, looks: dict, curves: list[dict], axis: str) 
     plain_ticks(ax.yaxis)
 
 
-def draw_multipliers(ax, fitted: dict, looks: dict, base: str) -> None:
-    """A line and its interval for each structure, 1 for the base."""
+def draw_multipliers(ax, fitted: dict, looks: dict, base: str) -> list[float]:
+    """For each structure: by the laws, a line and its interval; by the frontiers' points, markers. 1 for the base. Returns
+    all multipliers."""
+    found = [1.0]
     for label, f in fitted.items():
         look = looks[label]
-        points = [(x, *m) for x, m in zip(f["x"], f["multipliers"]) if m is not None]
         if label == base:
             ax.axhline(1, color=look["color"], linewidth=1.2, label=label, linestyle=look["linestyle"])
-        elif points:
+            continue
+        ax.plot([], [], label=label, markersize=4.5, linewidth=1.5, **look)
+        if points := [(x, *m) for x, m in zip(f["x"], f["multipliers"]) if m is not None]:
             x, value, low, high = map(np.array, zip(*points))
-            every = max(1, len(x) // 8)
             ax.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)
-            ax.plot(x, value, markevery=every, markersize=4.5, linewidth=1.5, label=label, **look)
-        else:
-            ax.plot([], [], label=label, **look)
+            ax.plot(x, value, linewidth=1.5, **look | dict(marker="none"))
+            found += list(value)
+        if points := [(x, m) for x, m in zip(f["x"], f["measured_multipliers"]) if m is not None]:
+            every = max(1, len(points) // 10)
+            ax.plot(*zip(*points[::every]), markersize=4.5, **look | dict(linestyle="none"))
+            found += [m for _, m in points]
     log_x(ax)
     ax.set_yscale("log")
-    plain_ticks(ax.yaxis)
+    return found
 
 
 def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
@@ -156,9 +161,12 @@ def plot(folder: str) -> None:
     panels = [(axis, what) for axis, what in (("flops", "training FLOPs"), ("seconds", "training time, s")) if axis in by_axis]
     if any(m for axis, _ in panels for f in by_axis[axis].values() for m in f["multipliers"]):
         fig, both = axes(plt, len(panels), sharey=True)
+        gains = []
         for ax, (axis, what) in zip(both, panels):
-            draw_multipliers(ax, by_axis[axis], looks, found["base"])
+            gains += draw_multipliers(ax, by_axis[axis], looks, found["base"])
             ax.set(xlabel=what, title=("Compute" if axis == "flops" else "Time") + f" that {found['base']} needs ÷ needed")
+        both[0].set_ylim(min(gains) / 1.5, max(gains) * 1.5)    # an interval may be far wider than all that was found
+        plain_ticks(both[0].yaxis)
         both[0].set_ylabel("multiplier")
         save(plt, fig, both[0], folder, "multiplier")
     fig, both = axes(plt, 2, sharey=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from scaling_fit import (AXES, PER_DECADE, Fit, Run, alike, fit_structure, interval, mean_of_seeds, multipliers, read_runs,
-                         same_but_seed, seed_noise, share_seconds, take_seconds)
+from scaling_fit import (AXES, PER_DECADE, Fit, Run, alike, fit_structure, interval, mean_of_seeds, measured_multipliers,
+                         multipliers, read_runs, same_but_seed, seed_noise, share_seconds, take_seconds)
 
 # ---- What a reader should know --------------------------------------------------------------------------------------
 
@@ -114,6 +114,17 @@ def multiplier_table(fits: dict[str, Fit], base: str, budgets: list[float], leve
         if label != base and fit.law is not None:
             cells = multipliers(fit, fits[base], np.array(budgets), level)
             rows.append([label, *["—" if c is None else f"{number(c[0])} ({number(c[1])} to {number(c[2])})" for c in cells]])
+    return table(["structure", *[f"{b:.0e}" for b in budgets]], rows)
+
+
+def measured_table(fits: dict[str, Fit], base: str, budgets: list[float]) -> str:
+    """Multipliers between the frontiers themselves, at the point nearest to each budget."""
+    rows = []
+    for label, fit in fits.items():
+        if label != base:
+            gains, off = measured_multipliers(fit, fits[base]), np.abs(np.log(fit.frontier.x / np.array(budgets)[:, None]))
+            cells = [gains[i] if apart[i] < 0.2 else math.nan for apart in off for i in [int(apart.argmin())]]
+            rows.append([label, *["—" if math.isnan(c) else number(c) for c in cells]])
     return table(["structure", *[f"{b:.0e}" for b in budgets]], rows)
 
 
@@ -229,7 +240,9 @@ def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[s
     if comparable(fits, base) and len(fits) > 1:
         text += [f"{what[0].upper()}{what[1:]} that {base} needs for the same loss ÷ those that the structure needs, at the budgets "
                  f"in the head of the table ({unit}; —: outside of what both have measured):",
-                 multiplier_table(fits, base, budgets, level)]
+                 multiplier_table(fits, base, budgets, level),
+                 "The same from the points of one frontier to those of the other, without laws:",
+                 measured_table(fits, base, budgets)]
     return text + (["The best size at each budget:", sizes_table(fits, budgets)] if axis == "flops" else [])
 
 
@@ -241,13 +254,16 @@ def write_data(out: str, runs: list[Run], fits: dict[str, dict[str, Fit]], base:
         for label, f in of_axis.items():
             none = [None] * len(f.frontier.x)
             gains = multipliers(f, of_axis[base], f.frontier.x, level) if comparable(of_axis, base) and f.law else none
+            measured = [None if math.isnan(m) else float(m) for m in measured_multipliers(f, of_axis[base])
+                        ] if base in of_axis else none
             drawn["axes"][axis][label] = dict(x=f.frontier.x.tolist(), loss=f.frontier.losses.tolist(), used=f.used.tolist(),
-                                              law=f.law._asdict() if f.law else None, multipliers=gains)
-            for x, loss, owner, used, gain in zip(f.frontier.x, f.frontier.losses, f.frontier.owners, f.used, gains):
+                                              law=f.law._asdict() if f.law else None, multipliers=gains,
+                                              measured_multipliers=measured)
+            for x, loss, owner, used, gain, found in zip(*f.frontier, f.used, gains, measured):
                 value, low, high = gain or ("", "", "")
                 rows.append(dict(axis=axis, structure=label, x=float(x), loss=float(loss), run=f.runs[owner].name,
                                  fitted=bool(used), law=float(f.law.loss(x)) if f.law else "", multiplier=value, low=low,
-                                 high=high))
+                                 high=high, measured_multiplier=found))
     drawn["runs"] = [dict(run=r.name, structure=r.label, n_layer=r.config["n_layer"], n_embd=r.config["n_embd"],
                           learning_rate=r.config["learning_rate"], seed=r.config["seed"], params=r.params,
                           active_params=r.active_params, tokens=float(r.points.tokens[-1]),

@@ -66,8 +66,7 @@ class DenseCurve:
             return "—"
         if loss < self.losses[-1]:
             return f"< {number(flops / self.flops[-1])}"
-        needed = np.exp(np.interp(-math.log(loss), -np.log(self.losses), np.log(self.flops)))
-        return number(flops / needed)
+        return number(flops / scaling_fit.Frontier(self.flops, self.losses, ()).x_for(loss))
 
 
 def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -> DenseCurve | None:

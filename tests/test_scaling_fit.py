@@ -148,11 +148,23 @@ def test_fit_finds_the_multiplier_in_logs(fitted):
     for axis, truth in (("flops", 3.0), ("flops_without_output_layer", 3.0), ("seconds", 3.0 / 4)):
         gains = [float(r["multiplier"]) for r in rows if r["axis"] == axis and r["structure"] == "btt" and r["multiplier"]]
         assert len(gains) > 10 and gains == pytest.approx([truth] * len(gains), rel=0.06), axis
+        measured = [float(r["measured_multiplier"]) for r in rows
+                    if r["axis"] == axis and r["structure"] == "btt" and r["measured_multiplier"]]
+        assert len(measured) > 10 and np.median(measured) == pytest.approx(truth, rel=0.06), axis
     law = json.loads((folder / "fit.json").read_text())["axes"]["flops"]["dense"]["law"]
     assert law["exponent"] == pytest.approx(EXPONENT, rel=0.1) and law["floor"] == pytest.approx(1, abs=0.1)
     with open(folder / "runs.csv", newline="") as f:
         assert {r["run"] for r in csv.DictReader(f)} == {*(f"{s}{i}" for s in ("dense", "btt") for i in range(5)), "seed1", "seed2",
                                                          "short", "some"}
+
+
+def test_measured_multipliers_are_those_between_frontiers():
+    """No law, no noise: base passes 3 nats at 1, 2 at 10 and 1 at 100, the other at 4, 10 and 20; nothing is known beyond."""
+    found = [scaling_fit.Fit(label, "flops", [], scaling_fit.Frontier(np.array(x), np.array(losses), None), None, None, None)
+             for label, x, losses in (("base", [1.0, 10, 100], [3.0, 2, 1]),
+                                      ("fit", [2.0, 4, 10, 20, 40], [3.1, 3, 2, math.sqrt(2), 0.9]))]
+    gains = scaling_fit.measured_multipliers(found[1], found[0])
+    assert gains[1:4] == pytest.approx([1 / 4, 1, 10 ** 1.5 / 20]) and np.isnan(gains[[0, 4]]).all()
 
 
 def test_fit_names_what_it_leaves_out(fitted):
