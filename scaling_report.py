@@ -10,6 +10,8 @@ import numpy as np
 from scaling_fit import (AXES, PER_DECADE, Fit, Run, alike, fit_structure, interval, mean_of_seeds, measured_multipliers,
                          multipliers, read_runs, same_but_seed, seed_noise, share_seconds, take_seconds)
 
+GAP = 10 ** (2.5 / PER_DECADE)  # between neighbors of a frontier, what is more than this is remarked on
+
 # ---- What a reader should know --------------------------------------------------------------------------------------
 
 def remarks(fit: Fit) -> list[str]:
@@ -21,6 +23,9 @@ def remarks(fit: Fit) -> list[str]:
         if other.size != one.size and len(other.points.tokens) > 1 and np.log10(frontier.x[after]) * PER_DECADE < first + 0.5:
             notes.append(f"{fit.label}: the frontier passes to {other.name} at its first evaluation, and may be lower before; "
                          "more evaluations would tell")
+        if other.size != one.size and frontier.x[after] > GAP * frontier.x[before]:
+            notes.append(f"{fit.label}: {one.name} has ended before {other.name} gets ahead of it, and the frontier between "
+                         f"{frontier.x[before]:.2g} and {frontier.x[after]:.2g} FLOPs is not known; a longer run would tell")
     if fit.law is None:
         return notes + [f"{fit.label}: no law, its frontier has {len(frontier.x)} points"]
     residuals = frontier.losses / fit.law.loss(frontier.x) - 1

@@ -158,6 +158,24 @@ def test_fit_finds_the_multiplier_in_logs(fitted):
                                                          "short", "some"}
 
 
+def test_remarks_on_frontiers_that_are_not_known():
+    """The larger of two sizes gets ahead at 1e12 FLOPs. If the smaller ends before, or the larger has no evaluation so early,
+    there is a hole."""
+    def remarks_of(end=1e13, begin=1e10):
+        x = np.geomspace(1e10, 1e14, 200)
+        small, large = 3 - np.log10(x / 1e10) + 0.7 * np.log10(np.maximum(x, 1e11) / 1e11), 3.3 - 0.8 * np.log10(x / 1e10)
+        shape = dict(n_layer=3, learning_rate=3e-3, seed=1, decay_lr=False, max_iters=40)
+        runs = [Run(name, "btt", shape | dict(n_embd=n), n, n, {"flops": float(n)}, Points(x[part] / n, losses[part]), 1.0)
+                for name, n, losses, part in (("small", 64, small, x <= end), ("large", 128, large, x >= begin))]
+        return [n for n in scaling_report.remarks(scaling_fit.fit_structure("btt", runs, "flops", samples=0)) if "passes" in n
+                or "ended before" in n]
+    assert remarks_of() == []
+    assert remarks_of(end=1.1e11) == ["btt: small has ended before large gets ahead of it, and the frontier between 1e+11 and 4.6e+11 "
+                                    "FLOPs is not known; a longer run would tell"]
+    assert remarks_of(begin=2.9e12) == ["btt: the frontier passes to large at its first evaluation, and may be lower before; "
+                                        "more evaluations would tell"]
+
+
 def test_measured_multipliers_are_those_between_frontiers():
     """No law, no noise: base passes 3 nats at 1, 2 at 10 and 1 at 100, the other at 4, 10 and 20; nothing is known beyond."""
     found = [scaling_fit.Fit(label, "flops", [], scaling_fit.Frontier(np.array(x), np.array(losses), None), None, None, None)
