@@ -312,20 +312,20 @@ def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> La
     middle = np.exp(np.log(x).mean())  # powers of x / middle stay near 1
     log_x, relative = np.log(x / middle), 1 / losses
     weights, grid = np.ones(len(x)), np.geomspace(0.01, 3, 60)
-    for _ in range(6):
+    for _ in range(20):
         for refinement in range(4):
             floors, ks, errors = _solve(grid, log_x, losses, weights * relative ** 2, floor)
             i = int(errors.argmin())
             if refinement < 3:
                 grid = np.geomspace(grid[max(0, i - 1)], grid[min(len(grid) - 1, i + 1)], 12)
-        residuals = (floors[i] + ks[i] * np.exp(-grid[i] * log_x) - losses) * relative
+        a, l_inf, k = float(grid[i]), float(floors[i]), float(ks[i])
+        residuals = (l_inf + k * np.exp(-a * log_x) - losses) * relative
         spread, before = 1.4826 * np.median(np.abs(residuals)), weights
         weights = np.minimum(1, HUBER * max(spread, 1e-9) / np.maximum(np.abs(residuals), 1e-12))
         if np.abs(before - weights).max() < 0.01:
             break
-        grid = np.clip(np.geomspace(grid[i] / 2, grid[i] * 2, 24), 0.01, 3)
-    a = float(grid[i])
-    return Law(float(floors[i]), float(middle * max(ks[i], 1e-300) ** (1 / a)), a)
+        grid = np.clip(np.geomspace(a / 2, a * 2, 24), 0.01, 3)
+    return Law(l_inf, float(middle * max(k, 1e-300) ** (1 / a)), a)
 
 
 def _solve(exponents, log_x, losses, weights, floor):

@@ -12,14 +12,14 @@
 # best was at the edge.
 #
 # Width 64 is still ahead of 128 at 2,000 iterations, so that the two smaller widths go through most of an epoch, and width
-# 64 of dense and moe, which have the most FLOPs per token, further: without that the frontier has a gap where it passes
-# from one width to the next. About 8 core-hours.
+# 64 of dense, moe and btt_moe further: without that the frontier has a gap where it passes from one width to the next.
+# About 8 core-hours.
 _large = {64: 2e13, 128: 4e13, 256: 1e14}         # FLOPs by width, where a width costs what dense does
 _medium = {64: 6.6e12, 128: 1.6e13, 256: 2.4e13}  # ν = 3/4
 _small = {64: 4e12, 128: 1e13, 256: 1e13}         # ν = 1/2
 _rates = dict(dense=3e-3, low_rank=3e-3, kronecker=6e-3, monarch=1.5e-3, tt=6e-3, btt=1.5e-3, btt_moe=3e-3, moe=3e-3)  # by cpu_rates
 _budgets = {"dense": _large, "moe": _large | {256: 7e13}, "btt": _medium, "tt": _medium,
-            "btt_moe": _medium | {256: 1.8e13}, "monarch": _small, "low_rank": _small, "kronecker": _small}
+            "btt_moe": _medium | {64: 1.3e13, 256: 1.8e13}, "monarch": _small, "low_rank": _small, "kronecker": _small}
 
 structures = {label: dict(flops=budget, learning_rate=_rates[label]) for label, budget in _budgets.items()}
 for _label in ("btt_moe", "moe"):
