@@ -122,14 +122,19 @@ def multiplier_table(fits: dict[str, Fit], base: str, budgets: list[float], leve
     return table(["structure", *[f"{b:.0e}" for b in budgets]], rows)
 
 
+def nearest(fit: Fit, budget: float) -> int | None:
+    """Place of the frontier's point nearest to a budget; None where it is further off than 20 %."""
+    off = np.abs(np.log(fit.frontier.x / budget))
+    return int(off.argmin()) if off.min() <= 0.2 else None
+
+
 def measured_table(fits: dict[str, Fit], base: str, budgets: list[float]) -> str:
     """Multipliers between the frontiers themselves, at the point nearest to each budget."""
     rows = []
     for label, fit in fits.items():
         if label != base:
-            gains, off = measured_multipliers(fit, fits[base]), np.abs(np.log(fit.frontier.x / np.array(budgets)[:, None]))
-            cells = [gains[i] if apart[i] < 0.2 else math.nan for apart in off for i in [int(apart.argmin())]]
-            rows.append([label, *["—" if math.isnan(c) else number(c) for c in cells]])
+            gains, places = measured_multipliers(fit, fits[base]), [nearest(fit, b) for b in budgets]
+            rows.append([label, *["—" if i is None or math.isnan(gains[i]) else number(gains[i]) for i in places]])
     return table(["structure", *[f"{b:.0e}" for b in budgets]], rows)
 
 
@@ -140,8 +145,7 @@ def sizes_table(fits: dict[str, Fit], budgets: list[float]) -> str:
         tried = {run.size for run in fit.runs}
         ordered = sorted(tried, key=lambda size: min(r.flops_per_token["flops"] for r in fit.runs if r.size == size))
         for b in budgets:
-            i = int(np.abs(np.log(fit.frontier.x / b)).argmin())
-            if abs(math.log(fit.frontier.x[i] / b)) > 0.2:
+            if (i := nearest(fit, b)) is None:
                 continue
             run = fit.runs[fit.frontier.owners[i]]
             edge = {ordered[0]: "smallest", ordered[-1]: "largest"}.get(run.size, "") if len(tried) > 1 else "only"

@@ -4,7 +4,7 @@
 #     python scaling.py sweep plans/cpu_rates.py --jobs=2       the learning rate of each structure: the best is below
 #     python scaling.py sweep plans/cpu.py --jobs=2             the grid; goes on from the runs of the best rates
 #     python scaling.py sweep plans/cpu_seeds.py --jobs=2       a second seed at width 64: the noise
-#     python scaling.py fit
+#     python scaling.py fit --min_flops=1e12                   see results/scaling for what came of it
 #
 # The rate is constant after its warmup, as in the paper, so that every evaluation is a point of the frontier. Budgets give
 # every run 1,400 to 8,000 iterations of 2,048 of the corpus' 10 million characters: 4e12 to 1e14 FLOPs. Learning-rate
