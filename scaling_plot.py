@@ -10,6 +10,7 @@ import os
 import numpy as np
 
 FIGURES = ("frontier", "frontier_without_output_layer", "wall_clock", "multiplier", "params")
+CURVE = {"x", "loss", "used", "law", "multipliers", "measured_multipliers"}   # of a structure along an axis, in fit.json
 # yellow is left out: on white it is too faint for a line
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 MARKERS = "os^DvPX*<>hp"
@@ -135,13 +136,25 @@ def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
     plain_ticks(ax.yaxis)
 
 
-def plot(folder: str) -> None:
-    """All FIGURES there are data for, .svg and .png, beside fit.json. Raises ValueError without that."""
+def read_fit(folder: str) -> dict:
+    """What fit.json holds. Raises ValueError where it is not there, or is none that can be drawn."""
     try:
         with open(os.path.join(folder, "fit.json"), encoding="utf-8") as f:
             found = json.load(f)
-    except (OSError, ValueError) as e:
+        missing = {"axes", "base", "runs", "curves"} - found.keys()
+        for of_axis in () if missing else found["axes"].values():
+            missing = missing.union(*(CURVE - curve.keys() for curve in of_axis.values()))
+    except (OSError, ValueError, AttributeError, TypeError) as e:
         raise ValueError(f"there is no fit.json that can be read in {folder!r}: make it with scaling.py fit") from e
+    if missing:
+        raise ValueError(f"fit.json in {folder!r} is of another version, without {min(missing)}: make it anew with scaling.py "
+                         "fit")
+    return found
+
+
+def plot(folder: str) -> None:
+    """All FIGURES there are data for, .svg and .png, beside fit.json. Raises ValueError without that, before any is touched."""
+    found = read_fit(folder)
     plt = pyplot("scaling")
     for name in FIGURES:    # one that is not drawn this time would tell of other runs
         for kind in ("svg", "png"):

@@ -228,6 +228,21 @@ def test_figures(fitted, run):
     assert {name: (folder / name).read_bytes() for name in names} == made   # nothing of the day in them
 
 
+def test_plot_refuses_a_fit_of_another_version(fitted, run, tmp_path):
+    """One that lacks something, or holds a number where there should be more; the figures beside it stay."""
+    text = (fitted[0] / "fit.json").read_text()
+    without = json.loads(text)
+    for curve in without["axes"]["flops"].values():
+        del curve["measured_multipliers"]
+    numbers = dict.fromkeys(json.loads(text)["axes"], 3)
+    for found in (without, {"axes": {}}, json.loads(text) | dict(axes=numbers), json.loads(text) | dict(axes=3), [], 3):
+        (tmp_path / "fit.json").write_text(json.dumps(found))
+        (tmp_path / "frontier.svg").touch()
+        told = run("scaling.py", "plot", f"--out={tmp_path}")
+        assert told.returncode == 1 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1, told.stderr
+        assert "fit.json" in told.stderr and "scaling.py fit" in told.stderr and (tmp_path / "frontier.svg").exists()
+
+
 def test_fit_refuses_different_losses(run, tmp_path):
     for name, dataset in (("a", "one"), ("b", "other")):
         write_log(tmp_path / "runs" / name, "dense", dict(n_embd=8, dataset=dataset), 6e5, np.arange(1, 6) * 1e6, np.linspace(3, 2, 5))
