@@ -35,7 +35,7 @@ def remarks(fit: Fit) -> list[str]:
                      f"{'below' if residuals[i] < 0 else 'above'} the law at {frontier.x[i]:.2g} FLOPs; kept, and counts less")
     if fit.growth is None:
         notes.append(f"{fit.label}: fewer than three sizes are each the best somewhere, so that the ends of the frontier are "
-                     "not known; the law goes through all of it")
+                     "not known; the law goes through all of it that is in the range asked for")
     return notes
 
 
@@ -248,7 +248,7 @@ def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[s
     budgets = budgets_of(fits.values())
     if comparable(fits, base) and len(fits) > 1:
         text += [f"{what[0].upper()}{what[1:]} that {base} needs for the same loss ÷ those that the structure needs, at the budgets "
-                 f"in the head of the table ({unit}; —: outside of what both have measured):",
+                 f"in the head of the table ({unit}; —: outside of what both laws were fitted to):",
                  multiplier_table(fits, base, budgets, level),
                  "The same from the points of one frontier to those of the other, without laws:",
                  measured_table(fits, base, budgets)]

@@ -471,7 +471,7 @@ def linear(struct: str, d_in: int, d_out: int, *, bias: bool = False, rank: int 
     """A linear layer, x (..., d_in) -> (..., d_out), whose matrix has the named structure.
 
     struct        a name in STRUCTURES
-    rank          ρ; None: the structure's own, or 1 per expert (low_rank: d / E)
+    rank          ρ; None: the structure's own, or 1 per expert (low_rank: d / E, einsum: θ's own)
     theta         seven exponents (a tuple, a Theta, or text), for struct 'einsum' alone
     sizes         the seven integer sizes themselves, instead of rank and theta
     gamma, phi    the size of γ or φ, where θ leaves it open: the number of heads that the input or output consists of

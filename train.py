@@ -2,8 +2,8 @@
 
     python train.py config/btt_moe.py config/quickstart.py                      one process: a GPU, or the CPU
     torchrun --nproc_per_node=8 train.py config/btt_moe.py                      eight GPUs of one node
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/btt_moe.py
-                                                                                two nodes: the same on both
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py config/btt_moe.py
+                                                                                two nodes of four: the same on both
     python train.py config/btt_moe.py --init_from=resume                        go on where a run ended
     torchrun --max-restarts=3 --nproc_per_node=8 train.py config/btt_moe.py --init_from=auto
                                                                                 and go on by itself when a process dies
@@ -36,7 +36,7 @@ n_embd: int = 768               # width
 dropout: float = 0.0            # for pretraining 0 is good
 bias: bool = False              # biases in projections and layer norms
 struct: str = "dense"           # dense, low_rank, kronecker, monarch, tt, btt, einsum or dyad
-rank: int | None = None         # inner rank; None: the structure's own, 1 for experts
+rank: int | None = None         # inner rank; None: the structure's own, 1 for experts but einsum's
 theta: tuple | None = None      # seven exponents (alpha beta gamma delta epsilon phi rho) for struct 'einsum'
 layers: str = "all"             # which projections are structured: 'all', 'attn' or 'mlp'
 num_experts: int = 0            # experts inside every structured projection; 0: no experts
@@ -46,7 +46,7 @@ aux_loss_weight: float = 0.01   # weight of the routers' load-balance and z loss
 router_balance_rate: float = 0.1  # how fast biases on the choice of experts follow their load; 0: no biases
 weight_norm: bool | None = None  # normalize the cores; None: for every structure but dense
 qk_norm: bool = True            # layer norm of queries and keys, per head
-head_aligned: bool | None = None  # φ of q, k, v and γ of the output projection run over heads; None: monarch, btt
+head_aligned: bool | None = None  # φ of q, k, v and γ of the output projection run over heads; None: monarch, btt without experts
 dyad_blocks: int = 4            # blocks of struct 'dyad'
 dyad_variant: str = "it"        # 'it', 'ot' or 'dt'
 # AdamW; the learning rate is µP's: that of a dense layer of width mup_base_width
