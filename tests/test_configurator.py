@@ -271,6 +271,14 @@ def test_help_on_a_terminal_without_the_letters():
     assert result.returncode == 0 and result.stderr == '' and "the structure's own ?d" in result.stdout
 
 
+def test_readme_shows_the_keys_of_train():
+    told = subprocess.run([sys.executable, 'train.py', '--help'], cwd=ROOT, capture_output=True, encoding='utf-8',
+                          env=os.environ | dict(PYTHONIOENCODING='utf-8'))
+    keys = [line for line in told.stdout.splitlines() if line.startswith('  --')]
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
+    assert len(keys) > 40 and [line for line in readme if line.startswith('  --')] == keys
+
+
 # Config files
 
 def test_a_file_computes_from_the_values_so_far():
