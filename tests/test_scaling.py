@@ -312,7 +312,7 @@ def test_plans_can_be_run(run, python_text, tmp_path):
     """Every model of the plans can be made at its widths; the paper's own, which are many, at one."""
     one = ["--n_embd=256", "--n_layer=3"]
     for plan, count, flags in (("cpu", 24, []), ("cpu_rates", 26, []), ("cpu_seeds", 4, []), ("taxonomy", 36, []),
-                               ("paper", 24, one), ("paper_moe", 7, one)):
+                               ("search_controls", 10, []), ("paper", 24, one), ("paper_moe", 7, one)):
         told = run("scaling.py", "sweep", f"plans/{plan}.py", "--dry_run=True", f"--dataset={python_text}",
                    f"--runs={tmp_path}/r", *flags)
         assert told.returncode == 0 and told.stdout.count("to do") == count, told.stderr
@@ -340,7 +340,8 @@ def test_paper_config_is_a_point_of_its_plan():
 
 def test_from_plan_to_figures(run, python_text, tmp_path):
     """With train.py itself: a tiny run."""
-    (tmp_path / "plan.py").write_text(ONE.replace("evals = 5", "evals = 12") + "eval_iters = 2\nwarmup_iters = 2\nsample_tokens = 0\nlog_interval = 2\n")
+    (tmp_path / "plan.py").write_text(ONE.replace("evals = 5", "evals = 12") + "eval_iters = 2\nwarmup_iters = 2\nsample_tokens = 0\n"
+                                      "log_interval = 2\n")
     places = [tmp_path / "plan.py", f"--runs={tmp_path}/runs", f"--dataset={python_text}"]
     told = run("scaling.py", "sweep", *places)
     assert told.returncode == 0 and "1 of 1 finished" in told.stdout, told.stdout + told.stderr
