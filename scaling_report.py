@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from scaling_fit import (AXES, PER_DECADE, Fit, Run, alike, fit_structure, interval, mean_of_seeds, measured_multipliers,
-                         multipliers, read_runs, same_but_seed, seed_noise, share_seconds, take_seconds)
+from scaling_fit import (AXES, COMPARABLE, PER_DECADE, Fit, Run, alike, fit_structure, interval, mean_of_seeds,
+                         measured_multipliers, multipliers, read_runs, same_but_seed, seed_noise, share_seconds, take_seconds)
 
 GAP = 10 ** (2.5 / PER_DECADE)  # between neighbors of a frontier, what is more than this is remarked on
 
@@ -273,6 +273,7 @@ def write_data(out: str, runs: list[Run], fits: dict[str, dict[str, Fit]], base:
                 rows.append(dict(axis=axis, structure=label, x=float(x), loss=float(loss), run=f.runs[owner].name,
                                  fitted=bool(used), law=float(f.law.loss(x)) if f.law else "", multiplier=value, low=low,
                                  high=high, measured_multiplier=found))
+    drawn["measure"] = {key: runs[0].config[key] for key in COMPARABLE if key in runs[0].config}
     drawn["runs"] = [dict(run=r.name, structure=r.label, n_layer=r.config["n_layer"], n_embd=r.config["n_embd"],
                           learning_rate=r.config["learning_rate"], seed=r.config["seed"], params=r.params,
                           active_params=r.active_params, tokens=float(r.points.tokens[-1]),

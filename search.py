@@ -9,7 +9,8 @@
 `run` takes config files and keys of train.py too: those that say what all trials share (data, batch, layers, seed ...).
 Every trial is a model whose FLOPs per token are those of a dense model of `dense_width`, and costs `flops` in all: its
 width and rank are chosen to that end (search_space.py). Evaluations go to Optuna as they come, and its pruner ends trials
-that are behind at an equal share of the budget.
+that are behind at an equal share of the budget. What has failed, but for a loss that is not finite, is tried again by the next
+`run`.
 
 Needs optuna (pip install -r requirements-search.txt). State: the study, a journal in `out` unless `storage` says
 otherwise, and a folder for each point, in one of the study's in `out`. Where several machines search, they share both.
@@ -20,6 +21,9 @@ import sys
 
 import configurator
 import launcher
+
+for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors="replace")    # where there is no θ
 
 # run
 out: str = "out-search"         # folder of the runs, and of the study
@@ -92,7 +96,7 @@ from configurator import fail
 from launcher import Claim, Run, check_gpus, clock, last_words, launch, read_log, shared_time, speed, stop
 
 from search_space import CHOSEN, LEVELS, STRUCTURAL, Point, Space, theta_of
-from search_study import begin, is_trained, make_pruner, make_sampler, open_study, propose, settled
+from search_study import begin, make_pruner, make_sampler, open_study, propose, settled, trained, try_again
 
 import optuna    # after search_study, which says what to do where it is missing
 from optuna.exceptions import OptunaError, UpdateFinishedTrialError
@@ -117,6 +121,8 @@ def make_space() -> Space:
     for key in ("widths", "experts", "top_ks"):
         if any(v != int(v) for v in config[key] or ()):
             fail(f"{key} takes whole numbers; got {config[key]}")
+    whole = {key: tuple(map(int, config[key])) for key in ("widths", "experts", "top_ks") if config[key]}
+    globals().update(whole)
     if 1 in experts:
         fail(f"experts takes 0, for none, and numbers of at least 2; got {experts}")
     settings = configurator.configure({"__file__": launcher.TRAIN}, train_arguments)
@@ -125,6 +131,13 @@ def make_space() -> Space:
     for key in CHOSEN:
         if key in flags or key in STRUCTURAL and settings[key] != defaults[key]:
             fail(f"{key} is what the search chooses: python search.py --help has the keys that it chooses by")
+    for key in ("n_layer", "n_head", "block_size", "batch_size", "gradient_accumulation_steps"):
+        if settings[key] < 1:
+            fail(f"{key} must be at least 1; got {settings[key]}")
+    if any(experts) and min(top_ks) > max(experts):
+        fail(f"top_ks = {top_ks} are all more than there are experts: {max(experts)}")
+    if dense_width % settings["n_head"]:
+        fail(f"dense_width must be a multiple of n_head = {settings['n_head']}; got {dense_width}")
     shared = {k: v for k, v in settings.items() if k not in CHOSEN and v != defaults[k]}
     for key in ("n_layer", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "dataset", "seed",
                 "decay_lr"):
@@ -270,12 +283,20 @@ def close(found, work: Work, space: Space, outcome: str) -> None:
     work.claim.release()
 
 
+def is_refused(work: Work) -> bool:
+    """Is a run of it locked by another that still lives, although nobody's claim said so?"""
+    return any(p.poll() and "another run writes into" in last_words(run) for run in work.runs
+               for p in work.processes if f"--out_dir={run.folder}" in p.args)
+
+
 def attend(found, work: Work, space: Space) -> str | None:
     """Follow a trial, and close it at its end: what it has come to, 'lost' where another process has it or has told it."""
     try:
         outcome = follow(work, space) if work.claim.held() else "lost"
         if outcome is None:
             os.utime(work.claim.path)
+        elif outcome == "failed" and is_refused(work):
+            outcome = "lost"    # the claim stays, and expires once the log does not grow any more
         elif outcome != "lost":
             close(found, work, space, outcome)
     except UpdateFinishedTrialError:
@@ -355,8 +376,9 @@ def search(found, space: Space) -> int:
 def tell(found, work: Work, outcome: str) -> None:
     """A line on a trial that has ended."""
     all_trials = found.get_trials(deepcopy=False)
-    ended = sum(is_trained(t) and t.state.is_finished() for t in all_trials)
-    complete = [t for t in all_trials if t.state == TrialState.COMPLETE and is_trained(t)]
+    counted = trained(found)
+    ended = sum(t.state.is_finished() for t in counted)
+    complete = [t for t in counted if t.state == TrialState.COMPLETE]
     me = all_trials[work.trial.number]
     if outcome == "failed":
         what = f"FAILED, {me.user_attrs.get('why')}"
@@ -409,8 +431,10 @@ def run() -> int:
         if isinstance(point, str):
             print(f"{name} is left out: {point}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if again := try_again(found):
+        print(f"{again} trials that have failed are tried again")
     failed = search(found, space)
-    ended = [t for t in found.trials if is_trained(t)]
+    ended = trained(found)
     counts = {s: sum(t.state == s for t in ended) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)}
     print("{} trials to their end, {} pruned, {} failed".format(*counts.values())
           + f"; {sum('rejected' in t.user_attrs for t in found.trials)} θ without a model, "
@@ -422,6 +446,11 @@ def main() -> None:
     try:
         if command == "run":
             sys.exit(run())
+        for key in ("top", "times"):
+            if not config[key] > 0:
+                fail(f"{key} must be positive; got {config[key]}")
+        if not seeds or any(s != int(s) or s < 0 for s in seeds):
+            fail(f"seeds takes whole numbers of at least 0; got {seeds}")
         import search_report
         search_report.report(open_study(storage, study, out), out, results, dense=dense, top=top, times=times, seeds=seeds)
     except (OSError, ValueError, OptunaError) as e:

@@ -11,11 +11,13 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
+import configurator
+import launcher
 import scaling_fit
 from launcher import read_log
 from scaling_report import number, round_all, table, write_csv
 from search_space import LEVELS, text_of
-from search_study import is_trained
+from search_study import trained
 from space import Theta
 
 PANELS = (("omega", "ω, parameter sharing"), ("psi", "ψ, rank"), ("nu", "ν, compute intensity"))
@@ -24,7 +26,7 @@ PANELS = (("omega", "ω, parameter sharing"), ("psi", "ψ, rank"), ("nu", "ν, c
 def rows_of(study: optuna.Study) -> list[dict]:
     """A row for each trial of the budget, those of the full budget first, by loss; then those pruned latest."""
     rows = []
-    for trial in filter(is_trained, study.get_trials(deepcopy=False)):
+    for trial in trained(study):
         facts, theta = trial.user_attrs, Theta(*trial.user_attrs["theta"])
         steps, evals = trial.intermediate_values, study.user_attrs["request"]["evals"]
         last = evals if trial.state == TrialState.COMPLETE else trial.last_step or 0
@@ -69,6 +71,15 @@ class DenseCurve:
         return number(flops / scaling_fit.Frontier(self.flops, self.losses, ()).x_for(loss))
 
 
+def refuse_other_losses(measured: dict, settings: dict, dense: str) -> None:
+    """Raises ValueError where the runs of dense have another dataset, batch ... than the search."""
+    defaults = {k.name: k.default for k in configurator.read_keys(launcher.TRAIN).values()}
+    for key in (k for k in scaling_fit.COMPARABLE if k in measured and k in defaults):
+        if measured[key] != settings.get(key, defaults[key]):
+            raise ValueError(f"the runs in {dense!r} do not measure the same loss: {key} is {measured[key]} there and "
+                             f"{settings.get(key, defaults[key])} in the search")
+
+
 def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -> DenseCurve | None:
     """From scaling.py's fit.json, from a folder of runs, or from the study's own dense trial; None without the last.
     settings: what all trials of the search share. Raises ValueError, in one sentence, where what was named has no dense."""
@@ -85,15 +96,17 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
         runs = scaling_fit.mean_of_seeds([run for run in runs if run.label == "dense"])
         if not runs:
             raise ValueError(f"there is no run of dense below {dense!r}")
-        for key in (k for k in scaling_fit.COMPARABLE if k in settings):
-            if runs[0].config[key] != settings[key]:
-                raise ValueError(f"the runs in {dense!r} do not measure the same loss: {key} is {runs[0].config[key]} "
-                                 f"there and {settings[key]} in the search")
+        refuse_other_losses(runs[0].config, settings, dense)
         frontier = scaling_fit.frontier_of(scaling_fit.curves_of(runs, "flops"))
         return DenseCurve(frontier.x, frontier.losses, f"the frontier of {len(runs)} runs in {dense}")
     try:
         with open(dense, encoding="utf-8") as f:
-            found = json.load(f)["axes"]["flops"]["dense"]
+            whole = json.load(f)
+        found, measure = whole["axes"]["flops"]["dense"], whole["measure"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of scaling.py, or a folder of runs") from e
+    refuse_other_losses(measure, settings, dense)
+    try:
         return DenseCurve(found["x"], found["loss"], f"the frontier in {dense}")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of scaling.py, or a folder of runs") from e
@@ -235,8 +248,8 @@ def report(study: optuna.Study, out: str, results: str, *, dense: str | None, to
         with open(os.path.join(results, name), "w", encoding="utf-8") as f:
             f.write(contents)
     write_csv(os.path.join(results, "trials.csv"), round_all(rows))
-    print(text)
     try:
         draw(rows, first_rung, request["evals"], results)
     except ImportError:
         print("no figure: it needs matplotlib (pip install -r requirements-dev.txt)")
+    print(text)

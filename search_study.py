@@ -3,10 +3,12 @@
 A trial's user attributes: `named`, where a structure was asked for before the sampler had a say; `point`, the name of its
 model (search_space.Point.name), `label`, `structure` and `theta`; or `rejected`, why it has none. `same_as`: the trial
 that had its point before. `surplus`: one too many. What came of its runs: `run`, `settings`, `params` ..., or `why` it
-failed.
+failed. `again`: the failed trial whose point it takes up, which then counts no more.
 """
 import math
 import os
+import re
+import time
 
 from configurator import fail, show
 from search_space import Space, places_of
@@ -14,12 +16,14 @@ from space import STRUCTURES
 
 try:
     import optuna
+    import sqlalchemy   # Optuna's
     from optuna.trial import TrialState
 except ImportError:
     fail("the search needs optuna: pip install -r requirements-search.txt")
 
 JOURNAL = "study.journal"
 ATTEMPTS = 2000     # θ that a sampler may ask for in vain
+ATTEMPTS_TO_OPEN = 5
 
 
 def make_sampler(kind: str, seed: int | None = None) -> optuna.samplers.BaseSampler:
@@ -44,29 +48,42 @@ def open_study(storage: str | None, name: str, folder: str, sampler=None, pruner
     Ends in one sentence where it cannot be had."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     place = storage or os.path.join(folder, JOURNAL)
+    shown = re.sub(r"(//[^:/@]*):[^@/]*@", r"\1:***@", place)     # a URL's password stays out of logs
     try:
         if storage is None:
             if sampler:
                 os.makedirs(folder, exist_ok=True)
             elif not os.path.exists(place):
                 fail(f"there is no study {place!r}: search first, or name another folder with --out")
-            backend = optuna.storages.journal.JournalFileBackend(place)
+            backend = optuna.storages.journal.JournalFileBackend(place, lock_of(place))
             if sampler:
                 mend(place)
             storage = optuna.storages.JournalStorage(backend)
-        if sampler:
-            return optuna.create_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner,
-                                       load_if_exists=True)
+        for attempt in range(ATTEMPTS_TO_OPEN if sampler else 0):
+            try:
+                return optuna.create_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner,
+                                           load_if_exists=True)
+            except sqlalchemy.exc.DBAPIError:   # several processes make the tables of a new database at the same time
+                if attempt + 1 == ATTEMPTS_TO_OPEN:
+                    raise
+                time.sleep(0.5 + attempt)
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
-        fail(f"there is no study {name!r} in {place!r}")
+        fail(f"there is no study {name!r} in {shown!r}")
     except Exception as e:      # whatever a database driver raises
-        fail(f"the storage {place!r} cannot be opened: {(str(e) or type(e).__name__).splitlines()[0]}")
+        why = (str(e).replace(place, shown) or type(e).__name__).splitlines()[0]
+        fail(f"the storage {shown!r} cannot be opened: {why}")
+
+
+def lock_of(journal: str) -> optuna.storages.journal.JournalFileOpenLock:
+    """A file rather than Optuna's usual link, which a relative path would leave dangling, and a stale one is then waited for
+    for ever. One that stays untouched for 30 s was left by a process that died, and is removed."""
+    return optuna.storages.journal.JournalFileOpenLock(os.path.abspath(journal))
 
 
 def mend(journal: str) -> None:
     """Cut half a line, left by a full disk or a power cut, off the end: Optuna would append to it, and read no further."""
-    lock = optuna.storages.journal.JournalFileSymlinkLock(journal)
+    lock = lock_of(journal)
     lock.acquire()
     try:
         with open(journal, "rb+") as f:
@@ -96,9 +113,22 @@ def begin(study: optuna.Study, space: Space, named: bool, first_rung: int) -> No
              "another --out")
 
 
-def is_trained(trial) -> bool:
-    """Does this trial count? Those without a point, and those that repeat another's, do not."""
-    return "point" in trial.user_attrs and not trial.user_attrs.keys() & {"same_as", "surplus"}
+def trained(study: optuna.Study) -> list:
+    """The trials that count: not those without a point, those that repeat another's, and those that were begun again."""
+    trials = study.get_trials(deepcopy=False)
+    again = {t.user_attrs.get("again") for t in trials}
+    return [t for t in trials if "point" in t.user_attrs and not t.user_attrs.keys() & {"same_as", "surplus"}
+            and t.number not in again]
+
+
+def try_again(study: optuna.Study) -> int:
+    """Ask once more for the trials whose runs have ended with an error, whatever that was; returns how many. A loss that was
+    not finite would be so again."""
+    failed = [t for t in trained(study) if t.state == TrialState.FAIL and t.user_attrs.get("why", "").startswith("ended")]
+    for trial in failed:
+        study.enqueue_trial(trial.params, user_attrs=dict(again=trial.number) | {
+            key: trial.user_attrs[key] for key in ("named",) if key in trial.user_attrs})
+    return len(failed)
 
 
 def propose(study: optuna.Study, space: Space, trials: int):
@@ -108,7 +138,7 @@ def propose(study: optuna.Study, space: Space, trials: int):
     for. Raises ValueError where it asks for nothing else.
     """
     for _ in range(ATTEMPTS):
-        if sum(map(is_trained, study.get_trials(deepcopy=False))) >= trials:
+        if len(trained(study)) >= trials:
             return None
         trial = study.ask()
         try:
@@ -140,10 +170,10 @@ def settled(study: optuna.Study, trial, name: str, trials: float = math.inf) -> 
 
 def _settle(study: optuna.Study, trial, name: str, trials: float) -> bool:
     everyone = study.get_trials(deepcopy=False)
-    others = [t for t in everyone if t.number != trial.number and is_trained(t)]
+    others = [t for t in trained(study) if t.number != trial.number]
     same = [t for t in others if t.user_attrs["point"] == name and (t.state.is_finished() or t.number < trial.number)]
     if not same:
-        surplus = sum(t.number < trial.number for t in others) >= trials
+        surplus = len(others) >= trials     # of two at the same moment, both may go: the next is asked for
         if surplus:
             trial.set_user_attr("surplus", True)
             study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)

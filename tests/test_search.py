@@ -16,7 +16,7 @@ import pytest
 optuna = pytest.importorskip("optuna")
 
 import search_report
-from search_study import is_trained, make_sampler, open_study
+from search_study import make_sampler, open_study, trained
 from space import STRUCTURES, Theta
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def desk(run, python_text, tmp_path):
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def trials():
-        return [t for t in open_study(None, "search", str(tmp_path / "out")).trials if is_trained(t)]
+        return trained(open_study(None, "search", str(tmp_path / "out")))
     search.jobs, search.trials, search.folder, search.hold = jobs, trials, tmp_path, tmp_path / "hold"
     return search
 
@@ -294,6 +294,31 @@ def test_a_loss_that_is_not_finite_ends_a_trial(desk):
     assert "not finite" in failed[0].user_attrs["why"] and states(desk.trials())["COMPLETE"] == 5
 
 
+def test_what_has_failed_is_tried_again(desk):
+    """By the same command, once its cause is gone; it counts once, and a named structure keeps its name."""
+    stand_in = desk.folder / "stand_in.py"
+    stand_in.write_text("import sys; sys.exit('no room')")
+    told = desk("--trials=6", "--pruner=none", "--max_failures=3")
+    assert told.returncode == 1 and states(desk.trials()) == {"FAIL": 3}
+    stand_in.write_text(STAND_IN)
+    told = desk("--trials=6", "--pruner=none")
+    assert told.returncode == 0 and "3 trials that have failed are tried again" in told.stdout, told.stdout + told.stderr
+    trials = desk.trials()
+    assert states(trials) == {"COMPLETE": 6} and {t.user_attrs["named"] for t in trials} == set(NAMED)
+    assert "tried again" not in desk("--trials=6", "--pruner=none").stdout and len(desk.jobs()) == 6
+
+
+def test_a_run_that_another_still_writes_is_left_to_it(desk):
+    """Its lock is held, although no claim says so, as when a machine slept: the trial is taken up later, not failed."""
+    (desk.folder / "stand_in.py").write_text(STAND_IN.replace("theta = STRUCTURES", """
+if launched < 3:
+    sys.exit("error: another run writes into " + out + " (123): wait for its end")
+theta = STRUCTURES"""))
+    told = desk("--trials=1", "--pruner=none")
+    assert told.returncode == 0 and states(desk.trials()) == {"COMPLETE": 1} and len(desk.jobs()) == 3, told
+    assert told.stdout.count("another process has taken it over") == 2
+
+
 def test_nothing_but_failures_ends_the_search(desk):
     (desk.folder / "stand_in.py").write_text("import sys; sys.exit('no room')")
     told = desk("--trials=10", "--max_failures=3")
@@ -357,7 +382,9 @@ def test_a_study_goes_on_with_the_same_request_alone(desk):
     (["config/nowhere.py"], "nowhere"), (["--top_ks=1.5"], "top_ks"), (["--storage=mongo://x"], "mongo"),
     (["--learning_rates="], "learning_rates"), (["--experts=0,1"], "experts"), (["--dropout=1.5"], "dropout"),
     (["--ffn_experts=4"], "ffn_experts"), (["config/moe.py"], "ffn_experts"), (["config/btt.py"], "struct"),
-    (["--head_aligned=True"], "head_aligned"), (["--gpus=100"], "gpus")])
+    (["--head_aligned=True"], "head_aligned"), (["--gpus=100"], "gpus"), (["--batch_size=0"], "batch_size"),
+    (["--n_head=0"], "n_head"), (["--n_layer=0"], "n_layer"), (["--experts=4", "--top_ks=8"], "top_ks"),
+    (["--dense_width=66"], "dense_width")])
 def test_run_refuses(desk, flags, word):
     told = desk(*flags)
     assert told.returncode == 1 and told.stderr.startswith("error: ") and word in told.stderr, told.stderr
@@ -384,7 +411,8 @@ def no_optuna():
 
 
 def test_commands_refuse(run, tmp_path):
-    for words, named in ((["sweep"], "sweep"), ([], "run or report"), (["report", f"--out={tmp_path}/x"], "search first")):
+    for words, named in ((["sweep"], "sweep"), ([], "run or report"), (["report", f"--out={tmp_path}/x"], "search first"),
+                         (["report", "--top=-1"], "top"), (["report", "--times=0"], "times"), (["report", "--seeds=1.5"], "seeds")):
         told = run("search.py", *words)
         assert told.returncode == 1 and told.stderr.startswith("error: ") and named in told.stderr
         assert told.stderr.count("\n") == 1
@@ -469,9 +497,13 @@ def test_a_dense_curve_leaves_out_what_is_not_finite(tmp_path):
 
 
 def test_dense_curves_from_elsewhere(tmp_path):
-    (tmp_path / "fit.json").write_text(json.dumps(dict(axes=dict(flops=dict(dense=dict(x=[1e12, 2e12], loss=[3.0, 2.5]))))))
-    curve = search_report.dense_curve(str(tmp_path / "fit.json"), [], "", {})
+    fit = dict(axes=dict(flops=dict(dense=dict(x=[1e12, 2e12], loss=[3.0, 2.5]))), measure=dict(block_size=64, eval_iters=200))
+    (tmp_path / "fit.json").write_text(json.dumps(fit))
+    curve = search_report.dense_curve(str(tmp_path / "fit.json"), [], "", dict(block_size=64))     # eval_iters as train.py has it
     assert curve.share(1e12, 2.5) == "0.5" and "fit.json" in curve.source
+    for settings, key in ((dict(block_size=64, eval_iters=20), "eval_iters"), (dict(eval_iters=200), "block_size")):
+        with pytest.raises(ValueError, match=f"do not measure the same loss: {key} is"):
+            search_report.dense_curve(str(tmp_path / "fit.json"), [], "", settings)
     (tmp_path / "other.json").write_text("{}")
     for place in ("other.json", "nowhere"):
         with pytest.raises(ValueError, match="no dense curve"):

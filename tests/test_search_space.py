@@ -13,7 +13,7 @@ optuna = pytest.importorskip("optuna")
 
 from search_report import importances, rows_of
 from search_space import LEVELS, Space, places_of, swapped, theta_of
-from search_study import begin, is_trained, make_pruner, make_sampler, open_study, propose, settled
+from search_study import begin, make_pruner, make_sampler, open_study, propose, settled, trained
 from space import STRUCTURES, Theta
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +182,7 @@ def sampled(kind, seed, trials=60, noise=0.02):
         losses.append(synthetic(point.theta))
         measured.append(losses[-1] + noise * rng.standard_normal())
         study.tell(trial, measured[-1])
-    names = [t.user_attrs["point"] for t in study.trials if is_trained(t)]
+    names = [t.user_attrs["point"] for t in trained(study)]
     assert len(names) == trials == len(set(names))
     return np.array(losses), losses[int(np.argmin(measured))]
 
@@ -257,6 +257,44 @@ def test_a_study_that_is_killed_while_it_begins_begins_again(tmp_path):
         begin(study, SPACE, True, 3)
         assert Counter(t.user_attrs["named"] for t in study.trials) == Counter(list(NAMED)), n
         assert study.user_attrs["request"] == SPACE.request() and study.user_attrs["first_rung"] == 3
+
+
+def test_a_lock_that_was_left_behind_is_removed(tmp_path, monkeypatch):
+    """By a process that was killed as it wrote."""
+    import search_study
+    monkeypatch.chdir(tmp_path)
+    begin(open_study(None, "s", "out", make_sampler("random")), SPACE, True, 3)
+    lock_of = search_study.lock_of
+
+    def impatient(journal):
+        lock = lock_of(journal)
+        lock.grace_period = 3
+        return lock
+    monkeypatch.setattr(search_study, "lock_of", impatient)
+    lock_of("out/study.journal").acquire()
+    assert len(open_study(None, "s", "out", make_sampler("random")).trials) == len(NAMED)
+    assert not Path("out/study.journal.lock").exists()
+
+
+def test_a_password_is_not_told(capsys):
+    with pytest.raises(SystemExit):
+        open_study("nosuch://me:secret@host/db", "s", "out", make_sampler("random"))
+    told = capsys.readouterr().err
+    assert "secret" not in told and "nosuch://me:***@host/db" in told and told.count("\n") == 1
+
+
+def test_processes_that_begin_a_database_together_all_get_it(tmp_path, monkeypatch):
+    import search_study
+    monkeypatch.setattr(search_study.time, "sleep", lambda seconds: None)
+    create, calls = optuna.create_study, []
+
+    def at_the_same_time(**options):
+        calls.append(options)
+        if len(calls) < 3:
+            raise search_study.sqlalchemy.exc.IntegrityError("INSERT", None, Exception("UNIQUE constraint failed"))
+        return create(**options)
+    monkeypatch.setattr(optuna, "create_study", at_the_same_time)
+    assert open_study(f"sqlite:///{tmp_path}/s.db", "s", "out", make_sampler("random")).trials == [] and len(calls) == 3
 
 
 def test_half_a_line_of_the_journal_does_no_harm(tmp_path):
