@@ -103,13 +103,11 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
         with open(dense, encoding="utf-8") as f:
             whole = json.load(f)
         found, measure = whole["axes"]["flops"]["dense"], whole["measure"]
+        curve = DenseCurve(found["x"], found["loss"], f"the frontier in {dense}")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of scaling.py, or a folder of runs") from e
     refuse_other_losses(measure, settings, dense)
-    try:
-        return DenseCurve(found["x"], found["loss"], f"the frontier in {dense}")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of scaling.py, or a folder of runs") from e
+    return curve
 
 
 # ---- Importances ----------------------------------------------------------------------------------------------------
