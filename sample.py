@@ -26,8 +26,8 @@ import os
 
 import torch
 
-import devices
-import tokenizer
+from lib import device as devices
+from data import tokenizer
 from configurator import fail
 from model import GPT, GPTConfig
 

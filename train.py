@@ -125,11 +125,11 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import devices
-import kernels
-import processes
-import survive
-import tokenizer
+from lib import device as devices
+from lib import kernels
+from lib import distributed as processes
+from lib import checkpoint as survive
+from data import tokenizer
 from data.common import largest_id, open_dataset
 from model import GPT, GPTConfig
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import CHARACTERS, Gpt2Tokenizer
+from data.tokenizer import CHARACTERS, Gpt2Tokenizer
 
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
 SUFFIXES = (".txt", ".jsonl", ".parquet")

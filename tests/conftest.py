@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other, and are smal
 
 
 # two files run beside each other: those that take long begin, since one that is left at the end runs alone
-LONG = ["test_mup.py", "test_train.py", "test_survive.py", "test_structured.py", "test_search.py", "test_search_space.py", "test_scaling.py"]
+LONG = ["test_mup.py", "test_train.py", "test_failures.py", "test_structured.py", "test_search.py", "test_search_space.py", "test_sweep.py"]
 
 
 def pytest_collection_modifyitems(items):
@@ -63,11 +63,15 @@ def _run_script(script, arguments, environment, out, err, before):
     import torch
     torch.set_num_threads(1)
     os.environ.update(environment)
-    sys.argv = [str(ROOT / script), *arguments]
+    is_script = script.endswith(".py")
+    sys.argv = [str(ROOT / script) if is_script else script, *arguments]
     if before is not None:
         before()
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if is_script:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:  # python -m
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
     except Exception:  # as the end of a program
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

@@ -10,7 +10,7 @@ import sys
 import time
 
 import configurator
-from conftest import PROCESSES, ROOT, write_ids
+from tests.conftest import PROCESSES, ROOT, write_ids
 
 KEYS = configurator.read_keys(str(ROOT / "train.py"))
 WRONG = {int: ["1.5", "two", "", " ", "1e400", "0x10", "nan", "\uff11\uff12", "True", "1,2", "9" * 5000],

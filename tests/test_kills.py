@@ -7,12 +7,12 @@ import signal
 import pytest
 import torch
 
-import kill_test
+from tests import kill_test
 import model
-import processes
-import survive
-from conftest import PROCESSES, TINY, Started, _run_script, free_port
-from runs import assert_same_checkpoint, assert_same_course, load, read_log, untimed
+from lib import distributed as processes
+from lib import checkpoint as survive
+from tests.conftest import PROCESSES, TINY, Started, _run_script, free_port
+from tests.runs import assert_same_checkpoint, assert_same_course, load, read_log, untimed
 
 DROPOUT = dict(dropout=0.1)
 

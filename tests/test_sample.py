@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model
-from conftest import Hostile
+from tests.conftest import Hostile
 
 CHARACTERS = "\n" + bytes(range(32, 127)).decode("ascii")
 SETTINGS = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=8, gradient_accumulation_steps=1, max_iters=50,

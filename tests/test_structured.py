@@ -11,9 +11,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import structured
-from conftest import ROOT
+from tests.conftest import ROOT
 from structured import DYAD_VARIANTS, STRUCTURES, Theta, linear
-from structures import CASES, THETAS, all_cases, awaken, close, cost_of_order, make, randn
+from tests.structures import CASES, THETAS, all_cases, awaken, close, cost_of_order, make, randn
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import model
-from conftest import ROOT, SMALL, TINY, Hostile, write_ids
-from runs import assert_one_sentence, assert_same_checkpoint, assert_same_course, load, losses, read_log, untimed
+from tests.conftest import ROOT, SMALL, TINY, Hostile, write_ids
+from tests.runs import assert_one_sentence, assert_same_checkpoint, assert_same_course, load, losses, read_log, untimed
 
 STRUCTURES = ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "btt_moe", "moe", "einsum", "dyad"]
 UNIFORM = math.log(96)  # the loss of a model that knows nothing, nats per token

@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from data import common  # noqa: E402
-from tokenizer import Gpt2Tokenizer  # noqa: E402
+from data.tokenizer import Gpt2Tokenizer  # noqa: E402
 
 
 def encode(batch):

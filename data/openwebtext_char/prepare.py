@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import numpy as np  # noqa: E402
 
 from data import common  # noqa: E402
-from tokenizer import CHARACTERS, CharTokenizer  # noqa: E402
+from data.tokenizer import CHARACTERS, CharTokenizer  # noqa: E402
 
 
 def is_plain(batch):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import numpy as np  # noqa: E402
 
 from data import common  # noqa: E402
-from tokenizer import CHARACTERS, CharTokenizer  # noqa: E402
+from data.tokenizer import CHARACTERS, CharTokenizer  # noqa: E402
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 # Made when Python is built; they describe the machine that built it.

@@ -1,0 +1,514 @@
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import tokenizer
+from data import common
+
+ROOT = Path(__file__).resolve().parents[2]
+PRINTABLE = "\n" + bytes(range(32, 127)).decode("ascii")
+
+
+def prepare(name, *arguments, cwd=None, **environment):
+    """Runs data/<name>/prepare.py; returns the finished process."""
+    command = [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600
+    )
+
+
+def prepared(name, *arguments, **options):
+    done = prepare(name, *arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read(folder):
+    """The dataset, read with nothing of the project's: (meta, {split: ids}); it must be whole."""
+    meta = json.loads((folder / "meta.json").read_text())
+    dtype = {"uint8": "u1", "uint16": "<u2"}[meta["dtype"]]
+    splits = {}
+    for split in ("train", "val"):
+        data = (folder / f"{split}.bin").read_bytes()
+        splits[split] = np.frombuffer(data, dtype).tolist()
+        assert len(splits[split]) == meta[f"{split}_tokens"] > 0
+        assert meta["source"][f"{split}_sha256"] == sha256(data).hexdigest()
+    assert max(map(max, splits.values())) < meta["vocab_size"]
+    return meta, splits
+
+
+def characters(ids):
+    return "".join(PRINTABLE[i] for i in ids)
+
+
+def write_jsonl(path, texts, field="text"):
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def refused(done):
+    """The one sentence of a user error."""
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.stderr.endswith(line + "\n")
+    return line
+
+
+# python_char
+
+
+@pytest.fixture(scope="module")
+def python_char(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("python_char")
+    return folder, prepared("python_char", "--out-dir", folder, cwd=folder)
+
+
+def test_python_char_is_the_standard_library(python_char):
+    folder, printed = python_char
+    meta, splits = read(folder)
+    assert meta["tokenizer"] == {"name": "char", "characters": PRINTABLE}
+    assert meta["vocab_size"] == 96 and meta["dtype"] == "uint8"
+
+    library = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    sources = {}
+    for path in library.rglob("*.py"):
+        name = path.relative_to(library).as_posix()
+        if skipped & set(name.split("/")) or "_sysconfigdata" in name or name.startswith("config-"):
+            continue
+        text = path.read_bytes().decode("latin-1").replace("\r\n", "\n")
+        if text and not set(text) - set(PRINTABLE):
+            sources[name] = text + "\n"
+    assert sum(map(len, sources.values())) > 1_000_000
+
+    # Each split is a sequence of whole files, in the order of their names; together they are all of them.
+    rest = {split: characters(ids) for split, ids in splits.items()}
+    for name in sorted(sources):
+        split = next((s for s in rest if rest[s].startswith(sources[name])), None)
+        assert split, name
+        rest[split] = rest[split][len(sources[name]) :]
+    assert rest == {"train": "", "val": ""}
+
+    total = sum(map(len, sources.values()))
+    assert 0.03 < meta["val_tokens"] / total < 0.06
+    for number in (len(sources), total - len(sources), meta["train_tokens"], meta["val_tokens"]):
+        assert f"{number:,}" in printed
+    assert meta["source"]["python"] in printed and meta["source"]["train_sha256"] in printed
+
+
+def test_python_char_is_deterministic(python_char, tmp_path):
+    prepared("python_char", "--out-dir", tmp_path)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / name).read_bytes() == (python_char[0] / name).read_bytes()
+
+
+def test_python_char_leaves_out_files_and_normalises_line_ends(tmp_path):
+    source = tmp_path / "source"
+    (source / "deeper").mkdir(parents=True)
+    files = {
+        "a.txt": b"one\r\ntwo",
+        "b.txt": b"tab\there",
+        "deeper/c.txt": b"three",
+        "d.txt": "é".encode(),
+        "e.txt": b"",
+    }
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+    printed = prepared("python_char", "--source", source, "--out-dir", tmp_path / "out")
+    meta, splits = read(tmp_path / "out")
+    assert sorted(map(characters, splits.values())) == ["one\ntwo\n", "three\n"]
+    assert meta["source"]["left_out"] == 2 and "; 2 left out" in printed
+
+
+def test_python_char_holds_out_no_more_than_asked(tmp_path):
+    (tmp_path / "source").mkdir()
+    for i in range(100):
+        (tmp_path / "source" / f"{i}.txt").write_text(f"{i:050}")
+    (tmp_path / "source" / "large.txt").write_text("large" * 1000)
+    prepared("python_char", "--source", tmp_path / "source", "--out-dir", tmp_path / "out")
+    val = characters(read(tmp_path / "out")[1]["val"])
+    assert len(val.replace("\n", "")) == 500  # a twentieth of 100 * 50 + 5000
+
+
+def test_python_char_of_a_stripped_python(tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "only.py").write_bytes(b"x = 1\r\n")  # 6 characters with \n for a line end
+    script = ROOT / "data" / "python_char" / "prepare.py"
+    program = f"""if True:
+        import runpy, sys, sysconfig
+        sysconfig.get_path = lambda name: {str(tmp_path / "lib")!r}
+        sys.argv = ["prepare.py", "--out-dir", {str(tmp_path / "out")!r}]
+        runpy.run_path({str(script)!r}, run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    assert "only 6 characters" in refused(done)
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+# openwebtext
+
+
+TEXTS = [
+    "Hello world",
+    "naïve 漢字 🙂",
+    "a <|endoftext|> in the text",
+    "line\nline\r\n",
+    *(f"document {i}" for i in range(40)),
+]
+
+
+def held_out(count, documents):
+    """nanoGPT's validation documents: the first of the permutation that train_test_split draws."""
+    order = np.random.default_rng(2357).permutation(documents)
+    return set(order[:count].tolist())
+
+
+def documents_of(gpt2, ids):
+    assert ids[-1] == 50256
+    documents, start = [], 0
+    for place, i in enumerate(ids):
+        if i == 50256:
+            documents.append(gpt2.bpe.decode(ids[start:place]))
+            start = place + 1
+    return documents
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_openwebtext(tiktoken_cache, tmp_path, num_proc):
+    source = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    out = tmp_path / "out"
+    prepared(
+        "openwebtext", "--source", source, "--out-dir", out, "--num-proc", num_proc, "--val-fraction", 0.1, cwd=tmp_path
+    )
+    meta, splits = read(out)
+    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ({"name": "gpt2"}, 50257, "uint16")
+
+    gpt2 = tokenizer.Gpt2Tokenizer()
+    train, val = (documents_of(gpt2, splits[split]) for split in ("train", "val"))
+    expected = held_out(5, len(TEXTS))  # the ceiling of 0.1 * 44
+    assert set(val) == {TEXTS[i] for i in expected} and len(val) == 5
+    assert sorted(train + val) == sorted(TEXTS)
+    everything = splits["train"] + splits["val"]
+    start = everything.index(15496)
+    assert everything[start : start + 3] == [15496, 995, 50256]
+    assert not (out / "prepare.tmp").exists()
+
+
+def test_openwebtext_holds_out_a_two_thousandth(tiktoken_cache, tmp_path):
+    texts = [f"{i}" for i in range(2001)]
+    source = write_jsonl(tmp_path / "texts.jsonl", texts)
+    prepared("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1)
+    val = documents_of(tokenizer.Gpt2Tokenizer(), read(tmp_path / "out")[1]["val"])
+    assert set(val) == {texts[i] for i in held_out(2, 2001)}
+
+
+def test_openwebtext_of_txt_parquet_and_a_folder(tiktoken_cache, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "one.txt").write_text("one document\n\nof two paragraphs", encoding="utf-8")
+    (folder / "ignored.md").write_text("not a source")
+    write_jsonl(folder / "two.jsonl", ["second", "third", ""], field="body")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"n": [1, 2, 3], "body": ["fourth", None, "fifth"]}), tmp_path / "three.parquet"
+    )
+    out = tmp_path / "out"
+    sources = [folder, tmp_path / "three.parquet"]
+    prepared("openwebtext", "--source", *sources, "--text-field", "body", "--out-dir", out, "--num-proc", 1)
+    meta, splits = read(out)
+    found = documents_of(tokenizer.Gpt2Tokenizer(), splits["train"] + splits["val"])
+    assert sorted(found) == sorted(["one document\n\nof two paragraphs", "second", "third", "fourth", "fifth"])
+    assert meta["source"]["documents"] == 5
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "openwebtext_char", "python_char"])
+def test_one_document_is_cut_in_two(tiktoken_cache, tmp_path, name):
+    text = "To be, or not to be. " * 50
+    (tmp_path / "one.txt").write_text(text)
+    arguments = ["--source", tmp_path / "one.txt", "--out-dir", tmp_path / "out", "--val-fraction", 0.1]
+    prepared(name, *arguments)
+    meta, splits = read(tmp_path / "out")
+    made = tokenizer.from_meta(meta)
+    end = "<|endoftext|>" if name == "openwebtext" else "\n"
+    train, val = (made.decode(splits[split]).removesuffix(end) for split in ("train", "val"))
+    assert train + val == text and len(val) == 105
+
+
+def test_openwebtext_char(tmp_path):
+    texts = ["plain", "tab\there", "two\nlines", "café", "carriage\r\n", "all " + PRINTABLE, "", "del\x7f", "last"]
+    source = write_jsonl(tmp_path / "texts.jsonl", texts)
+    printed = prepared("openwebtext_char", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 2)
+    meta, splits = read(tmp_path / "out")
+    assert meta["tokenizer"] == {"name": "char", "characters": PRINTABLE} and meta["dtype"] == "uint8"
+    kept = ["plain", "two\nlines", "all " + PRINTABLE, "last"]
+    [val] = held_out(1, len(kept))
+    assert characters(splits["val"]) == kept[val] + "\n"
+    rest = characters(splits["train"])
+    for i, text in enumerate(kept):
+        if i != val:
+            assert rest.count(text + "\n") == 1
+            rest = rest.replace(text + "\n", "")
+    assert rest == ""
+    assert meta["source"]["left_out"] == 4 and "4 left out" in printed
+
+
+def test_the_hub_is_asked_for_one_revision(monkeypatch, tmp_path):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(name, **options):
+        asked.update(options, name=name)
+        return datasets.Dataset.from_dict({"text": ["a"], "other": [1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    documents, source = common.load_documents(argparse.Namespace(source=None, num_proc=1), tmp_path)
+    assert documents.column_names == ["text"]
+    assert (asked["name"], asked["split"]) == ("Skylion007/openwebtext", "train")
+    assert re.fullmatch("[0-9a-f]{40}", asked["revision"])
+    assert source == {"dataset": asked["name"], "revision": asked["revision"]}
+
+
+# User errors: one sentence, exit code 1, the dataset that was there untouched
+
+
+@pytest.fixture(scope="module")
+def first_dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    (folder / "first.txt").write_text("the first dataset, of few characters")
+    prepared("python_char", "--source", folder / "first.txt", "--out-dir", folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def existing(first_dataset, tmp_path):
+    """A folder with a dataset, which must be the same after the test."""
+    out = Path(shutil.copytree(first_dataset, tmp_path / "existing"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    yield out
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+BAD_SOURCES = {
+    "missing.txt": (None, "does not exist"),
+    "picture.png": (b"", ".jsonl"),
+    "empty.txt": (b"", "no text"),
+    "latin.txt": (b"caf\xe9", "UTF-8"),
+    "accents.txt": ("é".encode(), "printable ASCII"),
+    "letter.txt": (b"x", "one character"),
+    "empty.jsonl": (b"\n", "no text"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text"\n', "broken.jsonl, line 2"),
+    "field.jsonl": (b'{"body": "a"}\n', "--text-field"),
+    "number.jsonl": (b'{"text": 3}\n', "line 1"),
+    "list.jsonl": (b"[1]\n", "line 1"),
+    "latin.jsonl": (b'{"text": "caf\xe9"}\n', "UTF-8"),
+    "broken.parquet": (b"PAR1 no", "parquet"),
+}
+
+
+# The reader is the same for all; openwebtext_char's errors also pass through `datasets`.
+@pytest.mark.parametrize(
+    "name, file",
+    [("python_char", file) for file in BAD_SOURCES]
+    + [("openwebtext_char", f) for f in ("empty.txt", "accents.txt", "letter.txt", "broken.jsonl", "broken.parquet")],
+)
+def test_bad_source(existing, tmp_path, name, file):
+    data, reason = BAD_SOURCES[file]
+    if data is not None:
+        (tmp_path / file).write_bytes(data)
+    assert reason in refused(prepare(name, "--source", tmp_path / file, "--out-dir", existing))
+
+
+def test_bad_parquet_columns(existing, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "numbers.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2]}), path)
+    assert "'text'" in refused(prepare("python_char", "--source", path, "--out-dir", existing))
+    arguments = ["--source", path, "--text-field", "n", "--out-dir", existing]
+    assert "int64" in refused(prepare("python_char", *arguments))
+
+
+def test_folder_without_sources(existing, tmp_path):
+    (tmp_path / "none").mkdir()
+    assert "holds no" in refused(prepare("openwebtext_char", "--source", tmp_path / "none", "--out-dir", existing))
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--val-fraction", "1"], "between 0 and 1"),
+        (["--val-fraction", "nan"], "between 0 and 1"),
+        (["--val-fraction", "some"], "'some'"),
+        (["--num-proc", "0"], "less than 1"),
+        (["--num-procs", "2"], "--num-procs"),
+        (["--source"], "--source"),
+    ],
+)
+def test_bad_argument(existing, arguments, reason):
+    assert reason in refused(prepare("openwebtext_char", "--out-dir", existing, *arguments))
+
+
+def test_out_dir_is_a_file(tmp_path):
+    for name in ("a.txt", "out"):
+        (tmp_path / name).write_text("some text")
+    refused(prepare("python_char", "--source", tmp_path / "a.txt", "--out-dir", tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "some text"
+
+
+def test_no_vocabulary(existing, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "",
+               "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    done = prepare("openwebtext", "--source", tmp_path / "a.txt", "--out-dir", existing, **nowhere)
+    assert "TIKTOKEN_CACHE_DIR" in refused(done)
+
+
+def test_no_hub(existing, tmp_path):
+    done = prepare("openwebtext_char", "--out-dir", existing, "--num-proc", 1, HF_HOME=str(tmp_path / "hub"))
+    assert "--source" in refused(done)
+
+
+# Kills
+
+
+# Ends the process without cleaning up at its k-th step on the file system, as SIGKILL would.
+KILLED = """
+import os, runpy, sys
+step, kill_at = 0, int(sys.argv[1])
+def counted(function):
+    def call(*args, **kwargs):
+        global step
+        step += 1
+        if step == kill_at:
+            os._exit(9)
+        return function(*args, **kwargs)
+    return call
+for name in ("replace", "fsync", "unlink"):
+    setattr(os, name, counted(getattr(os, name)))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def whole_or_absent(folder):
+    """Reads the dataset if it has a meta.json; None if it has none."""
+    if not (folder / "meta.json").exists():
+        return None
+    return read(folder)
+
+
+def test_a_kill_at_any_step_leaves_no_broken_dataset(first_dataset, tmp_path):
+    (tmp_path / "new.txt").write_text("THE NEW TEXT IS LONGER " * 40)
+    new = ["--source", tmp_path / "new.txt", "--out-dir"]
+    prepared("python_char", *new, tmp_path / "expected")
+    old, expected = read(first_dataset), read(tmp_path / "expected")
+    script = ROOT / "data" / "python_char" / "prepare.py"
+
+    seen, step, code = [], 0, 9
+    while code == 9:
+        step += 1
+        out = Path(shutil.copytree(first_dataset, tmp_path / f"step{step}"))
+        command = [sys.executable, "-c", KILLED, step, script, *new, out]
+        code = subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, timeout=600).returncode
+        found = whole_or_absent(out)
+        assert found in (None, old, expected)
+        seen.append("none" if found is None else "old" if found == old else "new")
+        if code == 9:
+            prepared("python_char", *new, out)
+        assert read(out) == expected
+        assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert code == 0 and {"old", "none", "new"} == set(seen)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_killed_while_it_tokenizes(tiktoken_cache, tmp_path):
+    source = write_jsonl(tmp_path / "texts.jsonl", [f"document {i} " * 30 for i in range(4_000)])
+    out = tmp_path / "out"
+    script = ROOT / "data" / "openwebtext" / "prepare.py"
+    command = [sys.executable, script, "--source", source, "--out-dir", out, "--num-proc", "1"]
+    for delay in (0.3, 0.8, 1.2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        whole_or_absent(out)
+    prepared("openwebtext", *command[2:])
+    meta, _ = read(out)
+    assert meta["source"]["documents"] == 4_000
+    assert not (out / "prepare.tmp").exists()
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="os.kill ends the process on Windows")
+def test_interrupt(existing, tmp_path):
+    (tmp_path / "new.txt").write_text("a new text")
+    script = ROOT / "data" / "python_char" / "prepare.py"
+    command = [sys.executable, "-c", INTERRUPTED, script, "--source", tmp_path / "new.txt", "--out-dir", existing]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+# What train.py opens
+
+
+def test_open_dataset(python_char):
+    meta, tokens = common.open_dataset(python_char[0])
+    expected_meta, expected = read(python_char[0])
+    assert meta == expected_meta
+    for split in ("train", "val"):
+        assert tokens[split].dtype == np.uint8 and tokens[split].tolist() == expected[split]
+
+
+def test_open_dataset_that_is_not_whole(first_dataset, tmp_path):
+    out = Path(shutil.copytree(first_dataset, tmp_path / "out"))
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    meta = json.loads(whole["meta.json"])
+    broken = [
+        ("meta.json", None),
+        ("meta.json", b"{"),
+        ("meta.json", b"[]"),
+        ("meta.json", json.dumps(meta | {"dtype": "float32"}).encode()),
+        ("meta.json", json.dumps({key: meta[key] for key in meta if key != "val_tokens"}).encode()),
+        ("train.bin", None),
+        ("val.bin", b""),
+        ("train.bin", whole["train.bin"][:-1]),
+    ]
+    whole_but_empty = {"meta.json": json.dumps(meta | {"val_tokens": 0}).encode(), "val.bin": b""}
+    for name, data in broken:
+        for file, content in whole.items():
+            (out / file).write_bytes(content)
+        if data is None:
+            (out / name).unlink()
+        else:
+            (out / name).write_bytes(data)
+        with pytest.raises(ValueError, match="prepare.py"):
+            common.open_dataset(out)
+    for file, content in (whole | whole_but_empty).items():
+        (out / file).write_bytes(content)
+    with pytest.raises(ValueError, match="prepare.py"):
+        common.open_dataset(out)
+    with pytest.raises(ValueError, match="nowhere"):
+        common.open_dataset(tmp_path / "nowhere")
