@@ -8,7 +8,7 @@ Config files and --key=value override the keys below, from left to right; --help
 """
 from typing import Literal
 
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, configure, fail
+from configurator import NonNegativeFloat, PositiveInt, Seed, configure, fail
 
 # what to sample
 out_dir: str = "out"                    # a run's out_dir (its ckpt.pt), or a checkpoint file
@@ -17,7 +17,7 @@ num_samples: PositiveInt = 1            # how many texts
 max_new_tokens: PositiveInt = 500       # tokens of each
 temperature: NonNegativeFloat = 0.8     # below 1 is less random, 0 takes the likeliest token
 top_k: PositiveInt | None = 200         # keep only the k likeliest tokens; None: all
-seed: NonNegativeInt = 1337             # of the random choices
+seed: Seed = 1337                       # of the random choices
 # system
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it

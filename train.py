@@ -13,7 +13,7 @@ Config files and --key=value override the keys below, from left to right; --help
 """
 from typing import Literal
 
-from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitFloat, configure, fail
+from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UnitFloat, configure, fail
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
@@ -67,7 +67,7 @@ warmup_iters: NonNegativeInt = 2000     # iterations of linear warmup
 lr_decay_iters: NonNegativeInt | None = None  # iteration at which min_lr is reached; None: max_iters
 min_lr: NonNegativeFloat | None = None  # last learning rate; None: a tenth of learning_rate
 # system
-seed: NonNegativeInt = 1337             # of initialization, data order and dropout
+seed: Seed = 1337                       # of initialization, data order and dropout
 backend: Literal["nccl", "gloo", "mpi", "ucc", "xccl"] | None = None  # None: nccl on GPUs, else gloo
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
