@@ -202,12 +202,12 @@ def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma, phi) -
         if fixed is not None and (fixed < 1 or width % fixed):
             raise ValueError(f"{name} = {fixed} must divide the width {width}")
     try:
-        inputs = factorize.nearest_triples(d_in, theta[:3], gamma)
-        outputs = factorize.nearest_triples(d_out, theta[3:6], phi)
+        ins = factorize.nearest_triples(d_in, theta[:3], gamma)
+        outs = factorize.nearest_triples(d_out, theta[3:6], phi)
     except ValueError as e:
         raise ValueError(f"the map {d_in} -> {d_out} has no sensible factorization: {e}; dense and low_rank "
                          "take any width") from None
-    return min((Sizes(*i, *o, rank) for i in inputs for o in outputs), key=lambda s: (s.flops(), s.params(), s))
+    return min((Sizes(*i, *o, rank) for i in ins for o in outs), key=lambda s: (s.flops(), s.params(), s))
 
 # ---- Layers ------------------------------------------------------------------------------------------------
 
