@@ -1,4 +1,5 @@
-# A CPU in minutes: characters of Python's own standard library (python data/python_char/prepare.py, no download).
+# A CPU in minutes: characters of Python's own standard library (python data/python_char/prepare.py, no
+# download).
 dataset = "python_char"
 block_size = 64
 batch_size = 8
