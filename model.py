@@ -29,7 +29,7 @@ class GPTConfig(LayerConfig):
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    layers: str = "all"             # which projections are structured: 'all', 'attn' or 'mlp'; others are dense
+    layers: str = "all"             # which projections are structured: 'all', 'attn', 'mlp'; others are dense
     ffn_experts: int = 0            # standard MoE: experts that are whole MLPs
     qk_norm: bool = True            # layer norm of queries and keys, per head
     # φ of q, k, v and γ of the output projection run over the heads; None: for monarch and btt without
@@ -57,13 +57,13 @@ class GPTConfig(LayerConfig):
         if self.head_aligned and self.layers == "mlp":
             raise ValueError("head_aligned needs structured attention: layers must be 'all' or 'attn'")
         if self.head_aligned and self.struct not in ("monarch", "btt", "einsum"):
-            raise ValueError("head_aligned needs a structure with γ and φ: monarch, btt, or an einsum that has "
-                             f"both; struct is {self.struct!r}")
+            raise ValueError("head_aligned needs a structure with γ and φ: monarch, btt, or an einsum that "
+                             f"has both; struct is {self.struct!r}")
 
     def _check_experts(self) -> None:
         if self.num_experts and self.ffn_experts:
-            raise ValueError("num_experts (experts in every projection) and ffn_experts (experts that are MLPs) "
-                             "exclude each other: set one to 0")
+            raise ValueError("num_experts (experts in every projection) and ffn_experts (experts that are "
+                             "MLPs) exclude each other: set one to 0")
         for name in ("num_experts", "ffn_experts"):
             experts = getattr(self, name)
             if experts < 0 or experts == 1:
@@ -135,8 +135,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
             q, mask = q.to(k.dtype), _cache_mask(T, k.shape[2], x.device)
         # µP: logits scale with 1 / hs; 8 / hs is the usual 1 / √hs at hs = 64
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0, scale=8 / self.head_size)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=8 / self.head_size,
+            dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, d)
         return self.resid_dropout(apply_layer(self.o, y, aux))
 
@@ -279,7 +280,8 @@ class GPT(nn.Module):
         other."""
         with torch.device("meta"):  # shapes without memory
             small = cls(dataclasses.replace(config, n_layer=1))
-        return small.num_params() + (config.n_layer - 1) * sum(p.numel() for p in small.blocks[0].parameters())
+        block = sum(p.numel() for p in small.blocks[0].parameters())
+        return small.num_params() + (config.n_layer - 1) * block
 
     def routers(self) -> dict[str, structured.MoE]:
         """{name: mixture} in the order in which a forward meets them: that of ModelAux."""
@@ -318,7 +320,7 @@ class GPT(nn.Module):
             _, block, *_, part = name.split(".")
             blocks.setdefault(block, []).append(f"{part} {shares.min():.2f} to {shares.max():.2f}, "
                                                 f"{nats / math.log(len(shares)):.1%}")
-        return [f"block {block}: load ÷ mean, entropy: " + "; ".join(parts) for block, parts in blocks.items()]
+        return [f"block {i}: load ÷ mean, entropy: " + "; ".join(parts) for i, parts in blocks.items()]
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -348,8 +350,9 @@ class GPT(nn.Module):
             decays = p.dim() >= 2 and not name.endswith("bias")
             groups.setdefault((multipliers[name], decays), []).append(p)
         return torch.optim.AdamW(
-            [dict(params=params, lr=learning_rate * m, lr_multiplier=m,
-                  weight_decay=weight_decay / m if decays else 0.0) for (m, decays), params in groups.items()],
+            [dict(params=params, lr=learning_rate * multiplier, lr_multiplier=multiplier,
+                  weight_decay=weight_decay / multiplier if decays else 0.0)
+             for (multiplier, decays), params in groups.items()],
             lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu") or None)
 
     # -- generation ------------------------------------------------------------------------------------------

@@ -60,8 +60,7 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
     def parse(cls, value) -> "Theta":
         """A Theta from seven numbers, or from their text '0.5, 0, 0.5, 0, 0.5, 0.5, 0'. Raises ValueError."""
         try:
-            numbers = ast.literal_eval(value) if isinstance(value, str) else value
-            numbers = [float(n) for n in numbers]
+            numbers = [float(n) for n in (ast.literal_eval(value) if isinstance(value, str) else value)]
         except (ValueError, TypeError, SyntaxError):
             numbers = []
         if len(numbers) != 7:
@@ -196,18 +195,19 @@ class Sizes(NamedTuple("Sizes", [(name, int) for name in INDICES])):
 @functools.lru_cache(maxsize=4096)
 def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma, phi) -> Sizes:
     """Theta.sizes for a rank that fits."""
-    for name, fixed, exponents in (("gamma", gamma, theta[:3]), ("phi", phi, theta[3:6])):
-        if fixed is not None and not 0 < exponents[2] < 1:
-            raise ValueError(f"{name} cannot be fixed at {fixed}: θ has {name} = {exponents[2]:g}, which "
-                             "leaves no choice; a structure like btt or monarch does")
+    for name, fixed, exponent, width in (("gamma", gamma, theta.gamma, d_in), ("phi", phi, theta.phi, d_out)):
+        if fixed is not None and not 0 < exponent < 1:
+            raise ValueError(f"{name} cannot be fixed at {fixed}: θ has {name} = {exponent:g}, which leaves "
+                             "no choice; a structure like btt or monarch does")
+        if fixed is not None and (fixed < 1 or width % fixed):
+            raise ValueError(f"{name} = {fixed} must divide the width {width}")
     try:
-        inputs = factorize.nearest_triples(d_in, theta[:3], gamma)
-        outputs = factorize.nearest_triples(d_out, theta[3:6], phi)
+        ins = factorize.nearest_triples(d_in, theta[:3], gamma)
+        outs = factorize.nearest_triples(d_out, theta[3:6], phi)
     except ValueError as e:
         raise ValueError(f"the map {d_in} -> {d_out} has no sensible factorization: {e}; dense and low_rank "
                          "take any width") from None
-    candidates = [Sizes(*i, *o, rank) for i in inputs for o in outputs]
-    return min(candidates, key=lambda sizes: (sizes.flops(), sizes.params(), sizes))
+    return min((Sizes(*i, *o, rank) for i in ins for o in outs), key=lambda s: (s.flops(), s.params(), s))
 
 # ---- Layers ------------------------------------------------------------------------------------------------
 
@@ -307,14 +307,12 @@ class Einsum(Structured):
     """
 
     def __init__(self, sizes: Sizes, config: LayerConfig, *, zero_init: bool = False, **kwargs):
-        self.sizes, self.order = sizes, sizes.order()
-        self.b_first = self.order[0] == "B"
+        self.sizes, self.order, self.b_first = sizes, sizes.order(), sizes.order()[0] == "B"
         a, b, g, d, e, f, r = sizes.contraction()
         shapes = [(g, r * f * d, a),  # (γ, ρφδ, α)
                   (f, e, g * r * b)]  # (φ, ε, γρβ); left out where it has one entry, as in a dense matrix
-        zero_core = self.order[-1] if zero_init else None
         super().__init__(sizes.d_in, sizes.d_out, dict(zip(self.order, shapes)), sizes.fans(), config,
-                         zero_core=zero_core, **kwargs)
+                         zero_core=self.order[-1] if zero_init else None, **kwargs)
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         cores = [self.core(name) for name in self.order]
@@ -473,7 +471,8 @@ class MoE(nn.Module):
         """x (..., d_in) -> y (..., d_out), or (y, Aux)."""
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
         router = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
-        if x.device.type == "cpu" and isinstance(self.experts, Einsum) and len(self.experts.order) == 2:
+        two_cores = isinstance(self.experts, Einsum) and len(self.experts.order) == 2
+        if two_cores and kernels.use_cpu_operators(x):
             y, logits, chosen = self.experts.mixture(rows, router, self.balance, self.top_k)
         else:
             y, logits, chosen = self._dispatch(rows, router)

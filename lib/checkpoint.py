@@ -59,8 +59,8 @@ def _lock(path: str) -> None:
             owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
             os.close(descriptor)
             if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"another run writes into {os.path.dirname(path)} ({owner or 'unknown'}): wait for "
-                                 "its end, or give another --out_dir") from None
+                raise ValueError(f"another run writes into {os.path.dirname(path)} ({owner or 'unknown'}): "
+                                 "wait for its end, or give another --out_dir") from None
             return  # this file system has no locks
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -287,8 +287,8 @@ def check_checkpoint(path: str, checkpoint: dict, *, model_args: dict, tokenizer
     for key in ("mup", "mup_base_width"):
         before = checkpoint["config"].get(key, config[key])
         if before != config[key]:
-            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a resumed "
-                             "run keeps the learning-rate factors of its parameters")
+            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a "
+                             "resumed run keeps the learning-rate factors of its parameters")
 
 
 def _differences(there: dict, here: dict, most: int = 20) -> str:

@@ -12,7 +12,13 @@ from lib.kernels.cpu_einsum import einsum, keep_freed_memory, release_scratch, r
 from lib.kernels.segment_product import segment_product
 
 __all__ = ["batched_product", "combine", "contract", "dispatch", "keep_freed_memory", "normalize_core",
-           "release_scratch", "routed_einsum", "router_losses", "segment_product"]
+           "release_scratch", "routed_einsum", "router_losses", "segment_product",
+           "use_cpu_operators"]
+
+
+def use_cpu_operators(x: Tensor) -> bool:
+    """Whether einsums of x take the operators of cpu_einsum.py."""
+    return x.device.type == "cpu"
 
 
 def contract(x: Tensor, cores: list[Tensor], sizes, swapped: bool, ends: Tensor | None = None) -> Tensor:
@@ -22,7 +28,7 @@ def contract(x: Tensor, cores: list[Tensor], sizes, swapped: bool, ends: Tensor 
     exchanged. cores: (γ, ρφδ, α), then (φ, ε, γρβ). With experts each core has a leading E, rows are sorted
     by expert, and expert e's rows end at ends[e].
     """
-    if ends is None and x.device.type == "cpu":
+    if ends is None and use_cpu_operators(x):
         return einsum(x, *cores, sizes, swapped)
     T, (a, b, g, d, e, f, r) = x.shape[0], sizes
     x = x.reshape(T, g, a, b).mT if swapped else x.reshape(T, g, b, a)
