@@ -1,7 +1,7 @@
 """The ranks of a run, as torchrun starts them.
 
-All functions but excepthook are collectives: every rank must call them. Without DDP, and before connect(),
-they are no-ops.
+connect, barrier, all_reduce_* and on_all_ranks are collectives: every rank must call them. Before connect(),
+and so without DDP, they act on this process alone.
 """
 import contextlib
 import os
