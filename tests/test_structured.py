@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import structured
 from tests.conftest import ROOT
 from structured import DYAD_VARIANTS, STRUCTURES, Theta, linear
-from tests.structures import CASES, THETAS, all_cases, awaken, close, cost_of_order, make, randn
+from tests.structures import CASES, THETAS, all_cases, randomize, close, make, randn
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_named_structures_are_their_textbook_matrices(d_in, d_out):
 @pytest.mark.parametrize("variant", DYAD_VARIANTS)
 @pytest.mark.parametrize("D, d_in, d_out", [(4, 12, 20), (3, 12, 6), (1, 5, 7)])
 def test_dyad_is_its_definition(variant, D, d_in, d_out):
-    layer = awaken(linear("dyad", d_in, d_out, dyad_blocks=D, dyad_variant=variant))
+    layer = randomize(linear("dyad", d_in, d_out, dyad_blocks=D, dyad_variant=variant))
     i, o, (wl, wu) = d_in // D, d_out // D, (layer.core(name).detach() for name in ("wl", "wu"))
     W = torch.zeros(d_out, d_in, dtype=torch.float64)
     for b, p, j in itertools.product(range(D), range(o), range(i)):
@@ -99,7 +99,7 @@ def test_dyad_is_its_definition(variant, D, d_in, d_out):
 def test_weight_norm_is_its_formula(case):
     """M / max(1, rms(M) / std0) · gain, above and below std0, for each expert by itself."""
     layer = structured.unrouted(CASES[case][0], 48, 64, num_experts=3, weight_norm=True, **CASES[case][1])
-    awaken(layer)
+    randomize(layer)
     for name, (fan_in, fan_out) in layer.fans().items():
         std0 = math.sqrt(min(fan_in, fan_out)) / fan_in
         M, gain = getattr(layer, name), getattr(layer, f"gain_{name}")
@@ -393,7 +393,7 @@ def test_fixed_gamma_and_phi(struct, options):
             if struct != "einsum":
                 assert layer.sizes.beta == layer.sizes.delta == 1
     x = randn(5, 96)
-    layer = awaken(linear(struct, 96, 192, phi=8, **options))
+    layer = randomize(linear(struct, 96, 192, phi=8, **options))
     if not options.get("num_experts"):
         close(layer(x), x @ layer.to_dense().T)
     assert "phi = 5" in error(struct, 96, 192, phi=5, **options)
@@ -506,7 +506,7 @@ def shared_factor(sizes, name, order, d0):
 @pytest.mark.parametrize("sizes", [(6, 2, 1, 3, 8, 1, 2), (2, 6, 1, 8, 3, 1, 2), (4, 3, 2, 2, 5, 2, 1), (6, 1, 2, 1, 5, 3, 2)])
 def test_uses_are_the_rank_of_one_tokens_gradient(sizes):
     """Each use of a core by a token adds a rank-one term to the gradient of the core's matrices."""
-    layer = awaken(linear("btt", math.prod(sizes[:3]), math.prod(sizes[3:6]), sizes=sizes, weight_norm=False))
+    layer = randomize(linear("btt", math.prod(sizes[:3]), math.prod(sizes[3:6]), sizes=sizes, weight_norm=False))
     (layer(randn(1, layer.d_in)) * randn(1, layer.d_out)).sum().backward()
     for name, uses in layer.sizes.uses().items():
         ranks = torch.linalg.matrix_rank(getattr(layer, name).grad)
