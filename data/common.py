@@ -42,7 +42,7 @@ def open_dataset(folder):
     Returns (meta, {"train": tokens, "val": tokens}), the tokens being read-only memory maps, 1-D, uint8 or uint16. Their
     ids are not looked at: see largest_id. Raises ValueError, one sentence, if there is no whole dataset in the folder.
     """
-    folder = Path(folder)
+    folder = Path(find_dataset(folder))
     script = folder / "prepare.py"
     advice = f"run: python {os.path.relpath(script)}" if script.is_file() else "make one with data/*/prepare.py"
     try:
@@ -74,6 +74,21 @@ def open_dataset(folder):
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from error
     return meta, tokens
+
+
+def find_dataset(dataset):
+    folder = Path(__file__).parent / dataset
+    for f in (Path(dataset), folder):
+        if f.is_dir():
+            return str(f)
+    raise ValueError(f"there is no dataset {dataset!r}: give a path, or the name of a folder under data/ (made by data/*/prepare.py)")
+
+
+def check_token_ids(splits, vocab_size, part=0, parts=1):
+    for split, tokens in splits.items():
+        largest = largest_id(tokens, part, parts)
+        if largest >= vocab_size:
+            raise ValueError(f"{split}.bin holds the token id {largest}, but its vocabulary ends at {vocab_size - 1}: make it again with data/*/prepare.py")
 
 
 def largest_id(tokens, part=0, parts=1, size=1 << 24):

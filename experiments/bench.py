@@ -1,13 +1,14 @@
 """Speed of every structure beside nn.Linear, and of a training step.
 
-    python bench.py                                    widths 256 to 2048, then a training step of every structure config
-    python bench.py --widths=512, --structs=btt,btt_moe --step=False
+    python bench.py                                    widths 256 to 2048, then a training step of every
+    structure config python bench.py --widths=512, --structs=btt,btt_moe --step=False
 
-For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. Layers take turns, so
-that a slow moment of the machine meets all of them; a ratio is taken within its turn, and the median and the quartiles
-are over turns. Beside it, the ratio of the FLOPs, the time per FLOP relative to nn.Linear's, and the memory above the inputs
-and the parameters: what the forward leaves for the backward, output included, and the peak of both. Then tokens/s of whole
-training steps. Writes everything to <out>.json. Let nothing else run meanwhile.
+For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. Layers
+take turns, so that a slow moment of the machine meets all of them; a ratio is taken within its turn, and the
+median and the quartiles are over turns. Beside it, the ratio of the FLOPs, the time per FLOP relative to
+nn.Linear's, and the memory above the inputs and the parameters: what the forward leaves for the backward,
+output included, and the peak of both. Then tokens/s of whole training steps. Writes everything to <out>.json.
+Let nothing else run meanwhile.
 """
 import configurator
 
@@ -31,6 +32,7 @@ config = configurator.configure(globals())
 globals().update(config)
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -42,8 +44,8 @@ import time
 import torch
 from torch import nn
 
-from lib import device as devices
 from lib import kernels
+from lib.device import autocast as autocast_for, choose_device, choose_dtype
 import structured
 from configurator import fail, structure_config
 from model import GPT, GPTConfig
@@ -58,14 +60,18 @@ if n_embd % head_size:
     fail(f"n_embd must be a multiple of head_size = {head_size}; got {n_embd}")
 if dtype not in (None, "float32", "bfloat16", "float16"):
     fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
-device, device_type, dtype = devices.choose(device, dtype)
-autocast = devices.autocast(device_type, dtype)
+try:
+    device, device_type = choose_device(device)
+except ValueError as e:
+    fail(str(e))
+dtype = choose_dtype(dtype, device_type)
+autocast = autocast_for(device_type, dtype)
 
 if compile:
     torch._dynamo.config.recompile_limit = 1000  # every structure and width is a compilation of the same code
 structures = {"dense": structure_config("dense")} | {name: structure_config(name) for name in structs.split(",")}
 
-# ---- Measuring ------------------------------------------------------------------------------------------------------
+# ---- Measuring ---------------------------------------------------------------------------------------------
 
 def milliseconds(run) -> float:
     if device_type == "cuda":
@@ -95,7 +101,8 @@ def take_turns(runs: dict, count: int) -> dict[str, list[float]]:
 
 @contextlib.contextmanager
 def silent_stderr():
-    """Nothing reaches stderr: each start and end of torch's profiler is a line there, in the middle of the table."""
+    """Nothing reaches stderr: each start and end of torch's profiler is a line there, in the middle of the
+    table."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -108,7 +115,8 @@ def silent_stderr():
 
 
 def memory(run) -> tuple[int, int] | tuple[None, None]:
-    """(bytes that a run leaves allocated while its result is kept, most bytes at once), beyond those before it.
+    """(bytes that a run leaves allocated while its result is kept, most bytes at once), beyond those before
+    it.
 
     None where nothing tells."""
     if device_type == "cuda":
@@ -146,7 +154,7 @@ def ratios(times: list[float], base: list[float]) -> tuple[float, float, float]:
     return statistics.median(turn), low, high
 
 
-# ---- Layers ---------------------------------------------------------------------------------------------------------
+# ---- Layers ------------------------------------------------------------------------------------------------
 
 def layers(d: int) -> dict[str, nn.Module]:
     """nn.Linear and a layer of each structure that makes single layers, d -> d."""
@@ -154,10 +162,8 @@ def layers(d: int) -> dict[str, nn.Module]:
     for name in structures:
         options = structures[name]
         if not options.get("ffn_experts"):  # there, the whole MLP is the expert
-            make = {k: options[k] for k in ("rank", "theta", "num_experts", "dyad_blocks", "dyad_variant") if k in options}
-            if options.get("num_experts"):
-                make["top_k"] = options.get("top_k", GPTConfig.top_k)
-            made[name] = structured.linear(options.get("struct", GPTConfig.struct), d, d, **make)
+            fields = [f.name for f in dataclasses.fields(structured.LayerConfig) if f.name in options]
+            made[name] = structured.make_layer(structured.LayerConfig(**{k: options[k] for k in fields}), d, d)
     return {name: layer.to(device) for name, layer in made.items()}
 
 
@@ -195,7 +201,7 @@ def bench_layers(d: int) -> list[dict]:
     return rows
 
 
-# ---- Training steps -------------------------------------------------------------------------------------------------
+# ---- Training steps ----------------------------------------------------------------------------------------
 
 def bench_steps() -> list[dict]:
     """A row for each structure config: forward, backward and AdamW of a model."""
@@ -226,7 +232,7 @@ def bench_steps() -> list[dict]:
     return rows
 
 
-# ---- The machine, and all of it -------------------------------------------------------------------------------------
+# ---- The machine, and all of it ----------------------------------------------------------------------------
 
 def machine() -> dict:
     name = platform.processor() or platform.machine()
