@@ -33,25 +33,25 @@ gradient_accumulation_steps: PositiveInt = 40  # micro-batches per iteration, ov
 batch_size: PositiveInt = 12            # sequences per micro-batch
 block_size: PositiveInt = 1024          # tokens per sequence
 # model
-n_layer: int = 12                       # blocks
-n_head: int = 12                        # attention heads
-n_embd: int = 768                       # width
-dropout: float = 0.0                    # for pretraining 0 is good
+n_layer: PositiveInt = 12               # blocks
+n_head: PositiveInt = 12                # attention heads
+n_embd: PositiveInt = 768               # width
+dropout: UnitFloat = 0.0                # for pretraining 0 is good
 bias: bool = False                      # biases in projections and layer norms
 struct: str = "dense"                   # dense, low_rank, kronecker, monarch, tt, btt, einsum or dyad
-rank: int | None = None                 # inner rank; None: the structure's own; experts: 1 (low_rank: d / E)
+rank: PositiveInt | None = None         # inner rank; None: the structure's own; experts: 1 (low_rank: d / E)
 theta: tuple | None = None              # exponents of alpha beta gamma delta epsilon phi rho, for 'einsum'
-layers: str = "all"                     # which projections are structured: 'all', 'attn' or 'mlp'
-num_experts: int = 0                    # experts inside every structured projection; 0: no experts
-top_k: int = 2                          # experts per token
-ffn_experts: int = 0                    # standard MoE: experts that are whole MLPs; 0: none
+layers: Literal["all", "attn", "mlp"] = "all"  # which projections are structured; the others are dense
+num_experts: NonNegativeInt = 0         # experts inside every structured projection; 0: no experts
+top_k: PositiveInt = 2                  # experts per token
+ffn_experts: NonNegativeInt = 0         # standard MoE: experts that are whole MLPs; 0: none
 aux_loss_weight: NonNegativeFloat = 0.01  # weight of the routers' load-balance and z losses
 router_balance_rate: NonNegativeFloat = 0.1  # how fast biases on the choice of experts follow load; 0: none
 weight_norm: bool | None = None         # normalize the cores; None: for every structure but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
 head_aligned: bool | None = None        # attention's indices follow heads; None: monarch, btt without experts
-dyad_blocks: int = 4                    # blocks of struct 'dyad'
-dyad_variant: str = "it"                # 'it', 'ot' or 'dt'
+dyad_blocks: PositiveInt = 4            # blocks of struct 'dyad'
+dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
 # AdamW; the learning rate is µP's: that of a dense layer of width mup_base_width
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
 mup_base_width: PositiveInt = 128       # d0: a core learns at learning_rate · d0 / (cores · fan_in)
@@ -68,7 +68,7 @@ lr_decay_iters: NonNegativeInt | None = None  # iteration at which min_lr is rea
 min_lr: NonNegativeFloat | None = None  # last learning rate; None: a tenth of learning_rate
 # system
 seed: Seed = 1337                       # of initialization, data order and dropout
-backend: Literal["nccl", "gloo", "mpi", "ucc", "xccl"] | None = None  # None: nccl on GPUs, else gloo
+backend: Literal["nccl", "gloo", "mpi", "ucc", "xccl", "cpu:gloo,cuda:nccl"] | None = None  # None: by device
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
 compile: bool | None = None             # torch.compile the model; None: on GPUs
@@ -88,8 +88,8 @@ min_lr = learning_rate / 10 if min_lr is None else min_lr
 if decay_lr and min_lr > learning_rate:
     fail(f"min_lr = {min_lr} must not exceed learning_rate = {learning_rate}, from which it decays")
 if (sequences := gradient_accumulation_steps * batch_size) > 2 ** 20:
-    fail(f"gradient_accumulation_steps = {gradient_accumulation_steps} times batch_size = {batch_size} is more "
-         f"than the {2 ** 20} sequences that an iteration may have")
+    fail(f"gradient_accumulation_steps = {gradient_accumulation_steps} times batch_size = {batch_size} is "
+         f"more than the {2 ** 20} sequences that an iteration may have")
 for name, path in (("out_dir", out_dir), ("dataset", dataset)):
     if not path.strip() or "\0" in path:
         fail(f"{name} must be a path; got {path!r}")
@@ -169,7 +169,6 @@ gpt_config = on_all_ranks(lambda: GPTConfig(**{field.name: globals()[field.name]
 model_args = dataclasses.asdict(gpt_config)
 config = {key: model_args.get(key, globals()[key]) for key in config}  # what is used, for the log
 
-
 def make_model() -> GPT:
     """The model on its device, the same on every rank. Raises ValueError if it does not fit the memory."""
     try:
@@ -191,10 +190,9 @@ num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_exper
 
 checkpoints = Checkpoints(out_dir)
 
-
 def load_checkpoint() -> Progress:
     """Puts ckpt.pt into model, optimizer and scaler. Raises ValueError if it is not of this run."""
-    checkpoint = checkpoints.load(raw_model, optimizer, scaler, config=gpt_config, tokenizer=meta["tokenizer"],
+    checkpoint = checkpoints.load(raw_model, optimizer, scaler, gpt_config, meta["tokenizer"],
                                   mup=dict(mup=mup, mup_base_width=mup_base_width))
     print0(f"resuming {out_dir} at iteration {checkpoint['iteration']}")
     for key, before, value in changed_settings(checkpoint, config):
@@ -375,9 +373,9 @@ def report_skipped(loss: float, norm: float) -> None:
     if progress.skipped_in_a_row >= max_skipped:
         logger.finish()
         distributed.disconnect()
-        fail(f"the loss or the gradient was not finite in {progress.skipped_in_a_row} iterations in a row, up "
-             f"to {progress.iteration}: {checkpoints.describe()}; go on with --init_from=resume and a lower "
-             "--learning_rate or --grad_clip, another --seed for other data, or a --dtype with more range")
+        fail(f"the loss or the gradient was not finite in {progress.skipped_in_a_row} iterations in a row, "
+             f"up to {progress.iteration}: {checkpoints.describe()}; go on with --init_from=resume and "
+             "another --learning_rate, --grad_clip, --seed (for other data), or a --dtype with more range")
 
 
 signals.deferring = True

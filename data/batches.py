@@ -18,8 +18,8 @@ class Batches:
                  eval_iters: int, seed: int, device: str):
         for split, tokens in splits.items():
             if len(tokens) <= block_size:
-                raise ValueError(f"{split}.bin of the dataset holds {len(tokens)} tokens, too few for block_size = "
-                                 f"{block_size}")
+                raise ValueError(f"{split}.bin of the dataset holds {len(tokens)} tokens, too few for "
+                                 f"block_size = {block_size}")
         self.splits, self.block_size, self.sequences = splits, block_size, sequences
         self.batch_size, self.eval_iters, self.seed, self.device = batch_size, eval_iters, seed, device
 
@@ -43,7 +43,8 @@ class Batches:
 
     def _windows(self, split: str, starts) -> tuple[Tensor, Tensor]:
         data, T = self.splits[split], self.block_size
-        windows = torch.from_numpy(np.stack([data[s:s + T + 1] for s in starts]).astype(np.int64))  # (B, T + 1)
+        windows = np.stack([data[s:s + T + 1] for s in starts])  # (B, T + 1)
+        windows = torch.from_numpy(windows.astype(np.int64))
         if torch.device(self.device).type == "cuda":
             windows = windows.pin_memory().to(self.device, non_blocking=True)
         else:

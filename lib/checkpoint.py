@@ -182,7 +182,7 @@ class Checkpoints:
             print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
         return False
 
-    def load(self, model, optimizer, scaler, *, config, tokenizer: dict, mup: dict) -> dict:
+    def load(self, model, optimizer, scaler, config, tokenizer: dict, mup: dict) -> dict:
         """Puts ckpt.pt into model, optimizer and scaler, and returns it. Raises ValueError if it is not of
         this run.
 
