@@ -13,7 +13,7 @@ import torch
 import data.common
 import model
 from data import tokenizer
-from lib import checkpoint as survive
+from lib.log import RunLog
 from tests import kill_test
 from tests.conftest import TINY
 from tests.runs import assert_one_sentence, assert_same_checkpoint, load, losses, read_log, untimed
@@ -67,7 +67,7 @@ def test_a_disk_that_stays_full(run, flags, trained, tmp_path):
 def log_cannot_be_written():
     def refuse(self):
         raise OSError(28, "No space left on device")
-    survive.Log._write_waiting = refuse
+    RunLog._write_waiting = refuse
 
 
 def test_a_log_without_its_end_is_an_error(run, flags, trained, tmp_path):
@@ -125,7 +125,7 @@ def test_an_iteration_that_is_not_finite_changes_nothing(config, environment, pr
     assert kill_test.same(ends[0]["model"], ends[1]["model"])
     assert kill_test.same(ends[0]["optimizer"], ends[1]["optimizer"])
     assert [(end["iteration"], end["skipped"], end["skipped_in_a_row"]) for end in ends] == [(7, 1, 0), (8, 2, 1)]
-    assert done.stdout.count("skipped, because") == 2
+    assert done.stdout.count("skipped, not finite") == 2
     points = [json.loads(line) for line in open(out / "log.jsonl")]
     skips = [p for p in points if p["type"] == "skip"]
     assert [(p["iter"], p["skipped"]) for p in skips] == [(3, 1), (7, 2)]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structured import STRUCTURES, Sizes, Theta, linear
+from tests.lib.test_factorize import nearest_by_brute_force, simplex, smooth_widths
 from tests.structures import NAMED, THETAS, close, cost, counted_flops, make, randn, randomize
 
 
@@ -127,25 +128,6 @@ def test_rank_of_matrices_grows_with_psi_in_quarters(theta):
 
 
 # Sizes
-
-def nearest_by_brute_force(d, exponents):
-    """Divisor triples of d at the least distance from d^exponents in log space."""
-    triples = [(i, j, d // i // j) for i in range(1, d + 1) if d % i == 0
-               for j in range(1, d // i + 1) if d // i % j == 0]
-    distance = {t: sum((math.log(s) - x * math.log(d)) ** 2 for s, x in zip(t, exponents)) for t in triples}
-    return [t for t in triples if distance[t] < min(distance.values()) + 1e-9]
-
-
-@st.composite
-def simplex(draw):
-    n = draw(st.sampled_from([1, 2, 3, 4, 6, 12, 97, 1000]))
-    i, j = sorted((draw(st.integers(0, n)), draw(st.integers(0, n))))
-    return i / n, (j - i) / n, (n - j) / n
-
-
-smooth_widths = st.builds(lambda p, q: 2 ** p * q, st.integers(4, 9), st.sampled_from([1, 3, 5, 6, 9, 15, 12])).filter(
-    lambda d: 64 <= d <= 8192)
-
 
 @settings(deadline=None, max_examples=120, derandomize=True)
 @given(simplex(), simplex(), st.floats(0, 1), smooth_widths, smooth_widths)

@@ -1,58 +1,64 @@
 """lib/checkpoint.py: the lock of an out_dir, files that are whole or absent, and checkpoints that fit."""
+import atexit
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from lib import checkpoint as lib_checkpoint
-from lib.checkpoint import KINDS as CONTENTS
-from lib.checkpoint import check_checkpoint, read_checkpoint, save_checkpoint
-from lib.checkpoint import restore as restore_checkpoint
-from lib.checkpoint import take_out_dir as lock_out_dir
+import lib.checkpoint
+from lib.checkpoint import (CONTENTS, check_checkpoint, lock_out_dir, read_checkpoint, restore_checkpoint,
+                            save_checkpoint)
 from model import GPT, GPTConfig
 from tests import kill_test
-from tests.conftest import PROCESSES, ROOT, TINY
+from tests.conftest import PROCESSES, TINY
 from tests.runs import load
 
 
 # Lock
 
+def hold_the_lock_for_a_moment(folder):
+    """A process that locks folder/out as soon as it can, has a child that ends, and ends itself."""
+    os.chdir(folder)
+    while True:
+        try:
+            lock_out_dir("out")
+            break
+        except ValueError:
+            time.sleep(0.001)
+    os.mkdir("held")  # fails while another process holds the lock
+    if os.fork() == 0:
+        atexit._run_exitfuncs()
+        os._exit(0)
+    os.wait()
+    time.sleep(0.01)
+    os.rmdir("held")
+    atexit._run_exitfuncs()  # multiprocessing skips them
+
+
 def test_only_one_of_several_processes_holds_the_lock(tmp_path):
-    """Eight processes lock one folder and end, as soon as they can; a child that ends does not end the lock."""
-    program = f"""if True:
-        import os, sys, time, types
-        sys.path.insert(0, {str(ROOT)!r})
-        sys.modules["torch"] = types.ModuleType("torch")  # it takes long to import, and a lock needs none
-        from lib.checkpoint import {lock_out_dir.__name__} as lock_out_dir
-        while True:
-            try:
-                lock_out_dir("out")
-                break
-            except ValueError:
-                time.sleep(0.001)
-        os.mkdir("alone")  # fails while another process holds the lock
-        if os.fork() == 0:
-            sys.exit()
-        os.wait()
-        time.sleep(0.01)
-        os.rmdir("alone")"""
-    started = [subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path) for _ in range(8)]
-    assert [process.wait(600) for process in started] == [0] * 8
+    """Of eight that want it at once; the end of a child does not end the lock of its parent."""
+    started = [PROCESSES.Process(target=hold_the_lock_for_a_moment, args=(tmp_path,)) for _ in range(8)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(600)
+    assert [process.exitcode for process in started] == [0] * 8
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
 
 
 def test_a_lock_file_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
     """Its last owner removes it between the opening and the locking. The lock must be on the file that others see."""
-    lock, lockf, calls = tmp_path / "lock", lib_checkpoint.fcntl.lockf, []
+    lock, lockf, calls = tmp_path / "lock", lib.checkpoint.fcntl.lockf, []
 
     def late(descriptor, operation):
         calls.append(descriptor)
         if len(calls) == 1:
             os.remove(lock)
         return lockf(descriptor, operation)
-    monkeypatch.setattr(lib_checkpoint.fcntl, "lockf", late)
+    monkeypatch.setattr(lib.checkpoint.fcntl, "lockf", late)
     lock_out_dir(str(tmp_path))
     other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     done = subprocess.run([sys.executable, "-c", other, lock], capture_output=True, text=True)
@@ -149,7 +155,7 @@ def test_a_truncated_checkpoint_is_refused(share, trained, tmp_path):
 def test_a_checkpoint_without_a_part_is_refused(name, kind, whole, tmp_path):
     del whole[name]
     torch.save(whole if kind == "missing" else whole | {name: "x"}, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match=f"without a sound {name}"):
+    with pytest.raises(ValueError, match=f"lacks a sound {name}"):
         read_checkpoint(str(tmp_path / "ckpt.pt"))
 
 

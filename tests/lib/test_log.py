@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from lib.checkpoint import Log as RunLog
+from lib.log import RunLog
 
 
 @contextlib.contextmanager

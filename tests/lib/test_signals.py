@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from lib.checkpoint import Signals as DeferredSignals
+from lib.signals import DeferredSignals
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -23,15 +23,15 @@ def test_a_signal_before_training_ends_the_program(number):
     signals = DeferredSignals()
     with pytest.raises(SystemExit) as stopped:
         os.kill(os.getpid(), number)
-    assert stopped.value.code == 128 + number and signals.number == 0
+    assert stopped.value.code == 128 + number and signals.received == 0
 
 
 def test_the_first_signal_during_training_is_noted():
     signals = DeferredSignals()
-    signals.wait = True
+    signals.deferring = True
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
-    assert signals.number == signal.SIGHUP
+    assert signals.received == signal.SIGHUP
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():
