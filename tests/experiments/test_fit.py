@@ -1,8 +1,9 @@
-"""scaling.py fit and plot: laws of runs whose truth is known."""
+"""python -m experiments.scaling fit and plot: laws of runs whose truth is known."""
 import csv
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from experiments.scaling import fit as scaling_fit
 from experiments.scaling import plot as scaling_plot
 from experiments.scaling import report as scaling_report
-from experiments.scaling.fit import Law, Points, Run
+from experiments.scaling.fit import Law, MeasuredRun, Points
+from tests.conftest import ROOT
+from tests.experiments.logs import write_log
 
 
 # ---- Frontiers and laws ---------------------------------------------------------------------------------------------
@@ -37,7 +40,7 @@ def synthetic(label, m, seed, noise=0.004, sizes=np.geomspace(1e5, 3e6, 5)):
         losses = chinchilla(params, tokens, m) * (1 + noise * rng.standard_normal() + 0.001 * rng.standard_normal(40))
         config = dict(n_embd=int(params), n_layer=3, seed=1, learning_rate=3e-3, decay_lr=False, max_iters=40)
         per_token = {"flops": 6 * params, "flops_without_output_layer": 5 * params, "seconds": 1e-9 * params}
-        found.append(Run(f"{label}-{params:.0f}", label, config, int(params), int(params), per_token, Points(tokens, losses), 1.0))
+        found.append(MeasuredRun(f"{label}-{params:.0f}", label, config, int(params), int(params), per_token, Points(tokens, losses), 1.0))
     return found
 
 
@@ -92,23 +95,6 @@ def test_frontier_is_the_least_of_all_curves():
 
 
 # ---- fit and plot, from logs to figures ------------------------------------------------------------------------------
-
-def write_log(folder, label, config, per_token, tokens, losses, ms=10.0, skipped=0, max_iters=None):
-    """A log as train.py writes it, 1,000 tokens an iteration, the last ones skipped."""
-    folder.mkdir(parents=True)
-    config = dict(struct="dense", dataset="d", block_size=8, eval_iters=2, batch_size=4, decay_lr=False, learning_rate=1e-3, seed=1,
-                  n_layer=3, n_head=1, max_iters=max_iters or int(tokens[-1] // 1000)) | config
-    lines = [dict(type="run", config=config, model_args=dict(vocab_size=96), params=config["n_embd"] ** 2,
-                  active_params=config["n_embd"], flops_per_token=per_token, tokens_per_iter=1000,
-                  flops_per_token_without_output_layer=per_token * 0.9),
-             dict(type="eval", iter=0, tokens=0, val_loss=4.6)]
-    for t, loss in zip(tokens, losses):
-        lines.append(dict(type="train", iter=int(t // 1000) - 1, tokens=t, loss=loss, ms_per_iter=ms))
-        lines.append(dict(type="eval", iter=int(t // 1000), tokens=t, val_loss=loss))
-    lines += [dict(type="skip", iter=int(tokens[-1] // 1000) + i, tokens=0, loss=None) for i in range(skipped)]
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"type": "eval", "it')    # a half line
-    (folder / "settings.json").write_text(json.dumps(dict(label=label)))
-
 
 @pytest.fixture(scope="module")
 def fitted(run, tmp_path_factory):
@@ -165,7 +151,7 @@ def test_remarks_on_frontiers_that_are_not_known():
         x = np.geomspace(1e10, 1e14, 200)
         small, large = 3 - np.log10(x / 1e10) + 0.7 * np.log10(np.maximum(x, 1e11) / 1e11), 3.3 - 0.8 * np.log10(x / 1e10)
         shape = dict(n_layer=3, learning_rate=3e-3, seed=1, decay_lr=False, max_iters=40)
-        runs = [Run(name, "btt", shape | dict(n_embd=n), n, n, {"flops": float(n)}, Points(x[part] / n, losses[part]), 1.0)
+        runs = [MeasuredRun(name, "btt", shape | dict(n_embd=n), n, n, {"flops": float(n)}, Points(x[part] / n, losses[part]), 1.0)
                 for name, n, losses, part in (("small", 64, small, x <= end), ("large", 128, large, x >= begin))]
         return [n for n in scaling_report.remarks(scaling_fit.fit_structure("btt", runs, "flops", samples=0)) if "passes" in n
                 or "ended before" in n]
@@ -228,19 +214,29 @@ def test_figures(fitted, run):
     assert {name: (folder / name).read_bytes() for name in names} == made   # nothing of the day in them
 
 
-def test_plot_refuses_a_fit_of_another_version(fitted, run, tmp_path):
-    """One that lacks something, or holds a number where there should be more; the figures beside it stay."""
-    text = (fitted[0] / "fit.json").read_text()
-    without = json.loads(text)
-    for curve in without["axes"]["flops"].values():
+def lacks_a_curves_key(found):
+    for curve in found["axes"]["flops"].values():
         del curve["measured_multipliers"]
-    numbers = dict.fromkeys(json.loads(text)["axes"], 3)
-    for found in (without, {"axes": {}}, json.loads(text) | dict(axes=numbers), json.loads(text) | dict(axes=3), [], 3):
-        (tmp_path / "fit.json").write_text(json.dumps(found))
-        (tmp_path / "frontier.svg").touch()
-        told = run("experiments.scaling", "plot", f"--out={tmp_path}")
-        assert told.returncode == 1 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1, told.stderr
-        assert "fit.json" in told.stderr and "scaling.py fit" in told.stderr and (tmp_path / "frontier.svg").exists()
+    return found
+
+
+@pytest.mark.parametrize("change", [
+    lacks_a_curves_key, lambda found: {"axes": {}}, lambda found: found | dict(axes=dict.fromkeys(found["axes"], 3)),
+    lambda found: found | dict(axes=3), lambda found: [], lambda found: 3])
+def test_plot_refuses_a_fit_of_another_version(fitted, tmp_path, change):
+    """One that lacks something, or holds a number where there should be more; the figures beside it stay."""
+    found = json.loads((fitted[0] / "fit.json").read_text())
+    (tmp_path / "fit.json").write_text(json.dumps(change(found)))
+    (tmp_path / "frontier.svg").touch()
+    with pytest.raises(ValueError, match="fit.json.*python -m experiments.scaling fit"):
+        scaling_plot.plot(str(tmp_path))
+    assert (tmp_path / "frontier.svg").exists()
+
+
+def test_the_published_fit_can_be_drawn(tmp_path):
+    shutil.copy(ROOT / "results" / "scaling" / "fit.json", tmp_path)
+    scaling_plot.plot(str(tmp_path))
+    assert {f.stem for f in tmp_path.glob("*.svg")} == set(scaling_plot.FIGURES)
 
 
 def test_fit_refuses_different_losses(run, tmp_path):
@@ -262,8 +258,8 @@ def test_fit_refuses(fitted, run, tmp_path, flag, words):
 
 def report(folder, base=None):
     """The page about the runs in a folder."""
-    scaling_report.fit([str(folder / "runs")], str(folder / "out"), base=base, floor=None, window=(None, None), samples=10,
-                       level=0.9)
+    scaling_report.write_report([str(folder / "runs")], str(folder / "out"), base=base, floor=None, window=(None, None),
+                                samples=10, level=0.9)
     return (folder / "out" / "table.md").read_text()
 
 
@@ -313,11 +309,43 @@ def test_rates_are_compared_at_the_same_tokens():
     def ended(rate, its, decays=True):
         config = dict(n_embd=8, n_layer=3, seed=1, learning_rate=rate, decay_lr=decays, max_iters=its)
         points = Points(np.array([its]), np.array([3 - rate]))
-        return Run(f"{rate}-{its}", "dense", config, 1, 1, {"flops": 1.0}, points, 1.0)
+        return MeasuredRun(f"{rate}-{its}", "dense", config, 1, 1, {"flops": 1.0}, points, 1.0)
 
     line, = scaling_report.best_rates([ended(rate, its) for rate, its in ((0.1, 100), (0.2, 100), (0.3, 500))])
     assert line.startswith("dense, 3 x 8: 0.1: 2.900, **0.2: 2.800** after 100 tokens")
     assert not scaling_report.best_rates([ended(0.1, 100, False), ended(0.2, 500, False)])
+
+
+# what an earlier train.py put into a log, and what it is since
+UNRESOLVED = dict.fromkeys(("lr_decay_iters", "min_lr", "device", "dtype", "compile", "out_dir", "backend"))
+RESOLVED = dict(lr_decay_iters=40, min_lr=1e-4, device="cpu", dtype="float32", compile=False, out_dir="there", backend="gloo")
+
+
+@pytest.mark.parametrize("decays, change, copies", [
+    (True, {}, True), (True, dict(min_lr=2e-4), False), (True, dict(lr_decay_iters=30), False),
+    (False, dict(min_lr=3e-4, lr_decay_iters=7), True), (True, dict(device="cuda:1", backend="nccl"), True)])
+def test_logs_that_hold_none_are_compared_by_what_was_used(tmp_path, decays, change, copies):
+    for name, settings in (("old", UNRESOLVED), ("new", RESOLVED | change)):
+        write_log(tmp_path / name, "btt", dict(n_embd=8, decay_lr=decays) | settings, 6e5, [2e4, 4e4], [3, 2],
+                  dtype="float32", compile=False)
+    runs, notes = scaling_fit.read_runs([str(tmp_path)])
+    assert len(runs) == (1 if copies else 2) and any("another run of the same settings" in note for note in notes) == copies
+
+
+def test_another_dtype_is_another_run(tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        write_log(tmp_path / dtype, "btt", dict(n_embd=8) | UNRESOLVED, 6e5, [2e4, 4e4], [3, 2], dtype=dtype, compile=False)
+    runs, notes = scaling_fit.read_runs([str(tmp_path)])
+    assert len(runs) == 2 and not notes
+
+
+def test_rates_are_compared_though_each_has_its_own_min_lr(tmp_path):
+    for rate in (1e-3, 2e-3):
+        config = dict(n_embd=8, decay_lr=True, learning_rate=rate) | RESOLVED | dict(min_lr=rate / 10)
+        write_log(tmp_path / f"{rate}", "btt", config, 6e5, [4e4], [3 - rate])
+    runs, notes = scaling_fit.read_runs([str(tmp_path)])
+    line, = scaling_report.best_rates(runs)
+    assert "0.001: 2.999, **0.002: 2.998**" in line and not notes
 
 
 def test_a_copy_is_no_second_run(tmp_path):
@@ -377,11 +405,11 @@ def test_a_size_has_one_time():
     """Runs of a structure and size differ in their time by chance; their median is the size."""
     runs = synthetic("dense", 1, 0, sizes=[1e5, 1e5, 1e5, 2e5])
     for run, seconds in zip(runs, (1.0, 1.01, 1.5, 7.0)):
-        run.flops_per_token["seconds"] = seconds
-    del runs[3].flops_per_token["flops"]
-    runs.append(dataclasses.replace(runs[0], flops_per_token={}))
+        run.per_token["seconds"] = seconds
+    del runs[3].per_token["flops"]
+    runs.append(dataclasses.replace(runs[0], per_token={}))
     scaling_fit.share_seconds(runs)
-    assert [run.flops_per_token.get("seconds") for run in runs] == [1.01, 1.01, 1.01, 7.0, None]
+    assert [run.per_token.get("seconds") for run in runs] == [1.01, 1.01, 1.01, 7.0, None]
 
 
 def test_seconds_of_bench(tmp_path):
@@ -393,11 +421,11 @@ def test_seconds_of_bench(tmp_path):
     config = dict(n_embd=64, n_layer=3, head_size=32, block_size=16, batch_size=4)
     (tmp_path / "bench.json").write_text(json.dumps(dict(config=config, steps=steps)))
     notes = scaling_fit.take_seconds([small, large], [tmp_path / "bench.json"])
-    assert small.flops_per_token["seconds"] == 1 / 5000 and "seconds" not in large.flops_per_token
+    assert small.per_token["seconds"] == 1 / 5000 and "seconds" not in large.per_token
     assert len(notes) == 1 and large.name in notes[0]
     for key in ("n_layer", "head_size", "block_size", "batch_size"):
         (tmp_path / "bench.json").write_text(json.dumps(dict(config=config | {key: 8}, steps=steps)))
         assert len(scaling_fit.take_seconds([small, large], [tmp_path / "bench.json"])) == 2
     (tmp_path / "bench.json").write_text('{"steps": 3}')
-    with pytest.raises(ValueError, match="bench.json is no output of bench.py"):
+    with pytest.raises(ValueError, match="bench.json is no output of experiments.bench"):
         scaling_fit.take_seconds([small], [tmp_path / "bench.json"])
