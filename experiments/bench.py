@@ -1,6 +1,6 @@
 """Speed of every structure beside nn.Linear, and of a training step.
 
-    python -m experiments.bench                         widths 256 to 2048, then a step of every structure config
+    python -m experiments.bench                     widths 256 to 2048, then a step of every structure config
     python -m experiments.bench --widths=512, --structs=btt,btt_moe --step=False
 
 For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. The
@@ -51,9 +51,9 @@ from lib import device as devices
 from lib import kernels
 from model import GPT, GPTConfig
 
-for key in ("tokens", "turns", "steps", "n_embd", "n_layer", "head_size", "block_size", "batch_size", "vocab_size"):
-    if config[key] < 1:
-        fail(f"{key} must be at least 1; got {config[key]}")
+for key, value in config.items():
+    if type(value) is int and value < 1:
+        fail(f"{key} must be at least 1; got {value}")
 if any(w < 1 or w != int(w) for w in widths):
     fail(f"widths must be positive whole numbers; got {widths}")
 if n_embd % head_size:
@@ -62,7 +62,7 @@ if dtype not in (None, "float32", "bfloat16", "float16"):
     fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
 device, device_type, dtype = devices.choose(device, dtype)
 autocast = devices.autocast(device_type, dtype)
-structures = {"dense": structure_config("dense")} | {name: structure_config(name) for name in structs.split(",")}
+structures = {name: structure_config(name) for name in ("dense", *structs.split(","))}
 LAYER_KEYS = ("rank", "theta", "num_experts", "top_k", "dyad_blocks", "dyad_variant")
 
 
@@ -94,7 +94,9 @@ def take_turns(runs: dict, count: int) -> dict[str, list[float]]:
 def ratios(times: list[float], base: list[float]) -> tuple[float, list[float]]:
     """(median, quartiles) of the ratios, turn by turn."""
     by_turn = [t / b for t, b in zip(times, base)]
-    low, median, high = statistics.quantiles(by_turn, n=4, method="inclusive") if len(by_turn) > 1 else by_turn * 3
+    if len(by_turn) == 1:
+        by_turn *= 2
+    low, median, high = statistics.quantiles(by_turn, n=4, method="inclusive")
     return median, [low, high]
 
 
@@ -113,13 +115,14 @@ def memory(run) -> tuple[int, int] | tuple[None, None]:
     if device_type != "cpu":
         return None, None
     kernels.release_scratch()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as trace:
         result = run()
         kernels.release_scratch()   # all layers share it in turn: it counts for the peak alone
     del result
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trace.json")
-        profile.export_chrome_trace(path)
+        trace.export_chrome_trace(path)
         with open(path, encoding="utf-8") as f:
             events = [event for event in json.load(f)["traceEvents"] if event.get("name") == "[memory]"]
     total = peak = 0
@@ -127,6 +130,10 @@ def memory(run) -> tuple[int, int] | tuple[None, None]:
         total += event["args"]["Bytes"]
         peak = max(peak, total)
     return total, peak
+
+
+def compiled(module: nn.Module):
+    return torch.compile(module, fullgraph=True) if compile else module
 
 
 def layers(d: int) -> dict[str, nn.Module]:
@@ -144,33 +151,30 @@ def bench_layers(d: int) -> list[dict]:
     x = torch.randn(tokens, d, device=device, requires_grad=True)
     dy = torch.randn(tokens, d, device=device)
 
-    def forward_of(layer):
-        call = torch.compile(layer, fullgraph=True) if compile else layer
+    def calls_of(layer):
+        call = compiled(layer)
 
         def forward():
             with autocast:
                 return call(x)
-        return forward
 
-    def step_of(layer, forward):
         def run():
             y = forward()
             y.backward(dy.to(y.dtype))
             x.grad = None
             layer.zero_grad()
-        return run
+        return forward, run
 
     made = layers(d)
-    forwards = {name: forward_of(layer) for name, layer in made.items()}
-    runs = {name: step_of(layer, forwards[name]) for name, layer in made.items()}
-    times = take_turns(runs, turns)
+    calls = {name: calls_of(layer) for name, layer in made.items()}
+    times = take_turns({name: run for name, (_, run) in calls.items()}, turns)
     rows = []
-    for name, layer in made.items():
+    for name, (forward, run) in calls.items():
         ratio, quartiles = ratios(times[name], times["nn.Linear"])
-        flops = 1.0 if name == "nn.Linear" else layer.flops_per_token() / (2 * d * d)
-        rows.append(dict(width=d, layer=name, ms=statistics.median(times[name]), ratio=ratio, quartiles=quartiles,
-                         flops=flops, time_per_flop=ratio / flops, kept_bytes=memory(forwards[name])[0],
-                         peak_bytes=memory(runs[name])[1]))
+        flops = 1.0 if name == "nn.Linear" else made[name].flops_per_token() / (2 * d * d)
+        rows.append(dict(width=d, layer=name, ms=statistics.median(times[name]), ratio=ratio,
+                         quartiles=quartiles, flops=flops, time_per_flop=ratio / flops,
+                         kept_bytes=memory(forward)[0], peak_bytes=memory(run)[1]))
     return rows
 
 
@@ -180,7 +184,7 @@ def bench_steps() -> list[dict]:
 
     def training_step(model):
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
-        call = torch.compile(model, fullgraph=True) if compile else model
+        call = compiled(model)
 
         def run():
             with autocast:
@@ -191,15 +195,16 @@ def bench_steps() -> list[dict]:
             model.rebalance(aux.load, aux.variance, 0.1)
         return run
 
-    size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // head_size)
+    size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd,
+                n_head=n_embd // head_size)
     models = {name: GPT(GPTConfig(**size, **options)).to(device) for name, options in structures.items()}
     times = take_turns({name: training_step(model) for name, model in models.items()}, steps)
+    dense_flops = models["dense"].flops_per_token()
     rows = []
     for name, model in models.items():
-        speed, quartiles = ratios(times["dense"], times[name])
-        ms = statistics.median(times[name])
+        ms, (speed, quartiles) = statistics.median(times[name]), ratios(times["dense"], times[name])
         rows.append(dict(config=name, ms=ms, tokens_per_s=batch_size * block_size / ms * 1e3, speed=speed,
-                         quartiles=quartiles, flops=model.flops_per_token() / models["dense"].flops_per_token()))
+                         quartiles=quartiles, flops=model.flops_per_token() / dense_flops))
     return rows
 
 
@@ -210,8 +215,9 @@ def machine() -> dict:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
     name = torch.cuda.get_device_name(device) if device_type == "cuda" else name
-    return dict(device=name, threads=torch.get_num_threads(), dtype=dtype, compiled=compile, torch=torch.__version__,
-                python=platform.python_version(), system=platform.platform(terse=True))
+    return dict(device=name, threads=torch.get_num_threads(), dtype=dtype, compiled=compile,
+                torch=torch.__version__, python=platform.python_version(),
+                system=platform.platform(terse=True))
 
 
 def print_row(*cells) -> None:
@@ -222,18 +228,19 @@ def main() -> None:
     if device_type == "cpu":
         kernels.keep_freed_memory()     # as train.py does
     if compile:
-        torch._dynamo.config.recompile_limit = 1000     # every structure and width compiles the same code anew
+        torch._dynamo.config.recompile_limit = 1000     # every structure and width compiles the same code
     result = dict(machine=machine(), config=config, layers=[], steps=[])
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     print(f"\nForward + backward of {tokens:,} tokens, ÷ nn.Linear:\n")
     print_row("width", "layer", "ms", "time", "quartiles", "FLOPs", "time per FLOP", "kept MiB", "peak MiB")
     print_row(*["---"] * 9)
-    for d in map(int, widths):
-        for row in bench_layers(d):
-            result["layers"].append(row)
-            kept, peak = ("" if row[k] is None else f"{row[k] / 2 ** 20:.1f}" for k in ("kept_bytes", "peak_bytes"))
-            print_row(d, row["layer"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}", "{:.2f} to {:.2f}".format(*row["quartiles"]),
-                      f"{row['flops']:.3f}", f"{row['time_per_flop']:.1f}", kept, peak)
+    for row in (row for d in widths for row in bench_layers(int(d))):
+        result["layers"].append(row)
+        sizes = row["kept_bytes"], row["peak_bytes"]
+        mib = ["" if size is None else f"{size / 2 ** 20:.1f}" for size in sizes]
+        print_row(row["width"], row["layer"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}",
+                  "{:.2f} to {:.2f}".format(*row["quartiles"]), f"{row['flops']:.3f}",
+                  f"{row['time_per_flop']:.1f}", *mib)
     if step:
         print(f"\nTraining steps, n_embd {n_embd}, {n_layer} layers, {batch_size} x {block_size} tokens:\n")
         print_row("config", "ms", "tokens/s", "÷ dense", "quartiles", "FLOPs")

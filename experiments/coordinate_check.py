@@ -66,7 +66,8 @@ def train_and_measure(options: dict, width: int, seed: int, tokens, vocab_size: 
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=3, n_head=width // 32,
                           n_embd=width, **options))
-    optimizer = model.configure_optimizers(0.0, learning_rate, (0.9, 0.95), "cpu", mup_base_width if mup else None)
+    base_width = mup_base_width if mup else None
+    optimizer = model.configure_optimizers(0.0, learning_rate, (0.9, 0.95), "cpu", base_width)
     rng = np.random.default_rng(seed)
     for step in range(steps + 1):
         starts = rng.integers(0, len(tokens) - block_size, batch_size)
@@ -105,7 +106,8 @@ def spread(rows: list[dict]) -> dict[str, float]:
 def draw(rows: list[dict], folder: str) -> None:
     """A panel for each structure: size against width, a line for each quantity."""
     plt = plot.pyplot("coordinate_check")
-    names, quantities, ticks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("struct", "quantity", "width"))
+    names, quantities, ticks = (list(dict.fromkeys(row[key] for row in rows))
+                                for key in ("struct", "quantity", "width"))
     columns = min(5, len(names))
     fig, grid = plot.axes(plt, columns, rows=math.ceil(len(names) / columns), sharex=True, sharey=True)
     for ax, name in zip(grid.flat, names):
@@ -138,8 +140,9 @@ def main() -> int:
     rows, status = [], 0
     for name in names:
         rows += (found := check_structure(name, splits["train"], meta["vocab_size"]))
-        line = f"{name:10s} " + "  ".join(f"{quantity} {ratio:.2f}" for quantity, ratio in spread(found).items())
-        if max(spread(found).values()) >= LIMIT:
+        ratios = spread(found)
+        line = f"{name:10s} " + "  ".join(f"{quantity} {ratio:.2f}" for quantity, ratio in ratios.items())
+        if max(ratios.values()) >= LIMIT:
             line, status = line + f"  <- not below {LIMIT:g}", 1
         print(line, flush=True)
     write_csv(os.path.join(out, "coordinate_check.csv"), rows)

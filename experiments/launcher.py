@@ -172,7 +172,7 @@ def check_gpus(jobs: int, gpus: int) -> None:
     """Raises ValueError where `jobs` jobs cannot have `gpus` GPUs each: those left over would train on the
     CPU."""
     if gpus and jobs * gpus > (visible := len(visible_gpus())):
-        raise ValueError(f"jobs = {jobs} times gpus = {gpus} is more than the {visible} GPUs that are visible here")
+        raise ValueError(f"jobs = {jobs} times gpus = {gpus} is more than the {visible} GPUs visible here")
 
 
 def launch(run: Run, job: int, *, jobs: int, gpus: int, program: str) -> subprocess.Popen:

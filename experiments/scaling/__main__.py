@@ -1,16 +1,16 @@
 """Compute-optimal scaling laws and learning-rate transfer: run a plan, fit what its runs measured, draw it.
 
-    python -m experiments.scaling sweep experiments/plans/cpu.py                 the runs of a plan, one at a time
-    python -m experiments.scaling sweep experiments/plans/cpu.py --dry_run=True  list them, and how far they are
-    python -m experiments.scaling sweep experiments/plans/paper.py --jobs=8 --gpus=1    eight at a time, a GPU each
-    python -m experiments.scaling fit --runs=out-scaling         laws, tables, figures from all log.jsonl below a folder
-    python -m experiments.scaling plot                           the figures again, from what fit wrote
-    python -m experiments.scaling transfer --runs=out-lr_transfer   does the best rate stay as the width grows?
+    python -m experiments.scaling sweep experiments/plans/cpu.py    the runs of a plan, one at a time
+        --dry_run=True                                              list them, and how far they are
+        --jobs=8 --gpus=1                                           eight at a time, a GPU for each
+    python -m experiments.scaling fit --runs=out-scaling            laws, from every log.jsonl below a folder
+    python -m experiments.scaling plot                              the figures again, from what fit wrote
+    python -m experiments.scaling transfer --runs=out-lr_transfer   does the best rate stay over the widths?
 
 Run them from the clone's root. A plan is a Python file that sets keys of train.py; a list is an axis of the
 grid. Besides:
 
-    structures  {label: {keys of its own}}; config/<label>.py says what the structure is, or the keys themselves
+    structures  {label: {keys of its own}}; config/<label>.py, or the keys, say what the structure is
     head_size   n_head = n_embd / head_size
     flops       training FLOPs, instead of max_iters: a number, a list, or {n_embd: number}
     evals       evaluations of a run, instead of eval_interval
@@ -32,19 +32,19 @@ from configurator import fail
 from experiments import launcher
 
 # sweep
-runs: str = "out-scaling"       # folder of the runs; fit and transfer read all log.jsonl below it (several: a,b)
+runs: str = "out-scaling"       # folder of the runs; fit and transfer read all logs below it (several: a,b)
 jobs: int = 1                   # runs at a time on this machine
 gpus: int = 0                   # GPUs of each run, the next ones for each job; 0: whatever there is, for all
 program: str = "train.py"       # what is started for each run
-expiry: float = 900.0           # seconds after which a run whose sweep gives no sign of life is taken over
-wait: bool = True               # when only others' runs are left, wait for them, and take over those that expire
+expiry: float = 900.0           # seconds after which the run of a sweep that does not stir is taken over
+wait: bool = True               # when only others' runs are left, wait for them; take over those that expire
 dry_run: bool = False           # list the runs and end
 # fit, plot and transfer
-base: str | None = None         # structure that multipliers are against; None: dense, where there are runs of it
+base: str | None = None         # structure that multipliers are against; None: dense, if there are runs of it
 floor: float | None = None      # L∞ of every structure, in nats per token; None: fitted, each its own
 min_flops: float | None = None  # the frontier begins here; None: where the smallest size is the best one
 max_flops: float | None = None  # and ends here; None: where the largest size is the best one
-bench: str = ""                 # files of experiments.bench whose training steps give the seconds (several: a,b)
+bench: str = ""                 # files of experiments.bench that the seconds are taken from (several: a,b)
 samples: int = 300              # bootstrap samples
 level: float = 0.9              # probability of the intervals
 out: str = "out-fit"            # folder of the tables and figures
@@ -83,7 +83,8 @@ def sweep() -> int:
     if dry_run:
         for run in planned:
             done = launcher.speed(run)[0]
-            state = "finished" if launcher.final_loss(run) is not None else f"at iteration {done}" if done else "to do"
+            state = f"at iteration {done}" if done else "to do"
+            state = "finished" if launcher.final_loss(run) is not None else state
             print(f"{run.name:60s} {run.max_iters:8,} iterations {run.flops:9.3g} FLOPs  {state}")
         print(f"{len(planned)} runs, {sum(run.flops for run in planned):.3g} FLOPs")
         return 0

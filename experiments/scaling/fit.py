@@ -4,16 +4,16 @@ A run is read from its log.jsonl. Its points are its evaluations where the learn
 its end where it decays. Then, for each structure, along an axis x (training FLOPs, those without the output
 layer, or seconds):
 
-frontier    The lowest loss that any run has reached by x, at 12 budgets a decade, between the points of a run by
-            interpolation in log x; runs that differ only in the seed are one, their mean. It is used between
-            the budgets at which the smallest and the largest size are the best ones. These follow from where
-            one size hands over to the next, by a line in log size over log x.
-law         L = L∞ + (x / x0)^-a through the frontier. For a given a, L∞ and x0 follow from linear least squares, so
-            that only a is searched. Huber weights keep outliers from deciding.
-intervals   A parametric bootstrap: all losses of a run move by the noise between seeds, each evaluation by the noise
-            within a run, and frontier and law are made again.
-multiplier  The x that dense needs for the same loss ÷ the x that the structure needs: by the laws of both, where
-            both frontiers have that loss; and without laws, from the points of one frontier to the other.
+frontier    The lowest loss that any run has reached by x, at 12 budgets a decade, between the points of a
+            run by interpolation in log x; runs that differ only in the seed are one, their mean. It is used
+            between the budgets at which the smallest and the largest size are the best ones. These follow
+            from where one size hands over to the next, by a line in log size over log x.
+law         L = L∞ + (x / x0)^-a through the frontier. For a given a, L∞ and x0 follow from linear least
+            squares, so that only a is searched. Huber weights keep outliers from deciding.
+intervals   A parametric bootstrap: all losses of a run move by the noise between seeds, each evaluation by
+            the noise within a run, and frontier and law are made again.
+multiplier  The x that dense needs for the same loss ÷ the x that the structure needs: by the laws of both,
+            where both frontiers have that loss; and from the points of one frontier to the other.
 
 Seconds are iterations · the median time of one, over all runs of a structure and size: neither a pause of the
 machine nor evaluations count. Runs that share a machine slow each other down; experiments.bench measures the
@@ -32,13 +32,15 @@ import numpy as np
 
 from experiments.launcher import NO_EFFECT, read_log
 
-# what a frontier is drawn against
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
         "seconds": "training seconds"}
 PER_DECADE = 12     # budgets of a frontier
-COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "batch_size")    # losses compare where these agree
-VARIED = ("n_embd", "n_layer", "n_head", "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")
-STEP_SHAPE = ("n_embd", "n_layer", "n_head", "block_size", "batch_size")    # of a training step that bench.py times
+# losses compare where these agree; runs of a structure may differ in these without a remark; what a step's
+# time depends on
+COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "batch_size")
+VARIED = ("n_embd", "n_layer", "n_head", "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype",
+          "compile")
+STEP_SHAPE = ("n_embd", "n_layer", "n_head", "block_size", "batch_size")
 SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
 HUBER = 1.345       # residuals beyond so many standard deviations count less
 
@@ -67,12 +69,10 @@ class MeasuredRun:
 
     @property
     def first(self) -> float:
-        """Tokens before its first point."""
         return self.points.tokens[0]
 
     @property
     def last(self) -> float:
-        """Tokens before its last point."""
         return self.points.tokens[-1]
 
     def x(self, axis: str) -> np.ndarray:
@@ -158,7 +158,7 @@ def read_run(folder: str) -> tuple[MeasuredRun | None, str | None]:
     if unfinished:
         remarks.append(f"unfinished, at iteration {last} of {config['max_iters']}")
         if config["decay_lr"]:
-            return None, f"{name}: {'; '.join(remarks)}; left out, since its learning rate decays and only an end counts"
+            return None, f"{name}: {remarks[-1]}; left out, since its rate decays and only an end counts"
     keep = [i for i, (it, _) in enumerate(evals) if it > 0 and (not config["decay_lr"] or it == last)]
     points = Points(np.array([evals[i][1]["tokens"] for i in keep], float), losses[keep])
     per_token = {"flops": start["flops_per_token"],
@@ -166,8 +166,8 @@ def read_run(folder: str) -> tuple[MeasuredRun | None, str | None]:
     if trains:
         ms = statistics.median(p["ms_per_iter"] for p in trains)
         per_token["seconds"] = ms / 1e3 / start["tokens_per_iter"]
-    run = MeasuredRun(name, label_of(folder, start["config"]), config, start["params"], start["active_params"], per_token,
-                      points, trains[-1]["loss"] if trains else math.nan)
+    run = MeasuredRun(name, label_of(folder, start["config"]), config, start["params"],
+                      start["active_params"], per_token, points, trains[-1]["loss"] if trains else math.nan)
     return run, f"{name}: {'; '.join(remarks)}" if remarks else None
 
 
@@ -201,10 +201,11 @@ def read_runs(folders: Iterable[str]) -> tuple[list[MeasuredRun], list[str]]:
         runs += [run] if run else []
         notes += [note] if note else []
     if not runs:
-        raise ValueError(f"there is no run below {', '.join(folders)} that can be used" + (f" ({notes[0]})" if notes else ""))
-    for key, (one, other, *_) in differences(runs, keys=COMPARABLE).items():
-        raise ValueError(f"these runs do not measure the same loss: {key} is {one} and {other}; keep them in different "
-                         "folders")
+        why = f" ({notes[0]})" if notes else ""
+        raise ValueError(f"there is no run below {', '.join(folders)} that can be used{why}")
+    for key, (one, other, *_) in differences(runs, COMPARABLE).items():
+        raise ValueError(f"these runs do not measure the same loss: {key} is {one} and {other}; keep them in "
+                         "different folders")
     runs, copies = without_copies(runs)
     return runs, notes + copies + unlike(runs)
 
@@ -237,8 +238,8 @@ def without_copies(runs: list[MeasuredRun]) -> tuple[list[MeasuredRun], list[str
     for same in alike(runs, ()):
         longest = max(same, key=lambda run: run.last)
         found.append(longest)
-        notes += [f"{run.name}: left out, another run of the same settings and seed is as long or longer, {longest.name}"
-                  for run in same if run is not longest]
+        notes += [f"{run.name}: left out, another run of the same settings and seed is as long or longer, "
+                  f"{longest.name}" for run in same if run is not longest]
     return found, notes
 
 
@@ -247,14 +248,15 @@ def unlike(runs: list[MeasuredRun]) -> list[str]:
     notes = []
     for label in sorted({run.label for run in runs}):
         mine = [run for run in runs if run.label == label]
-        for key, values in differences(mine, sorted({key for run in mine for key in run.config} - {*VARIED})).items():
-            notes.append(f"{label}: its runs differ in {key}, {', '.join(values)}; its frontier is the lowest of all")
+        keys = {key for run in mine for key in run.config} - {*VARIED}
+        for key, values in differences(mine, sorted(keys)).items():
+            notes.append(f"{label}: its runs differ in {key}, {', '.join(values)}; the frontier is of all")
     return notes
 
 
 def share_seconds(runs: list[MeasuredRun]) -> None:
-    """Give all runs of a structure and size the median of their seconds per token, so that none is a size of
-    its own."""
+    """Give all runs of a structure and size the median of their seconds per token: one slowed down is no
+    other size."""
     seconds: dict[tuple, list[float]] = {}
     timed = [run for run in runs if "seconds" in run.per_token]
     for run in timed:
@@ -264,9 +266,9 @@ def share_seconds(runs: list[MeasuredRun]) -> None:
 
 
 def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
-    """Replace the runs' own seconds per token by those of training steps that experiments.bench timed, and
-    drop them where it timed none of the same structure and shape. Returns remarks; raises ValueError for a
-    file that is none of bench's."""
+    """Take seconds per token from training steps that experiments.bench timed, or drop them where it timed
+    none of a run's structure and shape. Returns remarks; raises ValueError for a file that is none of
+    bench's."""
     known = {}
     for path in paths:
         try:
@@ -276,13 +278,14 @@ def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
             shape = tuple(config[key] for key in STEP_SHAPE)
             known |= {(step["config"], *shape): 1 / step["tokens_per_s"] for step in found["steps"]}
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path} is no output of experiments.bench that can be read ({type(e).__name__}: {e})") from None
+            problem = f"{type(e).__name__}: {e}"
+            raise ValueError(f"{path} is no output of experiments.bench ({problem})") from None
     notes = []
     for run in runs:
         seconds = known.get((run.label, *(run.config[key] for key in STEP_SHAPE)))
         run.per_token.pop("seconds", None)
         if seconds is None:
-            notes.append(f"{run.name}: no seconds, for experiments.bench has not timed {run.label} of its shape")
+            notes.append(f"{run.name}: no seconds, for no step of {run.label} and its shape was timed")
         else:
             run.per_token["seconds"] = seconds
     return notes
@@ -296,7 +299,7 @@ def same_but_seed(runs: list[MeasuredRun]) -> tuple[list[list[MeasuredRun]], lis
     for same in alike(runs, ("seed",)):
         least = max(SHARE * max(run.last for run in same), *(run.first for run in same))
         groups.append([run for run in same if run.last >= least])
-        notes += [f"{run.name}: left out of its seeds' mean, it ends after {run.last:,.0f} tokens; another goes on"
+        notes += [f"{run.name}: left out of its seeds' mean, it ends early, after {run.last:,.0f} tokens"
                   for run in same if run.last < least]
     return groups, notes
 
@@ -324,7 +327,8 @@ def seed_noise(groups: list[list[MeasuredRun]]) -> tuple[float | None, list[str]
         losses = np.array([run.loss_after(tokens) for run in same])
         squares += float(((losses / losses.mean() - 1) ** 2).sum())
         freedom += len(same) - 1
-        lines.append(f"{same[0].label}, {same[0].size}: {', '.join(f'{v:.4f}' for v in losses)} after {tokens:,.0f} tokens")
+        listed = ", ".join(f"{loss:.4f}" for loss in losses)
+        lines.append(f"{same[0].label}, {same[0].size}: {listed} after {tokens:,.0f} tokens")
     return (math.sqrt(squares / freedom) if freedom else None), lines
 
 
@@ -371,8 +375,9 @@ def frontier_of(curves: list[tuple[np.ndarray, np.ndarray]]) -> Frontier:
     xs, losses, owners = [], [], []
     for i, (x, loss) in enumerate(curves):
         if len(x) > 1:
-            at = 10 ** (np.arange(first_budget(x), np.floor(np.log10(x[-1]) * PER_DECADE + 1e-9) + 1) / PER_DECADE)
-            x, loss = at, np.interp(np.log(at), np.log(x), loss)
+            last_budget = np.floor(np.log10(x[-1]) * PER_DECADE + 1e-9)
+            budgets = 10 ** (np.arange(first_budget(x), last_budget + 1) / PER_DECADE)
+            x, loss = budgets, np.interp(np.log(budgets), np.log(x), loss)
         xs.append(x)
         losses.append(loss)
         owners.append(np.full(len(x), i))
@@ -387,10 +392,9 @@ def first_budget(x: np.ndarray) -> float:
 
 
 class Growth(NamedTuple):
-    """Best size (x per token) = (x / scale)^exponent, and the budgets at which the smallest and largest are
-    the best."""
+    """Best size (x per token) ∝ x^exponent, and the budgets at which the smallest and the largest are the
+    best."""
     exponent: float
-    scale: float
     window: tuple[float, float]
 
 
@@ -410,7 +414,7 @@ def growth_of(frontier: Frontier, sizes: np.ndarray) -> Growth | None:
     if slope <= 0:
         return None
     low, high = np.exp((distinct[[0, -1]] - intercept) / slope)
-    return Growth(float(slope), float(np.exp(-intercept / slope)), (float(low), float(high)))
+    return Growth(float(slope), (float(low), float(high)))
 
 
 def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> Law:
@@ -490,18 +494,19 @@ def analyse(curves, sizes, window, floor) -> tuple[Frontier, np.ndarray, Growth 
     found = growth.window if growth else (0, math.inf)
     low, high = (end if asked is None else asked for asked, end in zip(window, found))
     used = (frontier.x >= low * 0.999) & (frontier.x <= high * 1.001)
-    if used.sum() < 4 and window == (None, None):   # sizes too close to each other to say where the frontier ends
+    if used.sum() < 4 and window == (None, None):   # sizes too close to each other to say where it ends
         used = np.ones(len(frontier.x), bool)
     law = fit_law(frontier.x[used], frontier.losses[used], floor) if used.sum() >= 3 else None
     return frontier, used, growth, law
 
 
-def fit_structure(label: str, runs: list[MeasuredRun], axis: str, *, window=(None, None), floor=None, samples=300,
-                  noise: float | None = None, rng=None) -> Fit:
+def fit_structure(label: str, runs: list[MeasuredRun], axis: str, *, window=(None, None), floor=None,
+                  samples=300, noise: float | None = None, rng=None) -> Fit:
     """Frontier, law and bootstrap of one structure's runs. noise: relative, between seeds; None: from the
     residuals."""
     runs = sorted(runs, key=lambda run: run.per_token[axis])
-    curves, sizes = [(run.x(axis), run.points.losses) for run in runs], np.array([run.per_token[axis] for run in runs])
+    curves = [(run.x(axis), run.points.losses) for run in runs]
+    sizes = np.array([run.per_token[axis] for run in runs])
     fit = Fit(label, axis, runs, *analyse(curves, sizes, window, floor))
     if fit.law is None:
         return fit
@@ -513,17 +518,18 @@ def fit_structure(label: str, runs: list[MeasuredRun], axis: str, *, window=(Non
     rng = rng or np.random.default_rng(0)
     span = (window[0] or x[0], window[1] or x[-1])
     for _ in range(samples):
-        moved = [(x, y * (1 + fit.noise * rng.standard_normal() + within * rng.standard_normal(len(y)))) for x, y in curves]
+        moved = [(x, y * (1 + fit.noise * rng.standard_normal() + within * rng.standard_normal(len(y))))
+                 for x, y in curves]
         _, _, growth, law = analyse(moved, sizes, span, floor)
         fit.samples += [law] if law else []
         fit.growths += [growth.exponent] if growth else []
     return fit
 
 
-def multipliers(fit: Fit, base: Fit, x: Iterable[float], level: float) -> list[tuple[float, float, float] | None]:
+def multipliers(fit: Fit, base: Fit, x: Iterable[float], level: float) -> list[tuple | None]:
     """(multiplier, low, high) at each x: what base needs for the loss that fit has there, ÷ x. None where x
     is outside of what fit has measured, or its loss outside of what base has."""
-    found: list[tuple[float, float, float] | None] = []
+    found: list[tuple | None] = []
     losses = base.frontier.losses[base.used]
     low, high = fit.range
     for at in x:

@@ -2,7 +2,6 @@
 holds."""
 import difflib
 import functools
-import glob
 import itertools
 import math
 import os
@@ -13,7 +12,7 @@ import configurator
 from configurator import HERE, show
 from experiments.launcher import TRAIN, Run, make_run, train_defaults
 
-REPLACES = dict(head_size="n_head", flops="max_iters", evals="eval_interval")   # a plan's key: what it decides
+REPLACES = dict(head_size="n_head", flops="max_iters", evals="eval_interval")   # a plan's key: what it sets
 
 
 def expand(path: str, flags: list[str], root: str) -> list[Run]:
@@ -32,7 +31,7 @@ def expand(path: str, flags: list[str], root: str) -> list[Run]:
     for label, own in structures.items():
         where, has_config = f"{path}, {label}", os.path.exists(os.path.join(HERE, "config", f"{label}.py"))
         if not has_config and "struct" not in own:
-            raise ValueError(f"{path}: there is no config/{label}.py, so structures[{label!r}] must set struct")
+            raise ValueError(f"{where}: there is no config/{label}.py, so the plan must set its struct")
         values = override(configurator.structure_config(label) if has_config else {}, plan, path)
         values = override(values, check_values(where, own, keys), where)
         values = override(values, for_all, "the command line")
@@ -53,9 +52,9 @@ def find_plan(path: str) -> str:
     for found in (path, os.path.join(HERE, path)):
         if os.path.isfile(found):
             return found
-    names = [os.path.basename(plan) for plan in glob.glob(os.path.join(glob.escape(HERE), "experiments/plans/*.py"))]
+    names = os.listdir(os.path.join(HERE, "experiments", "plans"))
     near = difflib.get_close_matches(os.path.basename(path), names, n=1)
-    hint = f"did you mean experiments/plans/{near[0]}?" if near else "give a file, such as one in experiments/plans/"
+    hint = f"did you mean experiments/plans/{near[0]}?" if near else "some are in experiments/plans/"
     raise ValueError(f"there is no plan {show(path)}: {hint}")
 
 
@@ -74,7 +73,7 @@ def read_plan(path: str) -> tuple[str, dict]:
                          f"got {show(structures)}")
     for label, own in structures.items():
         if not isinstance(own, dict):
-            raise ValueError(f"{path}: structures[{label!r}] must be a dictionary of its own keys; got {show(own)}")
+            raise ValueError(f"{path}: structures[{label!r}] must be a dictionary of keys; got {show(own)}")
     return path, plan
 
 

@@ -12,15 +12,17 @@ import numpy as np
 
 from experiments.scaling.fit import AXES, Law
 
-AXIS_FIGURES = {"frontier": "flops", "frontier_without_output_layer": "flops_without_output_layer", "wall_clock": "seconds"}
+AXIS_FIGURES = {"frontier": "flops", "frontier_without_output_layer": "flops_without_output_layer",
+                "wall_clock": "seconds"}
 FIGURES = (*AXIS_FIGURES, "multiplier", "params")
-CURVE = {"x", "loss", "used", "law", "multipliers", "measured_multipliers"}     # of a structure along an axis, in fit.json
+CURVE = {"x", "loss", "used", "law", "multipliers", "measured_multipliers"}     # keys of each in fit.json
 LOSS = "validation loss, nats per token"
 # yellow is left out: on white it is too faint for a line
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 MARKERS = "os^DvPX*<>hp"
-LINES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (10, 3)),
-         (0, (2, 2, 6, 2)), (0, (4, 1, 4, 4)))
+LINES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)),
+         (0, (10, 3)), (0, (2, 2, 6, 2)), (0, (4, 1, 4, 4)))
+
 
 @contextlib.contextmanager
 def optional_figures():
@@ -33,7 +35,8 @@ def optional_figures():
 
 def style(i: int) -> dict:
     """Colour, marker and line style of the i-th structure: all three together repeat after 72."""
-    return dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)])
+    return {key: values[i % len(values)]
+            for key, values in (("color", COLORS), ("marker", MARKERS), ("linestyle", LINES))}
 
 
 def pyplot(salt: str):
@@ -47,7 +50,7 @@ def pyplot(salt: str):
 
 def axes(plt, panels: int = 1, rows: int = 1, **options):
     """(figure, its axes as an array of rows)."""
-    fig, grid = plt.subplots(rows, panels, figsize=(4.6 + 3.4 * (panels - 1) + 1.5, 0.8 + 3.2 * rows), squeeze=False,
+    fig, grid = plt.subplots(rows, panels, figsize=(2.7 + 3.4 * panels, 0.8 + 3.2 * rows), squeeze=False,
                              layout="constrained", **options)
     for ax in grid.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -73,8 +76,10 @@ def log_x(ax) -> None:
     from matplotlib import ticker
     ax.set_xscale("log")
     low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1,) if np.log10(high / low) > 2 else (1, 2, 5)))
-    ax.xaxis.set_major_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf)))
+    subs = (1,) if np.log10(high / low) > 2 else (1, 2, 5)
+    ax.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
+    plain = ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf))
+    ax.xaxis.set_major_formatter(plain)
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
@@ -99,11 +104,11 @@ def draw_frontier(ax, fitted: dict, looks: dict, curves: list[dict], axis: str) 
         x, loss, used = np.array(f["x"]), np.array(f["loss"]), np.array(f["used"], bool)
         every = max(1, len(x) // 12)
         for part, fill in ((used, look["color"]), (~used, "none")):
-            ax.plot(x[part][::every], loss[part][::every], color=look["color"], marker=look["marker"], linestyle="none",
-                    markersize=4.5, markerfacecolor=fill, markeredgewidth=0.9)
+            ax.plot(x[part][::every], loss[part][::every], markersize=4.5, markerfacecolor=fill,
+                    markeredgewidth=0.9, **look | dict(linestyle="none"))
         if f["law"] is not None:
             at = np.geomspace(x[used].min(), x[used].max(), 100)
-            ax.plot(at, Law(**f["law"]).loss(at), color=look["color"], linewidth=1.5, linestyle=look["linestyle"])
+            ax.plot(at, Law(**f["law"]).loss(at), linewidth=1.5, **look | dict(marker="none"))
         ax.plot([], [], label=label, markersize=4.5, linewidth=1.5, **look)
     log_x(ax)
     ax.set_yscale("log")
@@ -194,8 +199,9 @@ def plot(folder: str) -> None:
         gains = []
         for ax, axis in zip(row, panels):
             gains += draw_multipliers(ax, by_axis[axis], looks, base)
-            ax.set(xlabel=AXES[axis], title=("Compute" if axis == "flops" else "Time") + f" that {base} needs ÷ needed")
-        row[0].set_ylim(min(gains) / 1.5, max(gains) * 1.5)     # an interval may be far wider than all that was found
+            what = "Compute" if axis == "flops" else "Time"
+            ax.set(xlabel=AXES[axis], title=f"{what} that {base} needs ÷ needed")
+        row[0].set_ylim(min(gains) / 1.5, max(gains) * 1.5)     # an interval may be far wider
         plain_ticks(row[0].yaxis)
         row[0].set_ylabel("multiplier")
         save(plt, fig, row[0], folder, "multiplier")

@@ -7,32 +7,33 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from experiments.scaling.fit import (AXES, COMPARABLE, PER_DECADE, Fit, MeasuredRun, alike, first_budget,
-                                     fit_structure, interval, mean_of_seeds, measured_multipliers, multipliers, read_runs,
-                                     robust_deviation, same_but_seed, seed_noise, share_seconds, take_seconds)
+from experiments.scaling.fit import (
+    AXES, COMPARABLE, PER_DECADE, Fit, MeasuredRun, alike, first_budget, fit_structure, interval,
+    mean_of_seeds, measured_multipliers, multipliers, read_runs, robust_deviation, same_but_seed, seed_noise,
+    share_seconds, take_seconds)
 
 GAP = 10 ** (2.5 / PER_DECADE)  # a wider gap between two points of a frontier is remarked on
 
+
 def remarks(fit: Fit) -> list[str]:
     """Outliers of a fit, and where its frontier may lie lower than the runs could show."""
-    notes = handover_remarks(fit)
+    notes, frontier = handover_remarks(fit), fit.frontier
     if fit.law is None:
-        return notes + [f"{fit.label}: no law, its frontier has {len(fit.frontier.x)} points"]
-    residuals = fit.frontier.losses / fit.law.loss(fit.frontier.x) - 1
+        return notes + [f"{fit.label}: no law, its frontier has {len(frontier.x)} points"]
+    residuals = frontier.losses / fit.law.loss(frontier.x) - 1
     limit = max(0.01, 5 * robust_deviation(residuals[fit.used]))
     for i in np.flatnonzero(fit.used & (np.abs(residuals) > limit)):
-        notes.append(f"{fit.label}: outlier, {fit.runs[fit.frontier.owners[i]].name} lies {abs(residuals[i]):.1%} "
-                     f"{'below' if residuals[i] < 0 else 'above'} the law at {fit.frontier.x[i]:.2g} FLOPs; kept, and "
-                     "counts less")
+        run, side = fit.runs[frontier.owners[i]], "below" if residuals[i] < 0 else "above"
+        notes.append(f"{fit.label}: outlier, {run.name} lies {abs(residuals[i]):.1%} {side} the law at "
+                     f"{frontier.x[i]:.2g} FLOPs; kept, and counts less")
     if fit.growth is None:
-        notes.append(f"{fit.label}: fewer than three sizes are each the best somewhere, so that the ends of the frontier are "
-                     "not known; the law goes through all of it that is in the range asked for")
+        notes.append(f"{fit.label}: fewer than three sizes are each the best somewhere, so that the ends of "
+                     "the frontier are not known; the law goes through all of it within the range asked for")
     return notes
 
 
 def handover_remarks(fit: Fit) -> list[str]:
-    """Where a frontier passes from one size to another, and runs that are longer, or evaluated earlier, could
-    lower it."""
+    """Where a frontier passes to another size, and longer runs or earlier evaluations could lower it."""
     notes, x = [], fit.frontier.x
     owners = [fit.runs[i] for i in fit.frontier.owners]
     for i, (one, other) in enumerate(zip(owners, owners[1:])):
@@ -40,30 +41,31 @@ def handover_remarks(fit: Fit) -> list[str]:
             continue
         is_first = np.log10(x[i + 1]) * PER_DECADE < first_budget(other.x(fit.axis)) + 0.5
         if is_first and len(other.points.tokens) > 1:
-            notes.append(f"{fit.label}: the frontier passes to {other.name} at its first evaluation, and may be lower before; "
-                         "more evaluations would tell")
+            notes.append(f"{fit.label}: the frontier passes to {other.name} at its first evaluation, and may "
+                         "be lower before; more evaluations would tell")
         if x[i + 1] > GAP * x[i]:
-            notes.append(f"{fit.label}: {one.name} has ended before {other.name} gets ahead of it, and the frontier between "
-                         f"{x[i]:.2g} and {x[i + 1]:.2g} FLOPs is not known; a longer run would tell")
+            notes.append(f"{fit.label}: {one.name} has ended before {other.name} gets ahead of it, and the "
+                         f"frontier between {x[i]:.2g} and {x[i + 1]:.2g} FLOPs is not known; a longer run "
+                         "would tell")
     return notes
 
 
 def worse_though_larger(runs: list[MeasuredRun], noise: float) -> list[str]:
-    """Runs whose loss is above that of a smaller run of the same structure and learning rate after the same
-    tokens."""
+    """Runs whose loss is above that of a smaller run of the same structure and rate after the same tokens."""
     def settings(run: MeasuredRun) -> tuple:
-        return run.label, *(run.config.get(key) for key in ("learning_rate", "decay_lr", "seed", "weight_decay"))
+        keys = ("learning_rate", "decay_lr", "seed", "weight_decay")
+        return run.label, *(run.config.get(key) for key in keys)
 
     notes = []
-    for run in runs:
-        for other in runs:
-            tokens = min(run.last, other.last)
-            overlap = tokens >= max(run.first, other.first)
-            if overlap and settings(run) == settings(other) and run.per_token["flops"] > 1.2 * other.per_token["flops"]:
-                mine, smaller = run.loss_after(tokens), other.loss_after(tokens)
-                if mine > smaller * (1 + max(0.02, 4 * noise)):
-                    notes.append(f"{run.name}: outlier, {mine:.3f} after {tokens:,.0f} tokens where the smaller {other.name} "
-                                 f"has {smaller:.3f}; kept")
+    for run, other in ((run, other) for run in runs for other in runs if settings(run) == settings(other)):
+        tokens = min(run.last, other.last)
+        is_larger = run.per_token["flops"] > 1.2 * other.per_token["flops"]
+        if not is_larger or tokens < max(run.first, other.first):
+            continue
+        mine, smaller = run.loss_after(tokens), other.loss_after(tokens)
+        if mine > smaller * (1 + max(0.02, 4 * noise)):
+            notes.append(f"{run.name}: outlier, {mine:.3f} after {tokens:,.0f} tokens where the smaller "
+                         f"{other.name} has {smaller:.3f}; kept")
     return notes
 
 
@@ -75,39 +77,40 @@ def best_rates(runs: list[MeasuredRun]) -> list[str]:
         tokens = min(run.last for run in same)
         if len(same) < 2 or tokens < max(run.first for run in same):
             continue
-        same = sorted(same, key=lambda run: run.config["learning_rate"])
+        same.sort(key=lambda run: run.config["learning_rate"])
         losses = [float(run.loss_after(tokens)) for run in same]
         best = losses.index(min(losses))
         cells = [f"{run.config['learning_rate']:g}: {loss:.3f}" for run, loss in zip(same, losses)]
         cells[best] = f"**{cells[best]}**"
         edge = " (at the edge of the rates tried)" if best in (0, len(same) - 1) else ""
-        lines.append(f"{same[0].label}, {same[0].size}: {', '.join(cells)} after {tokens:,.0f} tokens{edge}; the best is "
-                     f"{same[best].name}")
+        lines.append(f"{same[0].label}, {same[0].size}: {', '.join(cells)} after {tokens:,.0f} tokens{edge}; "
+                     f"the best is {same[best].name}")
     return sorted(lines)
 
 
 def budgets_of(fits: Iterable[Fit]) -> list[float]:
     """1 and 3 of every power of ten within the frontiers."""
     xs = np.concatenate([fit.frontier.x[fit.used] for fit in fits])
-    powers = range(math.floor(math.log10(xs.min())), math.ceil(math.log10(xs.max())) + 1)
-    return [b for p in powers for b in (10.0 ** p, 3 * 10.0 ** p) if xs.min() * 0.999 <= b <= xs.max() * 1.001]
+    low, high = xs.min() * 0.999, xs.max() * 1.001
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [b for power in powers for b in (10.0 ** power, 3 * 10.0 ** power) if low <= b <= high]
 
 
-def number(value: float, digits: int = 3) -> str:
+def number(value: float) -> str:
     """Three digits, with an exponent where there are more than five places."""
     plain = not math.isfinite(value) or value == 0 or 1e-3 <= abs(value) < 1e5
-    return f"{value:.{digits}g}" if plain else f"{value:.2e}"
+    return f"{value:.3g}" if plain else f"{value:.2e}"
 
 
 def with_interval(value: str, values: list[float], level: float) -> str:
     """'<value> (<low> to <high>)', the value alone where there are no bootstrap values."""
-    low, high = interval(values, level)
-    return f"{value} ({number(low)} to {number(high)})" if values else value
+    low, high = map(number, interval(values, level))
+    return f"{value} ({low} to {high})" if values else value
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    first, *others = (f"| {' | '.join(row)} |" for row in [head, *rows])
+    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def laws_table(fits: dict[str, Fit], level: float, unit: str) -> str:
@@ -119,10 +122,10 @@ def laws_table(fits: dict[str, Fit], level: float, unit: str) -> str:
         constants = [with_interval(number(value), [sample[i] for sample in fit.samples], level)
                      for i, value in enumerate(fit.law)]
         growth = with_interval(f"{fit.growth.exponent:.2f}", fit.growths, level) if fit.growth else "—"
-        low, high = map(number, fit.range)
-        rows.append([label, *constants, f"{low} to {high}", str(int(fit.used.sum())), growth, f"{fit.noise:.2%}"])
-    return markdown_table(["structure", "L∞", "C0", "a", f"fitted between ({unit})", "points", "best size ∝ C^p, p", "noise"],
-                          rows)
+        rows.append([label, *constants, " to ".join(map(number, fit.range)), str(fit.used.sum()), growth,
+                     f"{fit.noise:.2%}"])
+    return markdown_table(["structure", "L∞", "C0", "a", f"fitted between ({unit})", "points",
+                           "best size ∝ C^p, p", "noise"], rows)
 
 
 def multiplier_tables(fits: dict[str, Fit], base: str, budgets: list[float], level: float) -> tuple[str, str]:
@@ -133,9 +136,12 @@ def multiplier_tables(fits: dict[str, Fit], base: str, budgets: list[float], lev
             continue
         if fit.law is not None:
             gains = multipliers(fit, fits[base], budgets, level)
-            by_laws.append([label, *["—" if gain is None else "{} ({} to {})".format(*map(number, gain)) for gain in gains]])
-        measured, places = measured_multipliers(fit, fits[base]), [nearest(fit, budget) for budget in budgets]
-        by_points.append([label, *["—" if i is None or math.isnan(measured[i]) else number(measured[i]) for i in places]])
+            texts = ["—" if gain is None else "{} ({} to {})".format(*map(number, gain)) for gain in gains]
+            by_laws.append([label, *texts])
+        measured = measured_multipliers(fit, fits[base])
+        places = [nearest(fit, budget) for budget in budgets]
+        gains = [math.nan if place is None else measured[place] for place in places]
+        by_points.append([label, *["—" if math.isnan(gain) else number(gain) for gain in gains]])
     head = ["structure", *[f"{budget:.0e}" for budget in budgets]]
     return markdown_table(head, by_laws), markdown_table(head, by_points)
 
@@ -150,36 +156,40 @@ def sizes_table(fits: dict[str, Fit], budgets: list[float]) -> str:
     """At each budget: the run that has the lowest loss, and whether it is at the edge of the sizes tried."""
     rows = []
     for label, fit in fits.items():
-        ordered = list(dict.fromkeys(run.size for run in sorted(fit.runs, key=lambda run: run.per_token["flops"])))
+        by_flops = sorted(fit.runs, key=lambda run: run.per_token["flops"])
+        edges = {by_flops[0].size: "smallest", by_flops[-1].size: "largest"}
+        if len({run.size for run in fit.runs}) == 1:
+            edges = {by_flops[0].size: "only"}
         for budget in budgets:
-            if (i := nearest(fit, budget)) is None:
-                continue
-            run = fit.runs[fit.frontier.owners[i]]
-            edge = {ordered[0]: "smallest", ordered[-1]: "largest"}.get(run.size, "") if len(ordered) > 1 else "only"
-            rows.append([label, f"{budget:.0e}", run.size, f"{run.params:,}", f"{run.active_params:,}",
-                         f"{budget / run.per_token['flops']:,.0f}", f"{fit.frontier.losses[i]:.3f}", edge])
+            if (i := nearest(fit, budget)) is not None:
+                run = fit.runs[fit.frontier.owners[i]]
+                rows.append([label, f"{budget:.0e}", run.size, f"{run.params:,}", f"{run.active_params:,}",
+                             f"{budget / run.per_token['flops']:,.0f}", f"{fit.frontier.losses[i]:.3f}",
+                             edges.get(run.size, "")])
     return markdown_table(["structure", "FLOPs", "layers x width", "parameters", "active", "tokens", "loss",
                            "of the sizes tried"], rows)
 
 
+def has_law(fits: dict[str, Fit], label: str) -> bool:
+    return label in fits and fits[label].law is not None
+
+
 def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[str]:
     """Paragraphs of the page about one axis: laws, multipliers, and the best sizes along FLOPs."""
-    what, unit = AXES[axis], "s" if axis == "seconds" else "FLOPs"
-    timing = ", C in seconds; the intervals hold the noise of losses, none of times" if axis == "seconds" else ""
+    what, unit, timing = AXES[axis], "FLOPs", ""
+    if axis == "seconds":
+        unit, timing = "s", ", C in seconds; the intervals hold the noise of losses, none of times"
     text = [f"## Against {what}", f"L = L∞ + (C / C0)^-a{timing}:", laws_table(fits, level, unit)]
     budgets = budgets_of(fits.values())
     if has_law(fits, base) and len(fits) > 1:
         by_laws, by_points = multiplier_tables(fits, base, budgets, level)
-        text += [f"{what[0].upper()}{what[1:]} that {base} needs for the same loss ÷ those that the structure needs, at the "
-                 f"budgets in the head of the table ({unit}; —: outside of what both laws were fitted to):", by_laws,
+        text += [f"T{what[1:]} that {base} needs for the same loss ÷ those that the structure needs, at the "
+                 f"budgets in the head of the table ({unit}; —: outside of what both laws were fitted to):",
+                 by_laws,
                  "The same from the points of one frontier to those of the other, without laws:", by_points]
     if axis == "flops":
         text += ["The best size at each budget:", sizes_table(fits, budgets)]
     return text
-
-
-def has_law(fits: dict[str, Fit], label: str) -> bool:
-    return label in fits and fits[label].law is not None
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
@@ -200,31 +210,43 @@ def round_all(value):
     return [round_all(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def write_data(out: str, runs: list[MeasuredRun], fits: dict[str, dict[str, Fit]], base: str, level: float) -> None:
+def curve_of(fits: dict[str, Fit], label: str, base: str, level: float) -> dict:
+    """What the figures need of a structure along an axis."""
+    fit = fits[label]
+    by_law = measured = [None] * len(fit.frontier.x)
+    if base in fits:
+        gains = measured_multipliers(fit, fits[base]).tolist()
+        measured = [None if math.isnan(gain) else gain for gain in gains]
+    if has_law(fits, base) and fit.law:
+        by_law = multipliers(fit, fits[base], fit.frontier.x, level)
+    return dict(x=fit.frontier.x.tolist(), loss=fit.frontier.losses.tolist(), used=fit.used.tolist(),
+                law=fit.law._asdict() if fit.law else None, multipliers=by_law, measured_multipliers=measured)
+
+
+def write_data(out: str, runs: list[MeasuredRun], fits: dict, base: str, level: float) -> None:
     """runs.csv, frontier.csv, and fit.json with all that the figures need."""
-    rows: list[dict] = []
-    by_axis: dict = {axis: {} for axis in fits}
-    for axis, of_axis in fits.items():
-        for label, fit in of_axis.items():
-            unknown, x = [None] * len(fit.frontier.x), fit.frontier.x
-            gains = multipliers(fit, of_axis[base], x, level) if has_law(of_axis, base) and fit.law else unknown
-            measured = measured_multipliers(fit, of_axis[base]).tolist() if base in of_axis else unknown
-            measured = [None if m is None or math.isnan(m) else m for m in measured]
-            by_axis[axis][label] = dict(x=x.tolist(), loss=fit.frontier.losses.tolist(), used=fit.used.tolist(),
-                                        law=fit.law._asdict() if fit.law else None, multipliers=gains,
-                                        measured_multipliers=measured)
-            for x, loss, owner, used, gain, found in zip(*fit.frontier, fit.used, gains, measured):
-                value, low, high = gain or ("", "", "")
-                rows.append(dict(axis=axis, structure=label, x=float(x), loss=float(loss), run=fit.runs[owner].name,
-                                 fitted=bool(used), law=float(fit.law.loss(x)) if fit.law else "", multiplier=value, low=low,
-                                 high=high, measured_multiplier=found))
-    ends = [dict(run=run.name, structure=run.label, n_layer=run.config["n_layer"], n_embd=run.config["n_embd"],
-                 learning_rate=run.config["learning_rate"], seed=run.config["seed"], params=run.params,
-                 active_params=run.active_params, tokens=float(run.last),
-                 **{axis: float(run.x(axis)[-1]) if axis in run.per_token else "" for axis in AXES},
-                 train_loss=run.train_loss, val_loss=float(run.points.losses[-1])) for run in runs]
-    curves = [dict(structure=run.label, loss=run.points.losses.tolist(),
-                   **{axis: run.x(axis).tolist() for axis in AXES if axis in run.per_token}) for run in runs]
+    by_axis = {axis: {label: curve_of(of_axis, label, base, level) for label in of_axis}
+               for axis, of_axis in fits.items()}
+    rows = []
+    for axis, label in ((axis, label) for axis in fits for label in fits[axis]):
+        fit, curve = fits[axis][label], by_axis[axis][label]
+        laws = fit.law.loss(fit.frontier.x).tolist() if fit.law else [""] * len(curve["x"])
+        for x, loss, owner, used, law, gain, measured in zip(
+                curve["x"], curve["loss"], fit.frontier.owners, curve["used"], laws, curve["multipliers"],
+                curve["measured_multipliers"]):
+            value, low, high = gain or ("", "", "")
+            rows.append(dict(axis=axis, structure=label, x=x, loss=loss, run=fit.runs[owner].name,
+                             fitted=used, law=law, multiplier=value, low=low, high=high,
+                             measured_multiplier=measured))
+    ends, curves = [], []
+    for run in runs:
+        xs = {axis: run.x(axis).tolist() for axis in AXES if axis in run.per_token}
+        curves.append(dict(structure=run.label, loss=run.points.losses.tolist(), **xs))
+        settings = {key: run.config[key] for key in ("n_layer", "n_embd", "learning_rate", "seed")}
+        ends.append(dict(run=run.name, structure=run.label, **settings, params=run.params,
+                         active_params=run.active_params, tokens=float(run.last),
+                         **{axis: xs[axis][-1] if axis in xs else "" for axis in AXES},
+                         train_loss=run.train_loss, val_loss=float(run.points.losses[-1])))
     measure = {key: runs[0].config[key] for key in COMPARABLE if key in runs[0].config}
     write_csv(os.path.join(out, "runs.csv"), round_all(ends))
     write_csv(os.path.join(out, "frontier.csv"), round_all(rows))
@@ -235,63 +257,66 @@ def write_data(out: str, runs: list[MeasuredRun], fits: dict[str, dict[str, Fit]
 def fit_all(runs: list[MeasuredRun], base: str, *, window: tuple, floor: float | None, samples: int,
             noise: float | None) -> tuple[dict[str, dict[str, Fit]], list[str]]:
     """({axis: {structure: fit}}, remarks on structures left out), the base first. The window is in FLOPs, and
-    narrows the fits along FLOPs alone."""
+    narrows the fits along FLOPs alone. Raises ValueError where nothing is left of them."""
     fits: dict[str, dict[str, Fit]] = {}
     notes = []
     for axis, what in AXES.items():
         rng = np.random.default_rng(0)
+        span = (None, None) if axis == "seconds" else window
         for label in sorted({run.label for run in runs}, key=lambda label: (label != base, label)):
             mine = [run for run in runs if run.label == label and axis in run.per_token]
             if not mine:
                 continue
-            fit = fit_structure(label, mine, axis, window=(None, None) if axis == "seconds" else window, floor=floor,
-                                samples=samples, noise=noise, rng=rng)
+            fit = fit_structure(label, mine, axis, window=span, floor=floor, samples=samples, noise=noise,
+                                rng=rng)
             if fit.used.any():
                 fits.setdefault(axis, {})[label] = fit
             else:
                 notes.append(f"{label}: left out along {what}, no point of its frontier is in the range")
     if "flops" not in fits:
-        raise ValueError("no frontier has a point between min_flops and max_flops: ask for a wider range, or for more runs")
+        raise ValueError("no frontier has a point between min_flops and max_flops: ask for a wider range, or "
+                         "make more runs")
     return fits, notes
 
 
-def write_report(folders: list[str], out: str, *, base: str | None, floor: float | None, window: tuple, samples: int,
-                 level: float, bench: Iterable[str] = ()) -> None:
-    """Fits the runs below the folders; writes fit.json, runs.csv, frontier.csv and table.md into `out`, and
-    prints the last.
-
-    base: None stands for dense, which may be missing. Raises ValueError, in one sentence, for runs that
-    cannot be fitted.
-    """
+def write_report(folders: list[str], out: str, *, base: str | None, floor: float | None, window: tuple,
+                 samples: int, level: float, bench: Iterable[str] = ()) -> None:
+    """Fits the runs below the folders; writes fit.json, runs.csv, frontier.csv and table.md, which it prints,
+    into `out`. base: None stands for dense, which may be missing. Raises ValueError for runs that cannot be
+    fitted."""
     runs, notes = read_runs(folders)
-    notes += take_seconds(runs, bench) if bench else []
+    if bench:
+        notes += take_seconds(runs, bench)
     share_seconds(runs)
     labels = sorted({run.label for run in runs})
     if base not in (*labels, None):
-        raise ValueError(f"there are no runs of {base!r}, that multipliers could be against: base takes one of "
-                         f"{', '.join(labels)}")
+        raise ValueError(f"there are no runs of {base!r}: base takes one of {', '.join(labels)}")
     if (base := base or "dense") not in labels:
         notes.append(f"no multipliers, since there are no runs of {base}; --base takes another structure")
     lowest = min(run.points.losses.min() for run in runs)
     if floor is not None and not 0 <= floor < lowest:
-        raise ValueError(f"floor must not be negative, and below all losses, the lowest of which is {lowest:.4g}; got {floor:g}")
+        raise ValueError(f"floor must not be negative, and below all losses, {lowest:.4g}; got {floor:g}")
     groups, short = same_but_seed(runs)
     noise, seeds = seed_noise(groups)
-    fits, left_out = fit_all(mean_of_seeds(groups), base, window=window, floor=floor, samples=samples, noise=noise)
+    fits, left_out = fit_all(mean_of_seeds(groups), base, window=window, floor=floor, samples=samples,
+                             noise=noise)
     notes += short + left_out + worse_though_larger(runs, noise or 0.0)
     for fit in fits["flops"].values():
         notes += remarks(fit)
-    source = (f"{noise:.2%} between seeds, or more where a structure's runs scatter more about its law" if noise else
-              "how its structure's runs scatter about the law, since none differ in their seed alone")
-    text = [f"{len(runs)} runs of {len(labels)} structures. Losses are validation cross-entropy in nats per token, budgets C in "
-            "FLOPs (2 per multiply-add, backward twice the forward, attention and routers included; embeddings are looked up, "
-            f"and cost none). Intervals: {level:.0%}, parametric bootstrap with {samples} samples; the noise of a run, "
-            f"relative, is {source}{f'; L∞ is set to {floor:g}' if floor is not None else ''}."]
+    source = "how its structure's runs scatter about the law, since none differ in their seed alone"
+    if noise:
+        source = f"{noise:.2%} between seeds, or more where a structure's runs scatter more about its law"
+    text = [f"{len(runs)} runs of {len(labels)} structures. Losses are validation cross-entropy in nats per "
+            "token, budgets C in FLOPs (2 per multiply-add, backward twice the forward, attention and "
+            "routers included; embeddings are looked up, and cost none). Intervals: "
+            f"{level:.0%}, parametric bootstrap with {samples} samples; a run's relative noise is {source}"
+            + (f"; L∞ is set to {floor:g}." if floor is not None else ".")]
     for axis, of_axis in fits.items():
         text += sections(axis, of_axis, base, level)
-    lists = {"Seeds": seeds, "Learning rates": best_rates(runs), "Left out, or to be taken with care": notes or ["nothing"]}
+    lists = {"Seeds": seeds, "Learning rates": best_rates(runs), "Left out, or to be taken with care": notes}
     for heading, lines in lists.items():
-        text += [f"## {heading}", "\n".join(f"- {line}" for line in lines)] if lines else []
+        if lines:
+            text += [f"## {heading}", "\n".join(f"- {line}" for line in lines)]
     write_data(out, runs, fits, base, level)
     with open(os.path.join(out, "table.md"), "w", encoding="utf-8") as f:
         f.write("\n\n".join(text) + "\n")

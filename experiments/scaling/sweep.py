@@ -1,7 +1,6 @@
 """Makes the runs of a plan, beside any number of other processes and machines that share their folder."""
 import contextlib
 import os
-import statistics
 import subprocess
 import time
 from typing import NamedTuple
@@ -34,10 +33,12 @@ class Sweep:
         self.pending = [run for run in planned if run not in self.finished]     # those at work included
         self.failed: list[Run] = []
         self.active: dict[int, Job] = {}        # by number, from 0 to jobs - 1
-        self.failures_before = {run.name: failure_time(run) for run in self.pending}    # these are tried again
-        self.leases = {run.name: filelock.SoftFileLease(os.path.join(run.folder, "lease"), lease_duration=expiry,
-                                                        heartbeat_interval=min(10.0, expiry / 10))
-                       for run in self.pending}
+        self.failures_before = {run.name: failure_time(run) for run in self.pending}    # tried once more
+        heartbeat = min(10.0, expiry / 10)      # seconds
+        self.leases = {run.name: filelock.SoftFileLease(
+            os.path.join(run.folder, "lease"), lease_duration=expiry, heartbeat_interval=heartbeat)
+            for run in self.pending}
+        self.started, self.flops_before = time.monotonic(), flops_left(self.pending)
 
     def make_all(self) -> list[Run]:
         """Returns the runs that failed. Raises OSError where the folder cannot be written."""
@@ -66,7 +67,7 @@ class Sweep:
             lease = self.leases[job.run.name]
             if not lease.is_lock_held_by_us:
                 stop(job.process)
-                print(f"{job.run.name}: taken over by another sweep, since this one gave no sign of life", flush=True)
+                print(f"{job.run.name}: taken over by another sweep, since this one did not stir", flush=True)
             elif job.process.poll() is not None:
                 self.close(job)
             else:
@@ -82,10 +83,10 @@ class Sweep:
             _, ms = speed(run)
             self.settle(run, self.finished, f"val loss {loss:.4f}, {clock((ms or 0) * run.max_iters / 1e3)}")
         elif not is_training(run.folder):   # else a train.py whose sweep had been killed was there first
-            reason = f"ended with status {status}" if status else f"ended without reaching iteration {run.max_iters}"
-            self.settle(run, self.failed, f"FAILED, {reason}: {last_words(run)}")
+            reason = f"with status {status}" if status else f"without reaching iteration {run.max_iters}"
+            self.settle(run, self.failed, f"FAILED, ended {reason}: {last_words(run)}")
             with open(os.path.join(run.folder, "failed.txt"), "w") as f:
-                f.write(f"{reason}: {last_words(run)}\n")
+                f.write(f"ended {reason}: {last_words(run)}\n")
 
     def start_jobs(self) -> None:
         """Now and then: settle the pending runs that others have made, and start others on the free jobs."""
@@ -113,7 +114,7 @@ class Sweep:
         except filelock.Timeout:
             return False
         except filelock.LeaseSettingsMismatch:
-            raise ValueError(f"a sweep with another expiry works at {run.folder}: give both the same") from None
+            raise ValueError(f"a sweep with another expiry works at {run.folder}: give both one") from None
         # it may have ended just now; or its sweep was killed, and its train.py goes on
         if final_loss(run) is not None or is_training(run.folder):
             lease.release()
@@ -134,9 +135,10 @@ class Sweep:
         if time.monotonic() > self.next_progress:
             self.next_progress = time.monotonic() + 60
             shares = [f"{run.name} {speed(run)[0] / run.max_iters:.0%}" for run, _ in self.active.values()]
-            left = time_left(self.pending, self.finished)
+            left = flops_left(self.pending)
+            rate = (self.flops_before - left) / (time.monotonic() - self.started)
             print("  running: " + (", ".join(shares) or "others' runs")
-                  + (f" | left about {clock(left / self.jobs)}" if left else ""), flush=True)
+                  + (f" | left about {clock(left / rate)}" if rate > 0 else ""), flush=True)
 
     def sleep(self) -> None:
         """Until a job ends, or for the pause between two looks."""
@@ -154,16 +156,6 @@ def failure_time(run: Run) -> int | None:
         return os.stat(os.path.join(run.folder, "failed.txt")).st_mtime_ns
 
 
-def time_left(pending: list[Run], finished: list[Run]) -> float | None:
-    """Seconds that the rest of these runs takes, one after the other: by their own speed, else by that of
-    their structure per FLOP, else by that of all. None where nothing is known yet."""
-    progress = [(run, *speed(run)) for run in (*pending, *finished)]
-    known = [(run.label, ms / 1e3 * run.max_iters / run.flops) for run, _, ms in progress if ms]
-    if not known:
-        return None
-    total = 0.0
-    for run, iterations, ms in progress[:len(pending)]:
-        like = [rate for label, rate in known if label == run.label] or [rate for _, rate in known]
-        seconds = ms / 1e3 if ms else statistics.mean(like) * run.flops / run.max_iters
-        total += max(0, run.max_iters - iterations) * seconds
-    return total
+def flops_left(pending: list[Run]) -> float:
+    """Training FLOPs that these runs still need."""
+    return sum(run.flops * max(0.0, 1 - speed(run)[0] / run.max_iters) for run in pending)

@@ -22,14 +22,15 @@ class Curve:
     losses: np.ndarray
 
     def means(self) -> dict[float, float]:
-        return {rate: float(self.losses[self.rates == rate].mean()) for rate in sorted({*self.rates.tolist()})}
+        return {rate: float(self.losses[self.rates == rate].mean()) for rate in sorted({*self.rates})}
 
     def best(self) -> float:
         """The rate with the lowest mean loss."""
         return min(self.means(), key=self.means().get)
 
     def minimum(self) -> float:
-        """The rate at which the least-squares parabola over log rate has its minimum; nan where it has none."""
+        """The rate at which the least-squares parabola over log rate has its minimum; nan where it has
+        none."""
         if len(self.means()) < 3:
             return math.nan
         curvature, slope, _ = np.polyfit(np.log(self.rates), self.losses, 2)
@@ -37,14 +38,15 @@ class Curve:
 
 
 def curves_of(label: str, runs: list[MeasuredRun]) -> tuple[list[Curve], list[str]]:
-    """(a curve for each width, remarks) of one structure. Raises ValueError where its runs differ in more than width,
-    rate and seed."""
+    """(a curve for each width, remarks) of one structure. Raises ValueError where its runs differ in more
+    than width, rate and seed."""
     settings = {key for run in runs for key in run.config} - {"n_embd", "n_head", "learning_rate", "seed"}
     for key, (one, other, *_) in differences(runs, settings).items():
-        raise ValueError(f"the runs of {label} differ in more than width, rate and seed: {key} is {one} and {other}")
+        raise ValueError(f"runs of {label} differ in more than width, rate, seed: {key} is {one} and {other}")
     curves = []
     for width in sorted({run.config["n_embd"] for run in runs}):
-        points = [(run.config["learning_rate"], run.points.losses[-1]) for run in runs if run.config["n_embd"] == width]
+        mine = [run for run in runs if run.config["n_embd"] == width]
+        points = [(run.config["learning_rate"], run.points.losses[-1]) for run in mine]
         curves.append(Curve(width, *np.array(points).T))
     return curves, [f"{label}: there is no run of width {curve.width} at learning rate {rate:g}"
                     for curve in curves for rate in rates_of(curves) if rate not in curve.rates]
@@ -52,7 +54,7 @@ def curves_of(label: str, runs: list[MeasuredRun]) -> tuple[list[Curve], list[st
 
 def rates_of(curves: list[Curve]) -> list[float]:
     """The grid: all rates of any width."""
-    return sorted({rate for curve in curves for rate in curve.rates.tolist()})
+    return sorted({rate for curve in curves for rate in curve.rates})
 
 
 def stays(curves: list[Curve]) -> bool:
@@ -63,14 +65,14 @@ def stays(curves: list[Curve]) -> bool:
 
 
 def draw(by_structure: dict[str, list[Curve]], mup: bool, folder: str) -> None:
-    """A panel for each structure: loss against rate, a line for each width. The best rate is filled, the parabola's
-    minimum dotted."""
+    """A panel for each structure: loss against rate, a line for each width. The best rate is filled, the
+    parabola's minimum dotted."""
     plt = plot.pyplot("lr_transfer")
     fig, [row] = plot.axes(plt, len(by_structure), sharex=True, sharey=True)
     for ax, (label, curves) in zip(row, by_structure.items()):
         for i, curve in enumerate(curves):
             look, means = plot.style(i), curve.means()
-            ax.plot(list(means), list(means.values()), markerfacecolor="white", label=f"width {curve.width}", **look)
+            ax.plot(*zip(*means.items()), markerfacecolor="white", label=f"width {curve.width}", **look)
             ax.plot(curve.best(), means[curve.best()], **look)
             ax.axvline(curve.minimum(), color=look["color"], linestyle=":", linewidth=1)
         ax.set(xscale="log", title=label)
@@ -82,21 +84,21 @@ def draw(by_structure: dict[str, list[Curve]], mup: bool, folder: str) -> None:
 
 
 def transfer(folders: list[str], out: str) -> bool:
-    """Prints the best rates of every structure and width, and writes lr_transfer.csv, .svg and .png into `out`; whether
-    the minimum stays for all structures. Raises ValueError for runs that do not compare."""
+    """Prints the best rates of every structure and width, and writes lr_transfer.csv, .svg and .png into
+    `out`; whether the minimum stays for all structures. Raises ValueError for runs that do not compare."""
     runs, notes = read_runs(folders)
-    runs.sort(key=lambda run: (run.label, run.config["n_embd"], run.config["learning_rate"], run.config["seed"]))
-    end = {label: max(run.last for run in runs if run.label == label) for label in sorted({run.label for run in runs})}
-    notes += [f"{run.name}: left out, it ends before others" for run in runs if run.last < end[run.label]]
-    runs = [run for run in runs if run.last == end[run.label]]
+    longest = {run.label: run.last for run in sorted(runs, key=lambda run: run.last)}
+    notes += [f"{run.name}: left out, it ends before others" for run in runs if run.last < longest[run.label]]
+    runs = [run for run in runs if run.last == longest[run.label]]
+    runs.sort(key=lambda run: (run.label, *(run.config[key] for key in ("n_embd", "learning_rate", "seed"))))
     by_structure = {}
-    for label in end:
-        by_structure[label], missing = curves_of(label, [run for run in runs if run.label == label])
-        notes += missing
+    for label in sorted({run.label for run in runs}):
+        by_structure[label], remarks = curves_of(label, [run for run in runs if run.label == label])
+        notes += remarks
     print("".join(f"{note}\n" for note in notes), end="")
     for label, curves in by_structure.items():
-        cells = [f"width {curve.width}: {curve.means()[curve.best()]:.4f} at {curve.best():g}, parabola's minimum at "
-                 f"{curve.minimum():.2g}" for curve in curves]
+        cells = [f"width {curve.width}: {curve.means()[curve.best()]:.4f} at {curve.best():g}, parabola's "
+                 f"minimum at {curve.minimum():.2g}" for curve in curves]
         print(f"{label:10s} " + "  ".join(cells)
               + ("" if stays(curves) else "  <- moves by more than one step, or leaves the grid"))
     write_csv(os.path.join(out, "lr_transfer.csv"), [

@@ -9,11 +9,13 @@ NAMES = ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "einsum", "dy
 
 
 def test_bench_writes_a_row_for_each_layer_and_config(run, tmp_path):
-    done = run("experiments.bench", "--widths=32,64", "--tokens=96", "--turns=2", "--steps=2", "--n_embd=32", "--head_size=16",
+    done = run("experiments.bench", "--widths=32,64", "--tokens=96", "--turns=2", "--steps=2", "--n_embd=32",
+               "--head_size=16",
                "--n_layer=1", "--block_size=16", "--batch_size=2", f"--out={tmp_path}/b")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "b" / "bench.json").read_text())
-    assert [(r["width"], r["layer"]) for r in result["layers"]] == [(d, n) for d in (32, 64) for n in ["nn.Linear", *NAMES]]
+    assert [(r["width"], r["layer"]) for r in result["layers"]] == [(d, n) for d in (32, 64)
+                                                                    for n in ["nn.Linear", *NAMES]]
     assert [r["config"] for r in result["steps"]] == [*NAMES, "moe"]
     for row in result["layers"]:
         low, high = row["quartiles"]
@@ -55,12 +57,14 @@ def test_ratios_are_taken_turn_by_turn(bench):
     linear, dense, low_rank = bench.bench_layers(64)
     assert linear["ratio"] == 1 and dense["ratio"] == 2 and dense["quartiles"] == [1.5, 2.0]
     assert low_rank["ratio"] == 1 and low_rank["quartiles"] == [0.75, 1.5] and low_rank["ms"] == 2
-    assert low_rank["flops"] == 0.25 and low_rank["time_per_flop"] == 4     # rank 8: 64 · 8, twice, of 64 · 64
+    assert low_rank["flops"] == 0.25    # rank 8: 64 · 8, twice, of 64 · 64
+    assert low_rank["time_per_flop"] == 4
 
 
 def test_steps_are_compared_with_dense(bench):
     dense, low_rank = bench.bench_steps()
-    assert dense["tokens_per_s"] == 8000 and low_rank["tokens_per_s"] == 16_000     # 2 x 16 tokens in 4 ms and 2 ms
+    # 2 x 16 tokens in 4 ms and 2 ms
+    assert dense["tokens_per_s"] == 8000 and low_rank["tokens_per_s"] == 16_000
     assert low_rank["speed"] == 2 and low_rank["quartiles"] == [1.25, 3.0]
 
 
@@ -72,7 +76,8 @@ def test_the_first_two_turns_are_not_timed(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--structs=bt"], "'bt'"), (["--turns=0"], "turns"), (["--device=nothing"], "nothing"), (["--dtype=int8"], "int8"),
+    (["--structs=bt"], "'bt'"), (["--turns=0"], "turns"), (["--device=nothing"], "nothing"),
+    (["--dtype=int8"], "int8"),
     (["--widths=97,", "--structs=btt"], "97")])
 def test_mistakes_are_one_sentence(run, tmp_path, flags, word):
     done = run("experiments.bench", *flags, "--tokens=8", "--step=False", f"--out={tmp_path}/b")

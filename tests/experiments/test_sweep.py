@@ -1,4 +1,5 @@
-"""python -m experiments.scaling sweep, with a stand-in for train.py: plans, sweeps beside each other, kills, errors."""
+"""python -m experiments.scaling sweep, with a stand-in for train.py: plans, sweeps beside each other, kills,
+errors."""
 import json
 import math
 import os
@@ -18,9 +19,9 @@ from experiments.scaling.sweep import Job, Sweep
 from structured import Theta
 from tests.conftest import ROOT, Started
 
-# Writes the log of a run that took no time. 'jobs' beside it says what was started. Where 'locks' exists, it locks its
-# out_dir as train.py does. Where 'meet' holds a word of that and a number, a run waits until so many of them are different;
-# while 'hold' exists, it waits for that to go.
+# Writes the log of a run that took no time. 'jobs' beside it says what was started. Where 'locks' exists, it
+# locks its out_dir as train.py does. Where 'meet' holds a word of that and a number, a run waits until so
+# many of them are different; while 'hold' exists, it waits for that to go.
 STAND_IN = '''
 import fcntl, json, os, sys, time
 flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
@@ -79,7 +80,8 @@ class Workplace:
     def __call__(self, plan=PLAN, *flags, **options):
         (self.folder / "plan.py").write_text(plan)
         return self.run("experiments.scaling", "sweep", self.folder / "plan.py", f"--runs={self.runs}",
-                        f"--program={self.folder}/stand_in.py", f"--dataset={self.dataset}", *flags, **options)
+                        f"--program={self.folder}/stand_in.py", f"--dataset={self.dataset}", *flags,
+                        **options)
 
     def start(self, *arguments, jobs=1):
         """(thread of a sweep, list that its result goes into), once so many runs were started in all."""
@@ -92,7 +94,8 @@ class Workplace:
     def jobs(self):
         """What the stand-in was started with, in order."""
         path = self.folder / "jobs"
-        return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().splitlines(True)
+                if line.endswith("\n")] if path.exists() else []
 
     def leases(self):
         return list(self.runs.rglob("lease*"))
@@ -111,8 +114,6 @@ def sweep(run, python_text, tmp_path):
     return Workplace(run, python_text, tmp_path)
 
 
-# ---- Plans ----------------------------------------------------------------------------------------------------------
-
 def test_a_plan_is_run_once(sweep, python_text):
     done = sweep()
     assert done.returncode == 0 and "4 of 4 finished, 0 failed" in done.stdout, done.stdout + done.stderr
@@ -123,19 +124,21 @@ def test_a_plan_is_run_once(sweep, python_text):
     from model import GPT, GPTConfig
     for j in jobs:
         d = int(j["n_embd"])
-        model = GPT(GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=d // 32, n_embd=d, struct=j["struct"]))
+        model = GPT(GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=d // 32, n_embd=d,
+                              struct=j["struct"]))
         assert int(j["max_iters"]) == round({32: 1e8, 64: 3e8}[d] / (3 * model.flops_per_token() * 4 * 16))
         assert int(j["eval_interval"]) == math.ceil(int(j["max_iters"]) / 5)
-        assert j["init_from"] == "auto" and j["dataset"] == str(python_text) and Path(j["out_dir"]).parent == sweep.runs
+        assert j["init_from"] == "auto" and j["dataset"] == str(python_text)
+        assert Path(j["out_dir"]).parent == sweep.runs
     assert len({j["out_dir"] for j in jobs}) == 4 and not sweep.leases()
     done = sweep()
     assert done.returncode == 0 and "4 finished before" in done.stdout and len(sweep.jobs()) == 4
 
 
 def test_budgets_at_a_constant_rate_are_one_run(sweep):
-    """A longer run holds the shorter ones; where the rate decays each is a run of its own. More budget resumes the run."""
-    one = 'structures = {"dense": {}}\nn_embd = 32\nhead_size = 32\nn_layer = 1\nblock_size = 16\nbatch_size = 4\nevals = 2\n' \
-          'gradient_accumulation_steps = 1\nflops = [1e8, 2e8, 4e8]\n'
+    """A longer run holds the shorter ones; where the rate decays each is a run of its own. More budget
+    resumes the run."""
+    one = ONE.replace("{32: 1e8, 64: 3e8}", "[1e8, 2e8, 4e8]").replace("decay_lr = False\n", "")
     assert "1 runs" in sweep(one + "decay_lr = False\n", "--dry_run=True").stdout
     done = sweep(one, "--dry_run=True")
     assert "3 runs, 7" in done.stdout and done.stdout.count("to do") == 3 and not sweep.jobs()
@@ -147,30 +150,40 @@ def test_budgets_at_a_constant_rate_are_one_run(sweep):
     assert int(second["max_iters"]) == pytest.approx(2 * int(first["max_iters"]), abs=1)
 
 
-# one structure's runs: max_iters, eval_interval and n_head at 6 * 1e8 FLOPs, 5 evaluations, heads of 32, unless overridden
+# one structure's runs: max_iters, eval_interval and n_head at 6 * 1e8 FLOPs, 5 evaluations, heads of 32,
+# unless overridden
 @pytest.mark.parametrize("own, flags, its, every, heads", [
-    ("", ["--max_iters=20"], 20, 4, 2), ("", ["--eval_interval=7"], None, 7, 2), ("", ["--n_head=4"], None, None, 4),
+    ("", ["--max_iters=20"], 20, 4, 2), ("", ["--eval_interval=7"], None, 7, 2),
+    ("", ["--n_head=4"], None, None, 4),
     ("max_iters=20, n_head=[4]", [], 20, 4, 4), ("eval_interval=7", ["--max_iters=30"], 30, 7, 2),
     ("n_head=4, eval_interval=7", ["--n_head=8", "--eval_interval=9"], None, 9, 8)])
 def test_a_structures_keys_override_the_plan_and_the_command_line_both(sweep, own, flags, its, every, heads):
-    plan = PLAN.replace('"btt": dict(learning_rate=1e-3)', "").replace("{}", f"dict({own})").replace("[32, 64]", "64")
+    plan = PLAN.replace('"btt": dict(learning_rate=1e-3)',
+                        "").replace("{}", f"dict({own})").replace("[32, 64]", "64")
     assert sweep(plan.replace("3e8", "6e8"), *flags).returncode == 0
     job, = sweep.jobs()
     if its is None:
         from model import GPT, GPTConfig
         model = GPT(GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=heads, n_embd=64))
         its = round(6e8 / (3 * model.flops_per_token() * 4 * 16))
-    assert [int(job[k]) for k in ("max_iters", "eval_interval", "n_head")] == [its, every or math.ceil(its / 5), heads]
+    assert [int(job[k]) for k in ("max_iters", "eval_interval", "n_head")] == [its, every
+                                                                               or math.ceil(its / 5), heads]
 
 
 @pytest.mark.parametrize("plan, flags, word", [
-    ("n_embd = 32", [], "structures"), ('structures = {"dense": 3}', [], "'dense'"), ('structures = {"dens": {}}', [], "dens"),
-    (PLAN + "n_emdb = 3", [], "did you mean n_embd"), (PLAN + "n_layer = 'three'", [], "n_layer"), (PLAN + "1 / 0", [], "line 13"),
-    (PLAN + "head_size = 48", [], "48"), (PLAN.replace("64: 3e8", "65: 3e8"), [], "n_embd = 64"), (PLAN + "flops = -1", [], "flops"),
-    (PLAN.replace("[32, 64]", "[37]").replace("head_size = 32", "n_head = 1"), [], "37"), (PLAN, ["--jobs=0"], "jobs"),
+    ("n_embd = 32", [], "structures"), ('structures = {"dense": 3}', [], "'dense'"),
+    ('structures = {"dens": {}}', [], "dens"),
+    (PLAN + "n_emdb = 3", [], "did you mean n_embd"), (PLAN + "n_layer = 'three'", [], "n_layer"),
+    (PLAN + "1 / 0", [], "line 13"),
+    (PLAN + "head_size = 48", [], "48"), (PLAN.replace("64: 3e8", "65: 3e8"), [], "n_embd = 64"),
+    (PLAN + "flops = -1", [], "flops"),
+    (PLAN.replace("[32, 64]", "[37]").replace("head_size = 32", "n_head = 1"), [], "37"),
+    (PLAN, ["--jobs=0"], "jobs"),
     (PLAN + "max_iters = 3", [], "flops and max_iters"),
-    (PLAN.replace("{}", "dict(n_head=2, head_size=4)"), [], "head_size and n_head"), (PLAN, ["--gpus=-1"], "gpus"),
-    (PLAN, ["--expiry=-1"], "expiry"), (PLAN, ["--seedd=3"], "seed"), (PLAN, ["--dataset=nowhere"], "nowhere")])
+    (PLAN.replace("{}", "dict(n_head=2, head_size=4)"), [], "head_size and n_head"),
+    (PLAN, ["--gpus=-1"], "gpus"),
+    (PLAN, ["--expiry=-1"], "expiry"), (PLAN, ["--seedd=3"], "seed"),
+    (PLAN, ["--dataset=nowhere"], "nowhere")])
 def test_mistakes_in_a_plan_are_one_sentence(sweep, plan, flags, word):
     done = sweep(plan, *flags)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and word in done.stderr, done.stderr
@@ -180,8 +193,10 @@ def test_mistakes_in_a_plan_are_one_sentence(sweep, plan, flags, word):
 @pytest.mark.parametrize("words, named", [
     ([], "sweep"), (["sweeep"], "sweeep"), (["sweep"], "plan"), (["sweep", "nowhere.py"], "nowhere.py"),
     (["sweep", "plans/cpu.py"], "did you mean experiments/plans/cpu.py"),
-    (["fit", "--runs=nowhere"], "nowhere"), (["fit", f"--runs={ROOT / 'tests'}"], "no run"), (["fit", "--level=2"], "level"),
-    (["fit", "--samples=1"], "samples"), (["plot", "--out=nowhere"], "fit.json"), (["fit", "--n_embd=3"], "n_embd"),
+    (["fit", "--runs=nowhere"], "nowhere"), (["fit", f"--runs={ROOT / 'tests'}"], "no run"),
+    (["fit", "--level=2"], "level"),
+    (["fit", "--samples=1"], "samples"), (["plot", "--out=nowhere"], "fit.json"),
+    (["fit", "--n_embd=3"], "n_embd"),
     (["transfer", "--runs=nowhere"], "nowhere")])
 def test_mistakes_in_a_command_are_one_sentence(run, words, named):
     done = run("experiments.scaling", *words)
@@ -205,10 +220,12 @@ ONE_SIZE = ["--n_embd=256", "--n_layer=3"]   # of the paper's many
 
 
 @pytest.mark.parametrize("plan, count, flags", [
-    ("cpu", 24, []), ("cpu_rates", 26, []), ("cpu_seeds", 4, []), ("taxonomy", 36, []), ("search_controls", 10, []),
+    ("cpu", 24, []), ("cpu_rates", 26, []), ("cpu_seeds", 4, []), ("taxonomy", 36, []),
+    ("search_controls", 10, []),
     ("lr_transfer", 54, []), ("paper", 24, ONE_SIZE), ("paper_moe", 7, ONE_SIZE)])
 def test_every_model_of_a_plan_can_be_made(run, python_text, tmp_path, plan, count, flags):
-    done = run("experiments.scaling", "sweep", f"experiments/plans/{plan}.py", "--dry_run=True", f"--dataset={python_text}",
+    done = run("experiments.scaling", "sweep", f"experiments/plans/{plan}.py", "--dry_run=True",
+               f"--dataset={python_text}",
                f"--runs={tmp_path}/r", *flags)
     assert done.returncode == 0 and done.stdout.count("to do") == count, done.stderr
 
@@ -229,10 +246,9 @@ def test_paper_config_is_a_point_of_its_plan():
     assert math.prod(config[k] for k in ("gradient_accumulation_steps", "batch_size", "block_size")) == 65_536
     assert config["n_embd"] == config["n_head"] * plan["head_size"]
     for key in runpy.run_path(str(ROOT / "config" / "paper.py")).keys() & plan.keys():
-        assert key.startswith("_") or config[key] in (plan[key] if isinstance(plan[key], list) else [plan[key]]), key
+        assert key.startswith("_") or config[key] in (plan[key]
+                                                      if isinstance(plan[key], list) else [plan[key]]), key
 
-
-# ---- Jobs -----------------------------------------------------------------------------------------------------------
 
 def test_failures_are_named_and_the_rest_goes_on(sweep):
     plan = PLAN.replace("seed = 1\n", "seed = [1, 13, 14]\n").replace("n_embd = [32, 64]", "n_embd = 32")
@@ -240,10 +256,12 @@ def test_failures_are_named_and_the_rest_goes_on(sweep):
     assert done.returncode == 1 and "2 of 6 finished, 4 failed" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("ended with status 1: seed 13 brings bad luck") == 2
     assert done.stdout.count("without reaching iteration") == 2 and len(sweep.jobs()) == 6
-    assert done.stdout.splitlines()[-1].startswith("failed: ") and done.stdout.splitlines()[-1].count("-s13-") == 2
+    assert done.stdout.splitlines()[-1].startswith("failed: ")
+    assert done.stdout.splitlines()[-1].count("-s13-") == 2
     (sweep.folder / "mended").touch()
     done = sweep(plan)       # what failed is tried again, once
-    assert "2 finished before" in done.stdout and "4 of 6 finished, 2 failed" in done.stdout and len(sweep.jobs()) == 10
+    assert "2 finished before" in done.stdout and "4 of 6 finished, 2 failed" in done.stdout
+    assert len(sweep.jobs()) == 10
 
 
 def forget_threads():
@@ -263,7 +281,8 @@ def test_jobs_share_the_gpus(sweep):
     (sweep.folder / "meet").write_text("pid 2")
     done = sweep(PLAN, "--jobs=2", "--gpus=1", CUDA_VISIBLE_DEVICES="5,7")
     assert done.returncode == 0 and {j["gpus"] for j in sweep.jobs()} == {"5", "7"}, done.stdout + done.stderr
-    done = sweep(PLAN + "bias = True\n", "--jobs=2", "--gpus=2", CUDA_VISIBLE_DEVICES="5,6,7")     # two would have one GPU
+    done = sweep(PLAN + "bias = True\n", "--jobs=2", "--gpus=2",
+                 CUDA_VISIBLE_DEVICES="5,6,7")     # two would have one GPU
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "jobs = 2 times gpus = 2 is more than the 3 GPUs" in done.stderr
     assert len(sweep.jobs()) == 4
@@ -278,11 +297,10 @@ def test_train_py_is_seen_while_it_lives(flags, tmp_path):
     assert not launcher.is_training(tmp_path / "out")
 
 
-# ---- Sweeps beside each other, and killed ones -----------------------------------------------------------------------
-
 def test_sweeps_share_a_plan(sweep):
     """Three at once: every run is made, and made once, and each sweep makes some."""
-    plan = PLAN.replace("n_embd = [32, 64]", "n_embd = 32").replace("seed = 1\n", "seed = [1, 2, 3, 4, 5, 6]\n")
+    plan = PLAN.replace("n_embd = [32, 64]", "n_embd = 32").replace("seed = 1\n",
+                                                                    "seed = [1, 2, 3, 4, 5, 6]\n")
     (sweep.folder / "meet").write_text("parent 3")
     results = []
     threads = [threading.Thread(target=lambda: results.append(sweep(plan))) for _ in range(3)]
@@ -290,9 +308,11 @@ def test_sweeps_share_a_plan(sweep):
         t.start()
     for t in threads:
         t.join()
-    assert [r.returncode for r in results] == [0, 0, 0] and all("12 of 12 finished, 0 failed" in r.stdout for r in results)
+    assert [r.returncode for r in results] == [0, 0, 0] and all("12 of 12 finished, 0 failed" in r.stdout
+                                                                for r in results)
     jobs = sweep.jobs()
-    assert len(jobs) == 12 and len({j["out_dir"] for j in jobs}) == 12 and len({j["parent"] for j in jobs}) == 3
+    assert len(jobs) == 12 and len({j["out_dir"] for j in jobs}) == 12 and len({j["parent"]
+                                                                                for j in jobs}) == 3
     assert not sweep.leases()
 
 
@@ -356,11 +376,14 @@ def test_a_train_py_that_outlives_its_sweep_is_left_alone(sweep):
 
 def test_a_start_beside_another_train_py_is_no_failure(tmp_path):
     """It ends at once, since the folder is locked; the run stays to be done."""
-    run = launcher.Run("dense", dict(n_embd=32, n_layer=2, learning_rate=1e-3, seed=1, max_iters=10), 1.0, str(tmp_path))
+    run = launcher.Run("dense", dict(n_embd=32, n_layer=2, learning_rate=1e-3, seed=1, max_iters=10), 1.0,
+                       str(tmp_path))
     sweep = Sweep([run], jobs=1, gpus=0, program="", expiry=10.0, wait=False)
     os.makedirs(run.folder)
-    script = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(99)"
-    other = subprocess.Popen([sys.executable, "-c", script, os.path.join(run.folder, "lock")], stdout=subprocess.PIPE)
+    script = ("import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+              "print(flush=True); time.sleep(99)")
+    other = subprocess.Popen([sys.executable, "-c", script, os.path.join(run.folder, "lock")],
+                             stdout=subprocess.PIPE)
     other.stdout.readline()
     ours = subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
     ours.wait()
@@ -374,7 +397,8 @@ def test_a_start_beside_another_train_py_is_no_failure(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_hung_sweeps_run_is_taken_over(held):
-    """A machine that sleeps: its sweep and train.py are stopped. When they wake, they leave the run to the other."""
+    """A machine that sleeps: its sweep and train.py are stopped. When they wake, they leave the run to the
+    other."""
     sweep, thread, results = held
     job, = sweep.jobs()
     for pid in (job["parent"], job["pid"]):
@@ -402,22 +426,23 @@ def test_an_interrupted_sweep_leaves_nothing_behind(held):
     assert sweep.leases()
     os.kill(job["parent"], signal.SIGTERM)
     thread.join()
-    assert results[0].returncode == 130 and "goes on" in results[0].stderr and "Traceback" not in results[0].stderr
+    assert results[0].returncode == 130 and "goes on" in results[0].stderr
+    assert "Traceback" not in results[0].stderr
     assert gone(job["pid"]) and not sweep.leases()
 
 
-# ---- From plan to figures -------------------------------------------------------------------------------------------
-
 def test_from_plan_to_figures(run, python_text, tmp_path):
     """With train.py itself: a tiny run."""
-    (tmp_path / "plan.py").write_text(ONE.replace("evals = 5", "evals = 12") + "eval_iters = 2\nwarmup_iters = 2\nsample_tokens = 0\n"
-                                      "log_interval = 2\n")
+    more = "eval_iters = 2\nwarmup_iters = 2\nsample_tokens = 0\nlog_interval = 2\n"
+    (tmp_path / "plan.py").write_text(ONE.replace("evals = 5", "evals = 12") + more)
     places = [tmp_path / "plan.py", f"--runs={tmp_path}/runs", f"--dataset={python_text}"]
     done = run("experiments.scaling", "sweep", *places)
     assert done.returncode == 0 and "1 of 1 finished" in done.stdout, done.stdout + done.stderr
     for log in (tmp_path / "runs").rglob("log.jsonl"):
         points = [json.loads(line) for line in log.read_text().splitlines()]
-        assert points[-1]["flops"] == pytest.approx(1e8, rel=0.05) and points[-1]["iter"] == points[0]["config"]["max_iters"]
-    done = run("experiments.scaling", "fit", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out", "--samples=10")
+        assert points[-1]["flops"] == pytest.approx(1e8, rel=0.05)
+        assert points[-1]["iter"] == points[0]["config"]["max_iters"]
+    done = run("experiments.scaling", "fit", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out",
+               "--samples=10")
     assert done.returncode == 0 and "1 runs of 1 structures" in done.stdout, done.stderr
     assert (tmp_path / "out" / "frontier.svg").exists()
