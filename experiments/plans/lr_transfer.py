@@ -1,11 +1,11 @@
-# Learning-rate transfer: does the best learning rate stay where it is as the width grows? About an hour on two CPU cores.
+# Does the best learning rate stay where it is as the width grows? About an hour on two CPU cores.
 #
 #     python data/python_char/prepare.py
 #     python -m experiments.scaling sweep experiments/plans/lr_transfer.py --runs=out-lr_transfer --jobs=2
 #     python -m experiments.scaling transfer --runs=out-lr_transfer
 #
-# --seed=2 in another sweep into the same folder adds a second seed to each point. --mup=False, into another folder, is the
-# counterexample: every parameter learns at learning_rate, and the best rate moves.
+# Another sweep into the same folder with --seed=2 adds a second seed to every point. --mup=False, in a folder
+# of its own, is the counterexample: every parameter learns at learning_rate, and the best rate moves.
 structures = {"dense": {}, "btt": {}, "btt_moe": {}}
 n_embd = [64, 128, 256]
 learning_rate = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]  # at the base width
