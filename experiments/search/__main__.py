@@ -1,19 +1,20 @@
 """Search for good structures, θ and experts if asked for, at equal training FLOPs: Optuna around train.py.
 
-    python -m experiments.search run config/cpu.py --jobs=2     the same command goes on after a kill or Ctrl-C
+    python -m experiments.search run config/cpu.py --jobs=2     the same again goes on after a kill or Ctrl-C
     python -m experiments.search run config/cpu.py --dry_run=True       print what would be searched
     python -m experiments.search report     table, csv, figure, importances, best.py and follow.py
     python -m experiments.scaling sweep out-search/report/follow.py --runs=out-search/follow --jobs=2
                                             the best structures and dense: more FLOPs, several seeds
 
 Run them from the root of the clone. `run` also takes config files and keys of train.py, for what all trials
-share: data, batch size, number of layers, seed, ... Every trial is a model with the FLOPs per token of a dense
-model of `dense_width`, trained for `flops` in all; its width and rank are chosen for that (space.py). Each
-evaluation is reported to Optuna, whose pruner ends a trial that is behind others at its share of the budget.
+share: data, batch size, number of layers, seed, ... Every trial is a model with the FLOPs per token of a
+dense model of `dense_width`, trained for `flops` in all; its width and rank are chosen for that (space.py).
+Each evaluation is reported to Optuna, whose pruner ends a trial that is behind others at its share of the
+budget.
 
-Any number of processes may run the same command at once. On several machines they share the folder `out` and a
-database server (--storage): SQLite is for one machine. Trials of a dead process are taken over after `expiry`
-seconds. Failed trials are tried again by the next `run`, unless their loss was not finite.
+Any number of processes may run the same command at once. On several machines they share the folder `out` and
+a database server (--storage): SQLite is for one machine. Trials of a dead process are taken over after
+`expiry` seconds. Failed trials are tried again by the next `run`, unless their loss was not finite.
 It needs optuna: pip install -r requirements-search.txt
 """
 import sys
@@ -55,7 +56,7 @@ max_nu: float = 1.0             # θ above this compute intensity are left out: 
 evals: int = 8                  # evaluations of a run
 # report
 results: str | None = None      # folder of the report; None: report in `out`
-dense: str | None = None        # dense to compare with: a fit.json, or a folder of runs; None: the study's own
+dense: str | None = None        # dense to compare with, fit.json or a folder of runs; None: the study's own
 top: int = 3                    # structures in follow.py, besides dense
 times: float = 4.0              # FLOPs of a run there, in those of a trial
 seeds: tuple = (1, 2)           # of each
@@ -144,8 +145,9 @@ def make_space() -> Space:
                   tuple(map(int, top_ks)), max_nu, evals, settings, launcher.vocabulary(settings["dataset"]))
     iterations = flops / space.flops_per_token / space.tokens_per_iter
     if iterations < (1 + tolerance) * evals / tolerance / 2:
-        fail(f"flops = {flops:g} are {iterations:.0f} iterations, too few to meet them within {tolerance:.0%} by "
-             f"multiples of evals = {evals}: ask for more flops, a larger tolerance, or fewer evals")
+        fail(f"flops = {flops:g} are {iterations:.0f} iterations, too few to meet them within "
+             f"{tolerance:.0%} by multiples of evals = {evals}: ask for more flops, a larger tolerance, or "
+             "fewer evals")
     for point in space.named().values():
         if isinstance(point, Point):
             space.runs(point, out)      # raises ValueError, before the request is that of a study
@@ -155,13 +157,13 @@ def make_space() -> Space:
 def describe(space: Space, draws: int = 300) -> None:
     """Print the request, the models of the named structures, and how many of some random θ have a model."""
     print(f"{trials} trials of {flops:.3g} training FLOPs, {space.flops_per_token:,.0f} a token, as a dense "
-          f"model of width {dense_width}: {flops / space.flops_per_token:,.0f} tokens; {len(space.widths)} widths "
-          f"from {space.widths[0]} to {space.widths[-1]}")
+          f"model of width {dense_width}: {flops / space.flops_per_token:,.0f} tokens; {len(space.widths)} "
+          f"widths from {space.widths[0]} to {space.widths[-1]}")
     for name, point in space.named().items():
         if isinstance(point, Point):
             first, *_ = space.runs(point, out)
-            print(f"  {point.label:32s} width {point.width:4d}  {str(point.sizes[0]):24s} {first.max_iters:7,} "
-                  f"iterations  {first.flops / flops:.1%} of the FLOPs")
+            print(f"  {point.label:32s} width {point.width:4d}  {str(point.sizes[0]):24s} "
+                  f"{first.max_iters:7,} iterations  {first.flops / flops:.1%} of the FLOPs")
         else:
             print(f"  {name}: {point}")
     rng, reasons = random.Random(0), []
@@ -171,8 +173,8 @@ def describe(space: Space, draws: int = 300) -> None:
         except ValueError as error:
             reasons.append(str(error))
     intense = sum("has ν" in reason for reason in reasons)
-    print(f"of {draws} random θ, {intense} are above ν = {max_nu:g}, {len(reasons) - intense} of the others have "
-          "no width at these FLOPs")
+    print(f"of {draws} random θ, {intense} are above ν = {max_nu:g}, {len(reasons) - intense} of the others "
+          "have no width at these FLOPs")
 
 
 def run() -> int:

@@ -112,6 +112,12 @@ class Point(NamedTuple):
         """What tables and figures call it."""
         return f"{structure_name(self.theta) or 'θ'} {theta_text(self.theta)}{self._experts_text()}"
 
+    def facts(self) -> dict:
+        """What a study keeps of it."""
+        return dict(point=self.name, label=self.label, structure=self.structure, theta=self.theta,
+                    width=self.width, rank=self.rank, sizes=[str(s) for s in self.sizes],
+                    flops_per_token=self.flops_per_token)
+
     def _experts_text(self) -> str:
         return f", {self.num_experts} experts, top {self.top_k}" if self.num_experts else ""
 
@@ -159,9 +165,8 @@ class Space:
             raise ValueError(f"θ = {theta_text(theta)} has ν = {theta.nu:.3g}, more than {self.max_nu:g}")
         point = self._nearest(theta, experts, top_k)
         if point is None:
-            raise ValueError(f"θ = {theta_text(theta)} has no width among the {len(self.widths)} at which its "
-                             f"FLOPs per token are within {self.tolerance:.0%} of "
-                             f"{self.flops_per_token:.3g}")
+            raise ValueError(f"θ = {theta_text(theta)} has no width among the {len(self.widths)} with FLOPs "
+                             f"per token within {self.tolerance:.0%} of {self.flops_per_token:.3g}")
         return point
 
     def named(self) -> dict[str, Point | str]:

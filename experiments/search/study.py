@@ -7,7 +7,7 @@ copy of each; its runs go on from the checkpoints in the folder of its point. Us
     model                        its point as a dict: a trial that has one counts in the search
     rejected, same_as, surplus   why it does not count: no model, another trial has its point, one too many
     run                          facts of its best run, at its end
-    why, diverged                why it failed; whether its loss was not finite
+    why                          why it failed
 """
 import contextlib
 import dataclasses
@@ -43,6 +43,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 ATTEMPTS = 2000     # θ in a row that the sampler may ask for in vain
 SKIPPED = {"rejected", "same_as", "surplus"}
 LOCKED = "another run writes into"  # what train.py says of a folder in which another process trains
+DIVERGED = "diverged, its validation loss is not finite"
 
 queue_copy = RetryHeartbeatStaleTrialCallback()     # (study, trial) -> None
 
@@ -66,11 +67,16 @@ def make_pruner(kind: str, first_rung: int, reduction: int, evals: int) -> optun
     return optuna.pruners.NopPruner()
 
 
+def study_lock(folder: str) -> filelock.FileLock:
+    """For what one process and thread may do at a time: begin a study, take a trial, give it its point."""
+    return filelock.FileLock(os.path.join(folder, "study.lock"))
+
+
 class LockedStorage(optuna.storages.RDBStorage):
     """SQLite has no row locks: without another lock, two workers can take the same waiting trial."""
-    def __init__(self, *args, lock: filelock.FileLock, **options):
+    def __init__(self, *args, folder: str, **options):
         super().__init__(*args, **options)
-        self.lock = lock
+        self.lock = study_lock(folder)
 
     def set_trial_state_values(self, *args, **options) -> bool:
         with self.lock:
@@ -92,7 +98,7 @@ def open_study(url: str | None, name: str, folder: str, *, expiry: int = 120, cr
     shown = re.sub(r"(//[^:/@]*):[^@/]*@", r"\1:***@", url)  # without its password
     wait = dict(connect_args=dict(timeout=100)) if url.startswith("sqlite") else {}  # while others write
     try:
-        storage = LockedStorage(url, wait, lock=study_lock(folder), heartbeat_interval=max(1, expiry // 4),
+        storage = LockedStorage(url, wait, folder=folder, heartbeat_interval=max(1, expiry // 4),
                                 grace_period=expiry, heartbeat_stale_trial_callback=queue_copy)
         if create:
             return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, **options)
@@ -104,16 +110,10 @@ def open_study(url: str | None, name: str, folder: str, *, expiry: int = 120, cr
         raise ValueError(f"the storage {shown!r} cannot be opened: {why}") from None
 
 
-def study_lock(folder: str) -> filelock.FileLock:
-    """For what one process and thread may do at a time: to begin a study, and to give a trial its point."""
-    return filelock.FileLock(os.path.join(folder, "study.lock"))
-
-
 def begin(study: optuna.Study, space: Space, named: bool, first_rung: int) -> None:
-    """Store the request, and queue the named structures if asked for. Raises ValueError if the study has
-    another request.
+    """Queue the named structures if asked for, then store the request: a study without one has not begun.
 
-    The request is stored last: a study without it has not begun.
+    Raises ValueError if the study has begun with another request.
     """
     asked, stored = space.request(), study.user_attrs.get("request")
     if stored is None:
@@ -134,8 +134,8 @@ def begin(study: optuna.Study, space: Space, named: bool, first_rung: int) -> No
 def latest_trials(study: optuna.Study) -> list[FrozenTrial]:
     """All trials, but those that were queued again: their copies stand for them."""
     trials = study.get_trials(deepcopy=False)
-    replaced = {number for t in trials for number in RetryHeartbeatStaleTrialCallback.retry_history(t)}
-    return [t for t in trials if t.number not in replaced]
+    copied = {number for t in trials for number in RetryHeartbeatStaleTrialCallback.retry_history(t)}
+    return [t for t in trials if t.number not in copied]
 
 
 def counted(study: optuna.Study) -> list[FrozenTrial]:
@@ -146,11 +146,13 @@ def counted(study: optuna.Study) -> list[FrozenTrial]:
 def retry_failed(study: optuna.Study) -> int:
     """Queue copies of the failed trials, but for those that diverged: they would again. Returns how many."""
     failed = [t for t in latest_trials(study) if t.state == TrialState.FAIL
-              and not t.user_attrs.keys() & SKIPPED and not t.user_attrs.get("diverged")]
+              and not t.user_attrs.keys() & SKIPPED and t.user_attrs.get("why") != DIVERGED]
     for trial in failed:
         queue_copy(study, trial)
     return len(failed)
 
+
+# ---- The objective -----------------------------------------------------------------------------------------
 
 class Unfinished(Exception):
     """A trial ends without a value."""
@@ -163,8 +165,6 @@ def end(trial: optuna.Trial, **why) -> NoReturn:
     raise Unfinished
 
 
-# ---- The runs of a trial -----------------------------------------------------------------------------------
-
 class Training:
     """A run of a trial: what its log says, and the process that writes it, if one is needed.
 
@@ -174,38 +174,34 @@ class Training:
     def __init__(self, run: launcher.Run, evals: int, expiry: float):
         self.run, self.evals, self.expiry = run, evals, expiry
         self.losses: dict[int, float] = {}
-        self.error, self.launch_at = "", -math.inf
         self.process: subprocess.Popen | None = None
+        self.error, self.launch_at = "", -math.inf
 
     def read(self) -> None:
         """Read the log, and find out whether the run has failed."""
-        status = self.process and self.process.poll()  # before the log: it may have written more until then
+        status = self.process and self.process.poll()  # before the log: until it ends it may write
         every = self.run.settings["eval_interval"]
         self.losses = {p["iter"] // every: math.inf if p["val_loss"] is None else p["val_loss"]
                        for p in launcher.read_log(self.run.folder)
                        if p.get("type") == "eval" and p["iter"] and p["iter"] % every == 0}
-        if self.diverged:
-            self.error = "diverged, its validation loss is not finite"
+        if math.inf in self.losses.values():
+            self.error = DIVERGED
         elif status is not None and self.evals not in self.losses:
             words = launcher.last_words(self.run)
             if LOCKED in words:  # by a process that has outlived its search: follow its log, and try later
                 self.process, self.launch_at = None, time.monotonic() + self.expiry
             else:
-                goal = f"with status {status}" if status else f"before iteration {self.run.max_iters}"
-                self.error = f"ended {goal}: {words}"
+                how = f"with status {status}" if status else f"before iteration {self.run.max_iters}"
+                self.error = f"ended {how}: {words}"
 
-    @property
-    def diverged(self) -> bool:
-        return math.inf in self.losses.values()
+    def launch(self, job: int, **options) -> None:
+        """Start train.py, unless it runs or need not run. Arguments: see launcher.launch."""
+        is_over = self.error or self.evals in self.losses
+        if self.process is None and not is_over and time.monotonic() >= self.launch_at:
+            self.process = launcher.launch(self.run, job, **options)
 
-    @property
     def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None
-
-    @property
-    def needs_process(self) -> bool:
-        is_done = self.error or self.evals in self.losses
-        return not is_done and self.process is None and time.monotonic() >= self.launch_at
 
 
 @dataclasses.dataclass
@@ -299,10 +295,7 @@ class Search:
         elif len(others) >= self.trials:
             end(trial, surplus=True)
         else:
-            trial.set_user_attr("model", dict(
-                point=point.name, label=point.label, structure=point.structure, theta=point.theta,
-                width=point.width, rank=point.rank, sizes=[str(s) for s in point.sizes],
-                flops_per_token=point.flops_per_token))
+            trial.set_user_attr("model", point.facts())
         return first
 
     def train(self, trial: optuna.Trial, point: Point) -> float:
@@ -334,27 +327,24 @@ class Search:
                 raise Unfinished
             alive = [t for t in trainings if not t.error]
             if not alive:
-                end(trial, why="; ".join(dict.fromkeys(t.error for t in trainings)),
-                    diverged=all(t.diverged for t in trainings))
+                end(trial, why="; ".join(dict.fromkeys(t.error for t in trainings)))
             for step in sorted(set.intersection(*(set(t.losses) for t in alive)) - reported):
-                reported.add(step)
                 best = min(alive, key=lambda t: t.losses[step])
                 trial.report(best.losses[step], step)
+                reported.add(step)
                 print(f"trial {trial.number}: evaluation {step} of {self.space.evals}, val loss "
                       f"{best.losses[step]:.4f}", flush=True)
                 if self.is_behind(trial, step):
                     self.store_run(trial, best.run)
                     raise optuna.TrialPruned
-            if self.space.evals in reported and not any(t.is_running for t in alive):
+            if self.space.evals in reported and not any(t.is_running() for t in alive):
                 self.store_run(trial, best.run)
                 return best.losses[self.space.evals]
             for i, training in enumerate(trainings, job * len(trainings)):
-                if training.needs_process:
-                    training.process = launcher.launch(training.run, i, jobs=self.jobs * len(trainings),
-                                                       gpus=self.gpus, program=self.program)
+                training.launch(i, jobs=self.jobs * len(trainings), gpus=self.gpus, program=self.program)
             time.sleep(0.1)
             with contextlib.suppress(StopIteration, subprocess.TimeoutExpired):
-                next(t.process for t in alive if t.is_running).wait(1)
+                next(t.process for t in alive if t.is_running()).wait(1)
 
     def is_behind(self, trial: optuna.Trial, step: int) -> bool:
         """The pruner's decision, which is stored: Optuna's pruners do not repeat it after a kill."""
@@ -367,10 +357,9 @@ class Search:
 
     def store_run(self, trial: optuna.Trial, run: launcher.Run) -> None:
         start = next((p for p in launcher.read_log(run.folder) if p.get("type") == "run"), {})
-        iterations, ms = launcher.speed(run)
-        trial.set_user_attr("run", dict(folder=os.path.relpath(run.folder, self.out), settings=run.settings,
-                                        flops=run.flops, params=start.get("params"), iterations=iterations,
-                                        ms_per_iter=ms))
+        trial.set_user_attr("run", dict(
+            folder=os.path.relpath(run.folder, self.out), settings=run.settings, flops=run.flops,
+            params=start.get("params"), ms_per_iter=launcher.speed(run)[1]))
 
     def after_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Optuna's callback: print what the trial has come to, and stop the study if there is reason to."""
@@ -386,7 +375,8 @@ class Search:
             self.states.append(trial.state)
             print(self.outcome(trial), flush=True)
             if self.states[-self.max_failures:] == [TrialState.FAIL] * self.max_failures:
-                self.error = f"{self.max_failures} trials in a row have failed, the last: {attributes['why']}"
+                self.error = (f"{self.max_failures} trials in a row have failed, the last: "
+                              f"{attributes['why']}")
         if self.skipped_in_a_row >= ATTEMPTS:
             self.error = (f"in {ATTEMPTS:,} attempts the sampler found nothing that is not trained yet: the "
                           "space may be exhausted; widen --widths or --tolerance, or ask for fewer --trials")
@@ -395,16 +385,10 @@ class Search:
 
     def outcome(self, trial: FrozenTrial) -> str:
         """A line on a trial that has ended."""
-        found, model = counted(self.study), trial.user_attrs["model"]
-        line = (f"[{sum(t.state.is_finished() for t in found)}/{self.trials}] trial {trial.number}, "
-                f"{model['label']}, width {model['width']}: ")
-        if trial.state == TrialState.FAIL:
-            line += f"FAILED, {trial.user_attrs['why']}"
-        else:
-            run = trial.user_attrs["run"]
-            line += "pruned at " if trial.state == TrialState.PRUNED else ""
-            line += f"val loss {trial.value:.4f}, {launcher.clock((run['ms_per_iter'] or 0) * run['iterations'] / 1e3)}"
-        if complete := [t for t in found if t.state == TrialState.COMPLETE]:
-            best = min(complete, key=lambda t: t.value)
-            line += f" | best {best.value:.4f}, trial {best.number}, {best.user_attrs['model']['label']}"
-        return line
+        ended = [t for t in counted(self.study) if t.state.is_finished()]
+        losses = [t.value for t in ended if t.state == TrialState.COMPLETE]
+        model, state = trial.user_attrs["model"], trial.state.name.lower()
+        loss = f"{state}, val loss {trial.value:.4f}" if state != "fail" else ""
+        best = f" | best {min(losses):.4f}" if losses else ""
+        return (f"[{len(ended)}/{self.trials}] trial {trial.number}, {model['label']}, width {model['width']}"
+                f": {loss or 'FAILED, ' + trial.user_attrs['why']}{best}")
