@@ -72,9 +72,9 @@ class GPTConfig(LayerConfig):
                 raise ValueError(f"top_k must be between 1 and {name} = {experts}; got {self.top_k}")
 
 
-def projection(config: GPTConfig, part: str, d_in: int, d_out: int, **place) -> nn.Module:
-    """One projection of the transformer; part is 'attn' or 'mlp', place is for structured.make_layer."""
-    return structured.make_layer(layer_config(config, part), d_in, d_out, **place)
+def projection(config: GPTConfig, part: str, d_in: int, d_out: int, **role) -> nn.Module:
+    """One projection of the transformer; part is 'attn' or 'mlp', role is for structured.make_layer."""
+    return structured.make_layer(layer_config(config, part), d_in, d_out, **role)
 
 
 def layer_config(config: GPTConfig, part: str) -> LayerConfig:
@@ -342,9 +342,9 @@ class GPT(nn.Module):
         """AdamW with one group per distinct learning rate; each group keeps its 'lr_multiplier' for the
         schedule.
 
-        Cores, routers and embeddings decay, gains, biases and norms do not. The decay is divided by the
-        multiplier: every matrix shrinks by learning_rate · weight_decay a step, whatever its structure and
-        width.
+        Cores, routers and embeddings are decayed; gains, biases and norms are not. The decay is divided by
+        the multiplier: every matrix shrinks by learning_rate · weight_decay a step, whatever its structure
+        and width.
         """
         multipliers = self.lr_multipliers(base_width)
         groups: dict[tuple[float, bool], list] = {}

@@ -9,7 +9,7 @@ with α·β·γ = d_in and δ·ε·φ = d_out. In code each index, and its size,
     a  α alpha    input index of A alone            d  δ delta    output index of A alone
     b  β beta     input index of B alone            e  ε epsilon  output index of B alone
     g  γ gamma    input index of both cores         f  φ phi      output index of both cores
-    r  ρ rho      inner rank, summed over           T  tokens;  E, k  experts, experts chosen per token
+    r  ρ rho      inner rank, summed over           T  rows: tokens;  E, k  experts, chosen per token
 
 The sizes come from exponents θ in [0, 1]^7 that do not depend on the width: size_α = d_in^θα, ..., size_φ =
 d_out^θφ, size_ρ = min(d_in, d_out)^θρ. Dense, low-rank, Kronecker, Monarch, Tensor-Train and Block
@@ -81,7 +81,7 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
 
     @property
     def omega(self) -> float:
-        """ω, parameter sharing: FLOPs grow as d^ω times parameters; 0 uses every parameter once per token."""
+        """ω, parameter sharing: FLOPs / parameters grows as d^ω; at 0 a token uses each once."""
         return self.flops_exponent - self.params_exponent
 
     @property
@@ -115,7 +115,8 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
         return _nearest_sizes(self, d_in, d_out, rank, gamma, phi)
 
 
-# Structures by name. Dense, kronecker and monarch have rank 1; 'einsum' takes its θ from the caller.
+# Structures by name. ρ = 1 in dense, kronecker, monarch; 'einsum' takes its θ from the caller, 'dyad' has
+# none.
 STRUCTURES: dict[str, Theta | None] = {
     "dense":     Theta(1, 0, 0, 1, 0, 0, 0),
     "low_rank":  Theta(1, 0, 0, 0, 1, 0, 1 / 2),
@@ -161,8 +162,7 @@ class Sizes(NamedTuple("Sizes", [(name, int) for name in INDICES])):
         return Sizes(b, a, g, e, d, f, r)
 
     def contraction(self) -> "Sizes":
-        """The sizes as the two products see them: swapped where B goes first, so that 'A' is the first
-        core."""
+        """The sizes as the two products see them: swapped where B is the first core."""
         return self if self.order()[0] == "A" else self.swapped()
 
     def fans(self) -> dict[str, tuple[int, int]]:
@@ -233,7 +233,7 @@ class LayerConfig:
 class Structured(nn.Module):
     """Cores of a structured matrix: their initialization, normalization, gains and bias (paper, section 4).
 
-    cores       {name: shape (batch, out, in)}, the right factors of batched products; experts: a leading E
+    cores       {name: shape (batch, out, in)}: each acts as x @ coreᵀ, batched; with experts, a leading E
     fans        {name: (fan_in, fan_out)} of those products
     normalized  a norm follows and undoes the scale of the output: no gains, and only relative changes count
     zero_core   the core that starts at zero; the others start normal, std = √min(fan_in, fan_out) / fan_in
@@ -348,8 +348,7 @@ class Einsum(Structured):
         return multipliers
 
     def cores(self) -> tuple[Tensor, Tensor]:
-        """A[γ, α, δ, φ, ρ] and B[γ, β, ε, φ, ρ] as they act, a 1 for one left out; experts have a leading
-        E."""
+        """A[γ, α, δ, φ, ρ], B[γ, β, ε, φ, ρ] as they act, a 1 if left out; with experts, a leading E."""
         a, b, g, d, e, f, r = self.contraction
         first = self.core(self.order[0])  # (..., γ, ρφδ, α)
         lead = first.shape[:-3]
@@ -395,8 +394,8 @@ class Dyad(Structured):
         shape, fans = (D, d_out // D, d_in // D), (2 * d_in // D, 2 * d_out // D)
         super().__init__(d_in, d_out, dict(wl=shape, wu=shape), dict(wl=fans, wu=fans), config, **kwargs)
         self.blocks, self.variant = D, variant
-        for core in (self.wl, self.wu) if zero_init else ():  # both terms end the branch
-            nn.init.zeros_(core)
+        if zero_init:  # both terms end the branch
+            nn.init.zeros_(self.wl), nn.init.zeros_(self.wu)
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         D, lead, T = self.blocks, x.shape[:-1], x.numel() // self.d_in
@@ -443,15 +442,17 @@ class Aux(NamedTuple):
 
 
 class MoE(nn.Module):
-    """Sparse mixture of experts: y = Σ_{e in top-k} g_e · expert_e(x), g the softmax of the k chosen x·W_g.
+    """Sparse mixture of experts: y = Σ_{e in top-k} gate_e · expert_e(x), gates the softmax of the k chosen
+    logits.
 
     `experts(rows, ends)` maps rows sorted by expert, (T·k, d_in) -> (T·k, d_out): an Einsum or Dyad with
     experts is a structured MoE of one projection; a whole MLP of such layers is the standard MoE. Only the
     chosen experts are computed, and no token is dropped. The router works in float32.
 
-    The experts are chosen by x·W_g + balance. These biases are a buffer, which `rebalance` moves against the
-    load: they change which experts are chosen, not the gate weights (Wang et al., arXiv 2408.15664).
-    Raises ValueError for less than 2 experts, and a top_k that is not between 1 and their number.
+    The experts are chosen by logits + balance, logits = router @ x. These biases are a buffer, which
+    `rebalance` moves against the load: they change which experts are chosen, not the gate weights (Wang et
+    al., arXiv 2408.15664). Raises ValueError for less than 2 experts, and a top_k that is not between 1 and
+    their number.
     """
 
     def __init__(self, d_in: int, experts: nn.Module, num_experts: int, top_k: int):
@@ -481,8 +482,7 @@ class MoE(nn.Module):
         return (y, self._aux(logits, chosen)) if return_aux else y
 
     def _dispatch(self, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k): rows gathered by expert, then
-        combined."""
+        """x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k), with rows gathered by expert."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(router.dtype), router)  # (T, E)
         chosen = (logits.detach() + self.balance).topk(self.top_k).indices  # (T, k)
@@ -527,7 +527,7 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, top {self.top_k}"
 
-# ---- The one way to make a layer ---------------------------------------------------------------------------
+# ---- Making a layer: linear(), or make_layer() from a config -----------------------------------------------
 
 def linear(struct: str, d_in: int, d_out: int, *, sizes: tuple | None = None, gamma: int | None = None,
            phi: int | None = None, normalized: bool = False, zero_init: bool = False, **options) -> nn.Module:
@@ -545,15 +545,15 @@ def linear(struct: str, d_in: int, d_out: int, *, sizes: tuple | None = None, ga
                       normalized=normalized, zero_init=zero_init)
 
 
-def make_layer(config: LayerConfig, d_in: int, d_out: int, **place) -> nn.Module:
-    """linear() for a config; `place` are those of its arguments that no config file sets."""
-    experts = make_experts(config, config.num_experts, d_in, d_out, **place)
+def make_layer(config: LayerConfig, d_in: int, d_out: int, **role) -> nn.Module:
+    """linear() for a config; role: its sizes, gamma, phi, normalized and zero_init."""
+    experts = make_experts(config, config.num_experts, d_in, d_out, **role)
     return MoE(d_in, experts, config.num_experts, config.top_k) if config.num_experts else experts
 
 
 def make_experts(config: LayerConfig, num_experts: int, d_in: int, d_out: int, *, sizes=None, gamma=None,
                  phi=None, **options) -> Structured:
-    """The layer of make_layer() without its router; num_experts takes the place of the config's."""
+    """num_experts experts or, for 0, one matrix, without a router; config.num_experts is not looked at."""
     if config.struct == "dyad":
         if (config.rank, config.theta, sizes, gamma, phi) != (None,) * 5:
             raise ValueError("struct 'dyad' takes dyad_blocks and dyad_variant, not a rank, theta, sizes ...")

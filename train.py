@@ -38,9 +38,9 @@ n_embd: PositiveInt = 768               # width
 dropout: UnitFloat = 0.0                # for pretraining 0 is good
 bias: bool = False                      # biases in projections and layer norms
 struct: str = "dense"                   # dense, low_rank, kronecker, monarch, tt, btt, einsum or dyad
-rank: PositiveInt | None = None         # inner rank ρ; None: d^θρ, but 1 in experts (low_rank: d / E)
+rank: PositiveInt | None = None         # rank ρ; None: d^θρ; experts: 1 (low_rank: d / E, einsum: d^θρ)
 theta: tuple | None = None              # exponents of alpha beta gamma delta epsilon phi rho, for 'einsum'
-layers: Literal["all", "attn", "mlp"] = "all"  # which projections are structured; the others are dense
+layers: Literal["all", "attn", "mlp"] = "all"  # which projections have the structure; others are dense
 num_experts: NonNegativeInt = 0         # experts inside every structured projection; 0: no experts
 top_k: PositiveInt = 2                  # experts that each token uses
 ffn_experts: NonNegativeInt = 0         # standard MoE: experts that are whole MLPs; 0: none
@@ -48,19 +48,19 @@ aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 �
 router_balance_rate: NonNegativeFloat = 0.1  # step of the biases that even out the experts' load; 0: none
 weight_norm: bool | None = None         # cap the rms of each core at its initial value; None: all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
-head_aligned: bool | None = None        # γ or φ is the number of heads; None: monarch, btt; not with experts
+head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt without experts
 dyad_blocks: PositiveInt = 4            # blocks of struct 'dyad'
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width, and scaled for all others
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
-mup_base_width: PositiveInt = 128       # d0: a core's rate is learning_rate · d0 / (number of cores · fan_in)
+mup_base_width: PositiveInt = 128       # d0: a dense layer of width d learns at learning_rate · d0 / d
 mup: bool = True                        # False: every parameter learns at learning_rate, for comparison
 max_iters: NonNegativeInt = 600000      # iterations
-weight_decay: NonNegativeFloat = 0.1    # every matrix is multiplied by 1 - rate · weight_decay an iteration
+weight_decay: NonNegativeFloat = 0.1    # each iteration multiplies every matrix by 1 - lr · weight_decay
 beta1: UnitFloat = 0.9                  # decay of the first moment
 beta2: UnitFloat = 0.95                 # decay of the second moment
 grad_clip: NonNegativeFloat = 1.0       # clip the gradient's norm at this value; 0: do not
-max_skipped: PositiveInt = 25           # stop after so many iterations in a row whose loss is not finite
+max_skipped: PositiveInt = 25           # stop after so many non-finite iterations in a row
 decay_lr: bool = True                   # cosine decay after the warmup; False: constant
 warmup_iters: NonNegativeInt = 2000     # iterations of linear warmup
 lr_decay_iters: NonNegativeInt | None = None  # iteration at which min_lr is reached; None: max_iters
@@ -69,7 +69,7 @@ min_lr: NonNegativeFloat | None = None  # last learning rate; None: a tenth of l
 seed: Seed = 1337                       # of initialization, data order and dropout
 backend: Literal["nccl", "gloo", "mpi", "ucc", "xccl", "cpu:gloo,cuda:nccl"] | None = None  # None: by device
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
-dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
+dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 if the GPU has it
 compile: bool | None = None             # torch.compile the model; None: on GPUs
 config = configure(globals())
 globals().update(config)
@@ -87,7 +87,7 @@ min_lr = learning_rate / 10 if min_lr is None else min_lr
 if decay_lr and min_lr > learning_rate:
     fail(f"min_lr = {min_lr} must not exceed learning_rate = {learning_rate}, from which it decays")
 sequences_per_iter = gradient_accumulation_steps * batch_size
-if sequences_per_iter > 2 ** 20:  # each micro-step draws the places of all of them
+if sequences_per_iter > 2 ** 20:  # every micro-step draws the starts of all of them
     fail(f"gradient_accumulation_steps = {gradient_accumulation_steps} times batch_size = {batch_size} is "
          f"more than the {2 ** 20} sequences that an iteration may have")
 if not out_dir.strip() or "\0" in out_dir or os.path.exists(out_dir) and not os.path.isdir(out_dir):
@@ -143,8 +143,8 @@ compile = device_type == "cuda" if compile is None else compile
 if device_type == "cuda":
     torch.cuda.set_device(device)
 elif device_type == "cpu":
-    kernels.keep_freed_memory()  # page faults would cost more than the products
-torch.backends.cuda.matmul.fp32_precision = "tf32"
+    kernels.keep_freed_memory()  # fresh memory for every tensor can cost more than the products
+torch.backends.cuda.matmul.fp32_precision = "tf32"  # what dtype 'float32' means on a GPU
 torch.backends.cudnn.fp32_precision = "tf32"
 amp = autocast(device_type, dtype)
 if ddp:
@@ -152,7 +152,7 @@ if ddp:
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
-meta, splits = or_fail(open_dataset, dataset)  # {split: token ids, on the disk}
+meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, mapped from the disk}
 vocab_size = meta["vocab_size"]
 tokens_per_iter = sequences_per_iter * block_size
 batches = or_fail(lambda: Batches(splits, block_size=block_size, batch_size=batch_size, seed=seed,
@@ -165,7 +165,7 @@ or_fail(check_token_ids, splits, vocab_size, ddp_local_rank, int(os.environ.get(
 gpt_config = or_fail(lambda: GPTConfig(**{field.name: globals()[field.name]
                                                for field in dataclasses.fields(GPTConfig)}))
 model_args = dataclasses.asdict(gpt_config)
-# None is replaced by the value that is used; logged and saved
+# every key with the value that is used (rank and theta may stay None): logged and saved
 config = {key: model_args.get(key, globals()[key]) for key in config}
 
 def make_model() -> GPT:
@@ -182,7 +182,7 @@ raw_model = or_fail(make_model)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_experts  # R, E
+num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_experts  # R routers of E experts
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
@@ -214,8 +214,8 @@ def save_checkpoint(val_loss: float | None = None) -> None:
     distributed.barrier()
 
 
-found = or_fail(lambda: master and checkpoints.open(init_from))
-resuming = bool(all_reduce_max(found, device))  # the first rank alone has looked
+found = or_fail(lambda: master and checkpoints.open(init_from))  # locks out_dir
+resuming = bool(all_reduce_max(found, device))
 progress = or_fail(load_checkpoint) if resuming else Progress()
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
@@ -253,7 +253,8 @@ logger.log(type="run", config=config, model_args=model_args, torch=torch.__versi
 # ---- Training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(iteration: int) -> float:
-    """Linear warmup, then a cosine down to min_lr, or the constant learning_rate."""
+    """Linear warmup, then a cosine down to min_lr, or a constant: a function of iteration alone, for
+    resumes."""
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
     if not decay_lr:
@@ -270,7 +271,7 @@ def evaluate() -> tuple[float, torch.Tensor]:
     for i in range(ddp_rank, eval_iters, ddp_world_size):
         X, Y = batches.val(i)
         with amp:
-            _, loss, aux = (model.module if ddp else model)(X, Y, return_aux=True)
+            _, loss, aux = (model.module if ddp else model)(X, Y, return_aux=True)  # compiled, without DDP
         total += loss
         load += aux.load
     model.train()
@@ -279,7 +280,7 @@ def evaluate() -> tuple[float, torch.Tensor]:
 
 
 def balance_routers() -> None:
-    """Balances the routers of a new model on 40 small training batches, the same on every rank."""
+    """Balances a new model's routers on 40 training batches of at most 8,192 tokens, alike on every rank."""
     raw_model.eval()
     count = min(max(1, 8192 // block_size), sequences_per_iter)  # sequences of a step
     parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
@@ -328,8 +329,7 @@ def train_step() -> tuple[float, float, bool]:
 
 @torch.no_grad()
 def next_loss_is_finite() -> bool:
-    """Whether the weights give a finite loss on every rank's next micro-batch: others are not worth
-    saving."""
+    """Whether every rank's next micro-batch has a finite loss: other weights are not worth saving."""
     raw_model.eval()
     with amp:
         X, Y = batches.train(progress.iteration, ddp_rank * batch_size, (ddp_rank + 1) * batch_size)
@@ -339,7 +339,7 @@ def next_loss_is_finite() -> bool:
 
 
 def log_point(kind: str, **values) -> None:
-    """A point of the log; those of type 'train' count the iteration that is just done, 'eval' does not."""
+    """A point of the log. Tokens and FLOPs include iteration `iter` in 'train' and 'skip', not in 'eval'."""
     logger.log(type=kind, iter=progress.iteration, tokens=progress.tokens, flops=progress.flops, **values)
 
 
@@ -387,7 +387,7 @@ if not resuming and num_routers and router_balance_rate:
     balance_routers()
 training_started = last_report = time.perf_counter()
 iterations_since_report = 0
-while not (stopping := int(all_reduce_max(signals.received, device))):
+while not (stop_signal := int(all_reduce_max(signals.received, device))):
     pause = time.perf_counter()
     if progress.iteration % eval_interval == 0 or progress.iteration >= max_iters:
         evaluate_and_save()
@@ -410,15 +410,15 @@ while not (stopping := int(all_reduce_max(signals.received, device))):
             report(loss, norm, time.perf_counter() - last_report, iterations_since_report)
             last_report, iterations_since_report = time.perf_counter(), 0
     progress.iteration += 1
-if stopping and next_loss_is_finite():
+if stop_signal and next_loss_is_finite():
     save_checkpoint()
 signals.deferring = False
-if stopping:
-    print0(f"stopped by {signal.Signals(stopping).name} at iteration {progress.iteration}: "
+if stop_signal:
+    print0(f"stopped by {signal.Signals(stop_signal).name} at iteration {progress.iteration}: "
            f"{checkpoints.advice()}")
     logger.finish()
     distributed.disconnect()
-    sys.exit(128 + stopping)
+    sys.exit(128 + stop_signal)
 
 # ---- A sample, and how to get more -------------------------------------------------------------------------
 

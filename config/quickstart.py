@@ -8,7 +8,6 @@ n_layer = 3
 n_head = 4
 n_embd = 256
 max_iters = 1200
-lr_decay_iters = 1200
 warmup_iters = 20
 eval_interval = 250
 eval_iters = 100

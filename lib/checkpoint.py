@@ -70,7 +70,7 @@ def _lock(path: str) -> None:
     with contextlib.suppress(OSError):  # on a full disk, the message to others lacks the name
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     owner = os.getpid()
-    # the descriptor, and with it the lock, stays open until then
+    # the descriptor is never closed: the lock lasts as long as the process
     atexit.register(lambda: remove(path) if os.getpid() == owner else None)
 
 
