@@ -110,8 +110,8 @@ from data.common import check_token_ids, open_dataset
 from lib import distributed, kernels
 from lib.checkpoint import Checkpoints, Progress, changed_settings, progress_of
 from lib.device import autocast, check_memory, choose_device, choose_dtype, device_name, peak_flops
-from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks, print0
-from lib.log import Logger, format_duration
+from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
+from lib.log import Logger, format_duration, print0
 from lib.signals import DeferredSignals
 from model import GPT, GPTConfig
 

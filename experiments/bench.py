@@ -33,11 +33,11 @@ config = configurator.configure(globals())
 globals().update(config)
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 
@@ -67,7 +67,6 @@ except ValueError as e:
 dtype = choose_dtype(dtype, device_type)
 amp = autocast(device_type, dtype)
 structures = {name: structure_config(name) for name in ("dense", *structs.split(","))}
-LAYER_KEYS = ("rank", "theta", "num_experts", "top_k", "dyad_blocks", "dyad_variant")
 
 
 def milliseconds(run) -> float:
@@ -145,8 +144,9 @@ def layers(d: int) -> dict[str, nn.Module]:
     made = {"nn.Linear": nn.Linear(d, d, bias=False)}
     for name, options in structures.items():
         if not options.get("ffn_experts"):  # there, the whole MLP is the expert
-            layer_options = {key: options[key] for key in LAYER_KEYS if key in options}
-            made[name] = structured.linear(options.get("struct", GPTConfig.struct), d, d, **layer_options)
+            names = [field.name for field in dataclasses.fields(structured.LayerConfig)]
+            layer = structured.LayerConfig(**{key: options[key] for key in names if key in options})
+            made[name] = structured.make_layer(layer, d, d)
     return {name: layer.to(device) for name, layer in made.items()}
 
 
@@ -218,7 +218,7 @@ def machine() -> dict:
     with contextlib.suppress(OSError):
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-    name = torch.cuda.get_device_name(device) if device_type == "cuda" else name
+    name = device_name(device) if device_type == "cuda" else name
     return dict(device=name, threads=torch.get_num_threads(), dtype=dtype, compiled=compile,
                 torch=torch.__version__, python=platform.python_version(),
                 system=platform.platform(terse=True))

@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-import lib.checkpoint
-from lib.checkpoint import (CONTENTS, check_checkpoint, lock_out_dir, read_checkpoint, restore_checkpoint,
-                            save_checkpoint)
+import lib.files
+from lib.checkpoint import CONTENTS, check_checkpoint, read_checkpoint, restore_checkpoint, save_checkpoint
+from lib.files import lock_out_dir
 from model import GPT, GPTConfig
 from tests import kill_test
 from tests.conftest import PROCESSES, TINY
@@ -51,14 +51,14 @@ def test_only_one_of_several_processes_holds_the_lock(tmp_path):
 
 def test_a_lock_file_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
     """Its last owner removes it between the opening and the locking. The lock must be on the file that others see."""
-    lock, lockf, calls = tmp_path / "lock", lib.checkpoint.fcntl.lockf, []
+    lock, lockf, calls = tmp_path / "lock", lib.files.fcntl.lockf, []
 
     def late(descriptor, operation):
         calls.append(descriptor)
         if len(calls) == 1:
             os.remove(lock)
         return lockf(descriptor, operation)
-    monkeypatch.setattr(lib.checkpoint.fcntl, "lockf", late)
+    monkeypatch.setattr(lib.files.fcntl, "lockf", late)
     lock_out_dir(str(tmp_path))
     other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     done = subprocess.run([sys.executable, "-c", other, lock], capture_output=True, text=True)

@@ -63,13 +63,6 @@ def test_a_group_that_cannot_be_connected_is_one_sentence(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("rank, printed", [("0", "a 1\n"), ("1", "")])
-def test_print0_prints_on_the_first_rank_alone(rank, printed, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", rank)
-    distributed.print0("a", 1)
-    assert capsys.readouterr().out == printed
-
-
 LOST = [
     "[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234. This is typical. Look",
     "[/x/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from lib.log import RunLog
+from lib.log import RunLog, print0
 
 
 @contextlib.contextmanager
@@ -66,3 +66,10 @@ def test_a_log_that_cannot_be_rewritten_stays(tmp_path):
     with largest_file(100), pytest.raises(OSError):
         RunLog(str(path), 2)
     assert path.stat().st_size == 280 and os.listdir(tmp_path) == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("rank, printed", [("0", "a 1\n"), ("1", "")])
+def test_print0_prints_on_the_first_rank_alone(rank, printed, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    print0("a", 1)
+    assert capsys.readouterr().out == printed
