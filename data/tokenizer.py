@@ -122,3 +122,11 @@ def from_meta(meta):
     if name == "char" and isinstance(described.get("characters"), str):
         return CharTokenizer(described["characters"])
     raise ValueError(f'the tokenizer {described!r} is neither {{"name": "gpt2"}} nor a "char" one with its characters')
+
+
+def print_tokens(tokenizer, tokens):
+    """Prints the text of tokens, tensors of one id each, as they come; then the end of the line."""
+    decode = tokenizer.decoder()
+    for token in tokens:
+        print(decode(token.item()), end="", flush=True)
+    print(decode.flush())

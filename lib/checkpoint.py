@@ -1,7 +1,7 @@
 """The files of an out_dir: its lock, atomic writes, and checkpoints that are whole or absent.
 
-What a user can mend raises ValueError, one sentence. What a disk does not take raises OSError, with the files
-as they were: training goes on.
+Errors that a user can fix are ValueError, with one sentence. Failed writes are OSError, and leave the old
+files as they were: training goes on.
 """
 import atexit
 import contextlib
@@ -59,8 +59,8 @@ def _lock(path: str) -> None:
             owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
             os.close(descriptor)
             if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"another run writes into {os.path.dirname(path)} ({owner or 'unknown'}): wait for "
-                                 "its end, or give another --out_dir") from None
+                raise ValueError(f"another run writes into {os.path.dirname(path)} ({owner or 'unknown'}): "
+                                 "wait for its end, or give another --out_dir") from None
             return  # this file system has no locks
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -70,7 +70,7 @@ def _lock(path: str) -> None:
     with contextlib.suppress(OSError):  # on a full disk, the message to others lacks the name
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     owner = os.getpid()
-    # the descriptor, and with it the lock, stays open until then
+    # the descriptor is never closed: the lock lasts as long as the process
     atexit.register(lambda: remove(path) if os.getpid() == owner else None)
 
 
@@ -156,6 +156,7 @@ class Checkpoints:
 
     saved_at      iteration of ckpt.pt, None before there is one
     saved_best    validation loss of ckpt_best.pt, inf before there is one
+    failure       why the last checkpoint could not be written, for the caller to set
     """
 
     def __init__(self, out_dir: str):
@@ -163,6 +164,7 @@ class Checkpoints:
         self.path, self.best_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ckpt_best.pt"))
         self.saved_at: int | None = None
         self.saved_best = math.inf
+        self.failure: str | None = None
 
     def open(self, init_from: str) -> bool:
         """Locks out_dir; whether the run resumes what is in it. What a run from scratch finds there is
@@ -196,15 +198,21 @@ class Checkpoints:
         restore_checkpoint(self.path, checkpoint, model, optimizer, scaler)
         self.saved_at = checkpoint["iteration"]
         with contextlib.suppress(ValueError):  # ckpt_best.pt is missing, or of no use
-            self.saved_best = read_checkpoint(self.best_path)["best_val_loss"]
+            best = read_checkpoint(self.best_path)
+            self.saved_best = best.get("val_loss", best["best_val_loss"])
         return checkpoint
 
-    def save(self, contents: dict, best: bool) -> None:
-        """Writes ckpt.pt, and ckpt_best.pt too if this is the best. Raises OSError if the disk does not take
-        it."""
-        save_checkpoint(self.path, contents, self.best_path if best else None)
-        self.saved_at = contents["iteration"]
-        self.saved_best = contents["best_val_loss"] if best else self.saved_best
+    def save(self, contents: dict, val_loss: float | None) -> None:
+        """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least. Raises OSError if it
+        cannot."""
+        best = val_loss is not None and val_loss < self.saved_best
+        save_checkpoint(self.path, contents | dict(val_loss=val_loss), self.best_path if best else None)
+        self.saved_at, self.failure = contents["iteration"], None
+        self.saved_best = val_loss if best else self.saved_best
+
+    def advice(self) -> str:
+        """describe(), and how to go on from there."""
+        return self.describe() + ("; go on with --init_from=resume" if self.saved_at is not None else "")
 
     def describe(self) -> str:
         if self.saved_at is None:
@@ -287,8 +295,8 @@ def check_checkpoint(path: str, checkpoint: dict, *, model_args: dict, tokenizer
     for key in ("mup", "mup_base_width"):
         before = checkpoint["config"].get(key, config[key])
         if before != config[key]:
-            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a resumed "
-                             "run keeps the learning-rate factors of its parameters")
+            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a "
+                             "resumed run keeps the learning-rate factors of its parameters")
 
 
 def _differences(there: dict, here: dict, most: int = 20) -> str:
@@ -309,10 +317,11 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
     """Loads a checkpoint that was checked into a model, its optimizer and its scaler; ValueError if it does
     not fit.
 
-    The optimizer keeps the betas and weight decays that it has. What it takes over is copied: a tensor that
-    is mapped from the file would keep the file's memory, and change if the file did.
+    The optimizer keeps the options that it has, such as betas and weight decay. What it takes over is copied:
+    a tensor that is mapped from the file would keep the file's memory, and change if the file did.
     """
-    hyperparameters = [dict(betas=g["betas"], weight_decay=g["weight_decay"]) for g in optimizer.param_groups]
+    of_checkpoint = ("params", "lr", "lr_multiplier")
+    options = [{k: v for k, v in g.items() if k not in of_checkpoint} for g in optimizer.param_groups]
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -326,5 +335,5 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = str(e) or type(e).__name__
         raise ValueError(f"{path} does not fit this optimizer or its scaler: {reason}") from None
-    for group, values in zip(optimizer.param_groups, hyperparameters):
+    for group, values in zip(optimizer.param_groups, options):
         group.update(values)

@@ -80,5 +80,5 @@ def check_memory(params: int, device_type: str) -> None:
     """
     size = params * 4 * (4 if device_type == "cpu" else 1)
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise ValueError(f"a model of {params:,} parameters needs {size / 1e9:,.0f} GB of memory, more than there "
-                         "is: take a smaller n_embd or n_layer")
+        raise ValueError(f"a model of {params:,} parameters needs {size / 1e9:,.0f} GB of memory, more than "
+                         "there is: take a smaller n_embd or n_layer")

@@ -1,7 +1,7 @@
 """The ranks of a run, as torchrun starts them.
 
-All functions but excepthook are collectives: every rank must call them. Without DDP, and before connect(),
-they are no-ops.
+connect, barrier, all_reduce_* and on_all_ranks are collectives: every rank must call them. Before connect(),
+and so without DDP, they act on this process alone.
 """
 import contextlib
 import os
@@ -89,7 +89,8 @@ def on_all_ranks(function, *args):
 def excepthook(kind, error, traceback) -> None:
     """A sys.excepthook: one sentence when another rank is lost, the traceback of any other error."""
     if issubclass(kind, RuntimeError) and PEER_IS_LOST.search(str(error)):
-        place, _, reason = str(error).partition("] ")  # "[file.cc:1] Connection closed by peer. An explanation"
+        # the message is like "[file.cc:1] Connection closed by peer. A long explanation"
+        place, _, reason = str(error).partition("] ")
         reason = (reason if place.startswith("[") else str(error)).splitlines()[0].split(". ")[0]
         print(f"error: rank {os.environ.get('RANK')}: a process of this run was lost ({reason}); resume with "
               "--init_from=auto", file=sys.stderr)

@@ -27,13 +27,11 @@ def log_distance(triple, exponents, d: int) -> float:
 def nearest_triples(d: int, exponents: Exponents, last: int | None = None) -> list[Triple]:
     """All ordered divisor triples of d nearest to d^exponents: several where they tie.
 
-    With `last` the third size is given, and the other two share d / last in the ratio of their exponents.
-    Raises ValueError, one sentence, where no triple is near: where a size is off its target by more than a
-    factor 4, or a prime width should split.
+    With `last`, a divisor of d, the third size is given, and the other two share d / last in the ratio of
+    their exponents. Raises ValueError, one sentence, where no triple is near: where a size is off its target
+    by more than a factor 4, or a prime width should split.
     """
     if last is not None:
-        if last < 1 or d % last:
-            raise ValueError(f"a size of {last} does not divide the width {d}")
         rest = exponents[0] + exponents[1]
         pairs = _nearest(d // last, (exponents[0] / rest, exponents[1] / rest, 0.0))
         return [(i, j, last) for i, j, _ in pairs]

@@ -81,10 +81,12 @@ class _Layout:
     def __init__(self, sizes: list[int], swapped: bool, gathered: bool = False):
         self.sizes, self.swapped = sizes, swapped
         a, b, g, d, e, f, r = sizes
-        self.d_in, self.d_out, self.width = a * b * g, d * e * f, g * r * f * d * b  # width: entries of z per row
+        self.d_in, self.d_out = a * b * g, d * e * f
+        self.width = g * r * f * d * b  # entries of z per row
         piece = 2 ** 19 if gathered else 2 ** 18  # entries, at an even load
         self.rows = max(64, min(2048, piece // max(self.d_in, self.d_out, self.width)))
-        self.by_delta, self.by_beta = not swapped and d > 1 and not gathered, swapped and b > 1 and not gathered
+        self.by_delta = not swapped and d > 1 and not gathered
+        self.by_beta = swapped and b > 1 and not gathered
 
     def block(self, num_experts: int, top_k: int) -> int:
         """Tokens that give each expert as many rows as a piece has, if the load is even."""
@@ -139,7 +141,8 @@ class _Layout:
             rows = torch.bmm(first.mT, dz.mT, out=_buffer("rows", x, g, a, dz.shape[1]))
             x.view(-1, g, a, b).copy_(rows.view(g, a, -1, b).permute(2, 0, 1, 3))
         else:
-            rows = torch.bmm(dz, first, out=_buffer("rows", x, g, dz.shape[1], a)).view(g, -1, b, a).transpose(0, 1)
+            rows = torch.bmm(dz, first, out=_buffer("rows", x, g, dz.shape[1], a))
+            rows = rows.view(g, -1, b, a).transpose(0, 1)
             x.view(-1, g, a, b).mT.copy_(rows) if self.swapped else x.view(-1, g, b, a).copy_(rows)
 
     def store_outputs(self, z: Tensor, second: Tensor, y: Tensor) -> None:
@@ -173,7 +176,8 @@ class _Layout:
 
 
 @torch.library.custom_op("structured::einsum", mutates_args=())
-def _einsum(x: Tensor, first: Tensor, second: Tensor, sizes: list[int], swapped: bool) -> tuple[Tensor, Tensor]:
+def _einsum(x: Tensor, first: Tensor, second: Tensor, sizes: list[int],
+            swapped: bool) -> tuple[Tensor, Tensor]:
     to = _Layout(sizes, swapped)
     y, z = x.new_empty(x.shape[0], to.d_out), x.new_empty(x.shape[0], to.width)
     for xs, ys, zs in zip(x.split(to.rows), y.split(to.rows), z.split(to.rows)):
@@ -273,7 +277,8 @@ class _Block:
 
     def __init__(self, chosen: Tensor, start: int, num_experts: int, most: int):
         (n, k), experts = chosen.shape, chosen.flatten()
-        seen = (experts == torch.arange(num_experts)[:, None]).cumsum(1, dtype=torch.int32)  # cheaper than a sort
+        # cheaper than a sort
+        seen = (experts == torch.arange(num_experts)[:, None]).cumsum(1, dtype=torch.int32)
         counts = seen[:, -1]
         starts = counts.cumsum(0, dtype=torch.int32) - counts
         row, first = seen.gather(0, experts[None])[0] - 1, starts[experts]
@@ -281,7 +286,8 @@ class _Block:
         self.token = self.order // k + start
         self.tokens = slice(start, start + n)
         rows = [(e, i, i + c) for e, (i, c) in enumerate(zip(starts.tolist(), counts.tolist())) if c]
-        self.pieces = [(e, i, min(i + most, last)) for e, begin, last in rows for i in range(begin, last, most)]
+        self.pieces = [(e, i, min(i + most, last))
+                       for e, begin, last in rows for i in range(begin, last, most)]
         count = counts[experts]
         if len(self.pieces) > len(rows):  # an expert's rows are in several pieces
             before = row // most * most
@@ -341,8 +347,8 @@ def _routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, se
 @_routed_einsum.register_fake
 def _(x, router, balance, first, second, top_k, sizes, swapped):
     T, to = x.shape[0], _Layout(sizes, swapped)
-    return (first.new_empty(T, to.d_out), router.new_empty(T, router.shape[0]), x.new_empty(T, top_k, dtype=torch.int64),
-            first.new_empty(T * top_k, to.width))
+    return (first.new_empty(T, to.d_out), router.new_empty(T, router.shape[0]),
+            x.new_empty(T, top_k, dtype=torch.int64), first.new_empty(T * top_k, to.width))
 
 
 @torch.library.custom_op("structured::routed_einsum_backward", mutates_args=())
@@ -373,7 +379,8 @@ def _routed_einsum_backward(dy: Tensor, dlogits: Tensor, x: Tensor, logits: Tens
             _add_product(dfirst[e], dz, to.first(_gather("x", x, block.token[i:j])))
         # softmax's backward: gate · (dgate - Σ gate · dgate)
         dgates = torch.empty_like(dgate).index_copy_(0, block.order, dgate).view(-1, k)
-        dlogit = dlogits[tokens].scatter_add(1, chosen[tokens], dgates - gates[tokens] * dgates.sum(1, keepdim=True))
+        dgates = dgates - gates[tokens] * dgates.sum(1, keepdim=True)
+        dlogit = dlogits[tokens].scatter_add(1, chosen[tokens], dgates)
         drouter.addmm_(dlogit.T, x_seen[tokens].to(router.dtype))
         part = to.combine_inputs(rows, block).to(x_seen.dtype)
         dx = _place(dx, part.addmm_(dlogit.to(part.dtype), router.to(part.dtype)), tokens, len(x))
@@ -401,8 +408,8 @@ def _routed_einsum_autograd(ctx, dy, dlogits, *_):
     if dy is None:
         dy = ctx.saved_tensors[-1].new_zeros(x.shape[0], _Layout(ctx.sizes, ctx.swapped).d_out)
     dlogits = torch.zeros_like(logits) if dlogits is None else dlogits
-    dx, drouter, dfirst, dsecond = _routed_einsum_backward(dy.contiguous(), dlogits.contiguous(), *ctx.saved_tensors,
-                                                           ctx.sizes, ctx.swapped)
+    dx, drouter, dfirst, dsecond = _routed_einsum_backward(
+        dy.contiguous(), dlogits.contiguous(), *ctx.saved_tensors, ctx.sizes, ctx.swapped)
     return dx, drouter, None, dfirst, dsecond, None, None, None
 
 
@@ -420,13 +427,13 @@ def _(x_shape, router_shape, balance_shape, first_shape, second_shape, top_k, si
 
 
 @register_flop_formula(torch.ops.structured.routed_einsum_backward)
-def _(dy_shape, dlogits_shape, x_shape, logits_shape, chosen_shape, z_shape, router_shape, first_shape, second_shape,
-      sizes, *args, **kwargs) -> int:
+def _(dy_shape, dlogits_shape, x_shape, logits_shape, chosen_shape, z_shape, router_shape, first_shape,
+      second_shape, sizes, *args, **kwargs) -> int:
     return 2 * _routed_flops(x_shape[0], router_shape, chosen_shape[1], sizes)
 
 
-def routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, second: Tensor, top_k: int, sizes,
-                  swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
+def routed_einsum(x: Tensor, router: Tensor, balance: Tensor, first: Tensor, second: Tensor, top_k: int,
+                  sizes, swapped: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A mixture of einsums, router included: y[t] = Σ_{e in chosen[t]} g_e · W[e] x[t], g their logits'
     softmax.
 
