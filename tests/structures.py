@@ -62,14 +62,15 @@ def counted_flops(run):
     return counter.get_total_flops()
 
 
-EINSUM = dict(x="gba", A="gadfr", B="gbefr", y="fed")  # DESIGN.md, section 2, with the letters of structured.py
+# DESIGN.md, section 2, in the letters of structured.py
+EINSUM = dict(x="gba", A="gadfr", B="gbefr", y="fed")
 
 
 def cost(sizes):
     """(FLOPs per token in the cheaper order, entries of the cores) of the einsum between these sizes.
 
-    A contraction costs one multiply-add for each value of all its indices. A core of one entry is left out: the other
-    absorbs it.
+    A contraction costs one multiply-add for each value of all its indices. A core of one entry is left out:
+    the other absorbs it.
     """
     size = dict(zip("abgdefr", sizes))
 

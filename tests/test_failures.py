@@ -1,4 +1,5 @@
-"""What a run gets through: full disks, losses that are not finite, a wandb that breaks, data that one process lacks."""
+"""What a run gets through: full disks, losses that are not finite, a wandb that breaks, data that one process
+lacks."""
 import json
 import math
 import os
@@ -32,13 +33,17 @@ def full_in_iterations_6_to_11():
     def counted(self, *args, **options):
         calls.append(self.training)
         full = 6 <= (sum(calls) - 1) // 2 < 12
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        limit = 4000 if full else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return forward(self, *args, **options)
     model.GPT.forward = counted
 
 
 def test_a_disk_that_is_full_for_a_while(run, flags, trained, tmp_path):
-    """Training goes on and says so. In the end nothing is missing: neither a point of the log nor a weight."""
+    """Training goes on and says so.
+
+    In the end nothing is missing: neither a point of the log nor a weight.
+    """
     done = run("train.py", *flags(), before=full_in_iterations_6_to_11)
     assert done.returncode == 0 and not done.stderr, done.stderr
     out = tmp_path / "out"
@@ -52,7 +57,8 @@ def test_a_disk_that_is_full_for_a_while(run, flags, trained, tmp_path):
 
 
 def test_a_disk_that_stays_full(run, flags, trained, tmp_path):
-    """The last checkpoint is intact, the log is whole, and the exit status says that the end was not saved."""
+    """The last checkpoint is intact, the log is whole, and the exit status says that the end was not
+    saved."""
     size = os.path.getsize(trained() / "ckpt.pt")
     run("train.py", *flags(max_iters=6, lr_decay_iters=20))
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
@@ -90,7 +96,8 @@ def test_a_sample_that_cannot_be_printed_is_no_failure(run, flags):
 # Losses and gradients that are not finite
 
 def not_finite():
-    """The losses alone, or with GRADIENT the gradients alone, of the iterations in BAD are not finite on rank TO."""
+    """The losses alone, or with GRADIENT the gradients alone, of the iterations in BAD are not finite on rank
+    TO."""
     forward, calls, bad = model.GPT.forward, [], json.loads(os.environ["BAD"])
 
     def spoiled(self, *args, **options):
@@ -112,19 +119,20 @@ def not_finite():
 @pytest.mark.parametrize("config, environment, processes", [
     ("dense", {}, 1), ("btt_moe", {"GRADIENT": "1"}, 1), ("btt_moe", {"TO": "1"}, 2)],
     ids=["loss", "gradient", "loss of the second process"])
-def test_an_iteration_that_is_not_finite_changes_nothing(config, environment, processes, run, flags, tmp_path):
+def test_a_step_that_is_not_finite_changes_nothing(config, environment, processes, run, flags, tmp_path):
     """Neither weights, moments and learning rates nor the routers' biases. It is counted and logged."""
     ends = []
     for end in (7, 8):
         out = tmp_path / f"out{end}"
         settings = TINY | dict(out_dir=out, max_iters=end, lr_decay_iters=20)
-        done = run("train.py", *flags(config, **settings), processes=processes, before=not_finite, BAD="[3, 7]",
-                   **environment)
+        done = run("train.py", *flags(config, **settings), processes=processes, before=not_finite,
+                   BAD="[3, 7]", **environment)
         assert done.returncode == 0, done.stderr
         ends.append(load(out / "ckpt.pt"))
     assert kill_test.same(ends[0]["model"], ends[1]["model"])
     assert kill_test.same(ends[0]["optimizer"], ends[1]["optimizer"])
-    assert [(end["iteration"], end["skipped"], end["skipped_in_a_row"]) for end in ends] == [(7, 1, 0), (8, 2, 1)]
+    counters = [(end["iteration"], end["skipped"], end["skipped_in_a_row"]) for end in ends]
+    assert counters == [(7, 1, 0), (8, 2, 1)]
     assert done.stdout.count("skipped, not finite") == 2
     points = [json.loads(line) for line in open(out / "log.jsonl")]
     skips = [p for p in points if p["type"] == "skip"]
@@ -160,7 +168,10 @@ def weights_break_in_the_8th_step():
 
 
 def test_weights_that_are_not_finite_are_not_saved(run, flags, tmp_path):
-    """Loss and gradient of the step were finite. The checkpoint of before stays, and a run resumes from it."""
+    """Loss and gradient of the step were finite.
+
+    The checkpoint of before stays, and a run resumes from it.
+    """
     done = run("train.py", *flags(max_skipped=3, checkpoint_interval=1), before=weights_break_in_the_8th_step)
     assert_one_sentence(done, "3 iterations in a row", "ckpt.pt is that of iteration 7")
     assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 7
@@ -248,8 +259,8 @@ def run_with_wandb(run, flags, tmp_path):
     """run_with_wandb(breaks_at, ...) -> (the process, the calls that wandb got so far)."""
     def run_with_wandb(breaks_at="", **settings):
         notes = tmp_path / "notes"
-        done = run("train.py", *flags(**TINY | {"wandb_log": True} | settings), before=wandb_that_notes_and_breaks,
-                   NOTES=str(notes), BREAKS_AT=breaks_at)
+        done = run("train.py", *flags(**TINY | {"wandb_log": True} | settings),
+                   before=wandb_that_notes_and_breaks, NOTES=str(notes), BREAKS_AT=breaks_at)
         return done, [json.loads(line) for line in notes.read_text().splitlines()]
     return run_with_wandb
 
@@ -277,7 +288,10 @@ def test_wandb_that_breaks_does_not_stop_training(breaks_at, last, run_with_wand
 
 
 def test_a_signal_while_wandb_starts_ends_the_run(run_with_wandb, tmp_path):
-    """It is no failure of wandb. Before the first iteration a signal ends the run at once, and the lock goes with it."""
+    """It is no failure of wandb.
+
+    Before the first iteration a signal ends the run at once, and the lock goes with it.
+    """
     done, _ = run_with_wandb("signal")
     assert done.returncode == 128 + 15 and not done.stderr
     assert "wandb is off" not in done.stdout and "iter " not in done.stdout

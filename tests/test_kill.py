@@ -1,4 +1,5 @@
-"""Runs that are killed or end by a signal, at any moment, and go on; and kill_test.py, which does it many times."""
+"""Runs that are killed or end by a signal, at any moment, and go on; and kill_test.py, which does it many
+times."""
 import functools
 import os
 import random
@@ -12,8 +13,8 @@ import torch
 import model
 from tests import kill_test
 from tests.conftest import PROCESSES, TINY, ForkedProgram, free_port, run_script
-from tests.runs import (assert_one_sentence, assert_same_checkpoint, assert_same_course, in_float64, load, read_log,
-                        untimed)
+from tests.runs import (assert_one_sentence, assert_same_checkpoint, assert_same_course, in_float64, load,
+                        read_log, untimed)
 
 DROPOUT = dict(dropout=0.1)
 
@@ -23,7 +24,8 @@ DROPOUT = dict(dropout=0.1)
 def test_runs_killed_at_random_moments_end_as_one_left_alone(python_text, tmp_path):
     """What kill_test asserts raises SystemExit."""
     arguments = ["config/moe.py", f"--dataset={python_text}", "--max_iters=20", "--lr_decay_iters=20"]
-    figures = kill_test.kill_test(lambda flags: ForkedProgram(tmp_path, flags), str(tmp_path), 4, 3, arguments)
+    start = functools.partial(ForkedProgram, tmp_path)
+    figures = kill_test.kill_test(start, str(tmp_path), 4, 3, arguments)
     assert figures["kills"] == sum(figures["places"].values()) == 4 and figures["half_lines"] == 0
 
 
@@ -40,8 +42,8 @@ def test_kill_test_finds_the_moment_of_writing(flags, tmp_path):
     class First(random.Random):
         def randrange(self, *_):
             return 0
-    place = kill_test.kill_once(lambda arguments: ForkedProgram(tmp_path, arguments, before=stay_in_the_first_save),
-                                flags(**TINY), str(tmp_path / "out"), None, First(0))
+    start = functools.partial(ForkedProgram, tmp_path, before=stay_in_the_first_save)
+    place = kill_test.kill_once(start, flags(**TINY), str(tmp_path / "out"), None, First(0))
     assert place == "writing a checkpoint"
     assert b"half a checkpoint".startswith((tmp_path / "out" / "ckpt.pt.tmp").read_bytes())
 
@@ -109,7 +111,8 @@ def die_between_the_two_files():
 
 
 def test_killed_between_ckpt_best_and_ckpt(train, trained, tmp_path):
-    """ckpt_best.pt is not lost; nor does the next save write through to it, though the two share their bytes."""
+    """ckpt_best.pt is not lost; nor does the next save write through to it, though the two share their
+    bytes."""
     out = train(tmp_path / "out", before=die_between_the_two_files, code=9)
     assert load(out / "ckpt.pt")["iteration"] == 5 and load(out / "ckpt_best.pt")["iteration"] == 10
     train(out, init_from="resume", before=functools.partial(die_while_saving, 5), code=9)
@@ -164,8 +167,12 @@ def test_a_signal_lets_the_iteration_end_and_saves(name, number, run, flags, tra
 
 
 def test_a_signal_to_one_of_two_processes_ends_both(run, flags, trained, tmp_path):
-    """Both end the same iteration, and the first saves. One process, then two, then one: the course is that of one."""
-    settings = dict(config="btt_moe", gradient_accumulation_steps=4, batch_size=2, n_layer=1, lr_decay_iters=20)
+    """Both end the same iteration, and the first saves.
+
+    One process, then two, then one: the course is that of one.
+    """
+    settings = dict(config="btt_moe", gradient_accumulation_steps=4, batch_size=2, n_layer=1,
+                    lr_decay_iters=20)
     done = run("train.py", *flags(max_iters=4, **settings), before=in_float64)
     assert done.returncode == 0, done.stderr
     done = run("train.py", *flags(init_from="auto", **settings), processes=2,
@@ -231,7 +238,10 @@ def torchrun(flags, folder, arguments):
 
 
 def test_torchrun_restarts_a_killed_worker(flags, trained, tmp_path):
-    """Both workers start again, and go on from the checkpoint. The one that lived says what happened to the other."""
+    """Both workers start again, and go on from the checkpoint.
+
+    The one that lived says what happened to the other.
+    """
     settings = dict(gradient_accumulation_steps=4, batch_size=2, checkpoint_interval=3)
     process = PROCESSES.Process(target=torchrun, args=(
         ["--nproc-per-node=2", "--max-restarts=3", f"--master-port={free_port()}"], str(tmp_path),

@@ -115,7 +115,8 @@ def test_a_damaged_dataset_is_one_sentence(damage, attempt, tmp_path):
     assert_one_sentence(attempt(settings=dict(dataset=folder)), str(folder), file)
 
 
-@pytest.mark.parametrize("split, place", [("train", 0), ("train", -1), ("train", 300), ("val", 0), ("val", -1)])
+@pytest.mark.parametrize("split, place", [("train", 0), ("train", -1), ("train", 300), ("val", 0),
+                                          ("val", -1)])
 def test_an_id_beyond_the_vocabulary_is_found_anywhere(split, place, attempt, tmp_path):
     """Though no window of the run would hold it."""
     ids = {"train": [1, 2, 3] * 200, "val": [1, 2, 3] * 100}

@@ -17,9 +17,10 @@ SHORT = dict(max_iters=8, eval_interval=4, before=in_float64)
 
 @pytest.mark.parametrize("config", ["dense", "btt_moe"])
 def test_split_of_the_batch_does_not_matter(config, trained):
-    """8, 2 or 1 micro-batches of 1, 4 or 8 sequences; but for the routers' losses, which are those of a micro-batch."""
-    whole, two, eight = (trained(config, **SHORT, aux_loss_weight=0, batch_size=size,
-                                 gradient_accumulation_steps=8 // size, eval_iters=16 // size) for size in (8, 4, 1))
+    """8, 2 or 1 micro-batches of 1, 4 or 8 sequences; but for the routers' losses, which are those of a
+    micro-batch."""
+    whole, two, eight = (trained(config, **SHORT, aux_loss_weight=0, batch_size=size, eval_iters=16 // size,
+                                 gradient_accumulation_steps=8 // size) for size in (8, 4, 1))
     assert_same_course(whole, two)
     assert_same_course(whole, eight)
 
@@ -41,11 +42,12 @@ def test_two_processes_train_as_one(config, settings, trained):
 @pytest.mark.parametrize("start", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]],
                          ids=["python", "torchrun"])
 def test_the_documented_command(start, trained, python_text, tmp_path):
-    """As a user types it, from another folder, in float32: the same losses, into out-<config files>, and a sample."""
+    """As a user types it, from another folder, in float32: the same losses, into out-<config files>, and a
+    sample."""
     flags = [f"--{k}={v}" for k, v in (SMALL | {"dataset": python_text, "sample_tokens": 30}).items()]
     command = [sys.executable, *start, ROOT / "train.py", "config/dense.py", "config/quickstart.py", *flags]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": THREADS}, capture_output=True,
-                          text=True, timeout=6000)
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": THREADS},
+                          capture_output=True, text=True, timeout=6000)
     assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path) == ["out-dense-quickstart"]
     assert_same_course(tmp_path / "out-dense-quickstart", trained(), tolerance=1e-4)

@@ -1,4 +1,5 @@
-"""--init_from=resume: from where a run stopped, with other settings, from old checkpoints, and from what is none."""
+"""--init_from=resume: from where a run stopped, with other settings, from old checkpoints, and from what is
+none."""
 import os
 import shutil
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, TINY, Hostile
-from tests.runs import assert_one_sentence, assert_same_checkpoint, cross_entropy, load, losses, read_log, untimed
+from tests.runs import (assert_one_sentence, assert_same_checkpoint, cross_entropy, load, losses, read_log,
+                        untimed)
 
 
 def test_resume_from_between_two_evaluations(trained, train, tmp_path):
@@ -21,8 +23,9 @@ def test_resume_from_between_two_evaluations(trained, train, tmp_path):
 def test_resume_takes_new_hyperparameters(before, after, train, tmp_path):
     """The optimizer of a resumed run has the groups of a run started with its hyperparameters."""
     out = train(tmp_path / "out", "btt", max_iters=1, weight_decay=before)
-    train(out, "btt", max_iters=2, init_from="resume", weight_decay=after, beta1=0.8, learning_rate=1e-3)
-    scratch = train(tmp_path / "scratch", "btt", max_iters=2, weight_decay=after, beta1=0.8, learning_rate=1e-3)
+    settings = dict(max_iters=2, weight_decay=after, beta1=0.8, learning_rate=1e-3)
+    train(out, "btt", init_from="resume", **settings)
+    scratch = train(tmp_path / "scratch", "btt", **settings)
     groups = [load(folder / "ckpt.pt")["optimizer"]["param_groups"] for folder in (out, scratch)]
     for resumed, fresh in zip(*groups, strict=True):
         for key in ("weight_decay", "betas", "lr", "lr_multiplier"):
@@ -35,7 +38,8 @@ def test_changed_settings_are_printed(run, flags, trained, tmp_path):
     done = run("train.py", *flags(**changed, init_from="resume"))
     assert done.returncode == 0, done.stderr
     changes = [line.strip() for line in done.stdout.splitlines() if "it was" in line]
-    assert changes == ["batch_size = 2 from here on; it was 4", "learning_rate = 0.5 from here on; it was 0.003",
+    assert changes == ["batch_size = 2 from here on; it was 4",
+                       "learning_rate = 0.5 from here on; it was 0.003",
                        "max_iters = 5 from here on; it was 4"]
 
 
@@ -76,13 +80,13 @@ def test_a_run_from_scratch_renames_the_files_of_an_earlier_one(train, trained, 
     assert load(out / "ckpt.pt")["iteration"] == 2 and max(read_log(out)[2]) == 2
 
 
-# A checkpoint of the first version of this file format. It was written with the settings below, which leave device,
-# dtype, compile, lr_decay_iters, min_lr, backend, out_dir, head_aligned and weight_norm at None, by
-#     python train.py config/btt_moe.py --n_layer=1 ...
+# A checkpoint of the first version of this file format. `python train.py config/btt_moe.py --n_layer=1 ...`
+# wrote it, with the settings below. They leave device, dtype, compile, lr_decay_iters, min_lr, backend,
+# out_dir, head_aligned and weight_norm at None.
 
 V1 = dict(dataset="alphabet", n_layer=1, n_head=1, n_embd=8, num_experts=4, block_size=16, batch_size=4,
-          gradient_accumulation_steps=2, max_iters=40, warmup_iters=1, eval_interval=40, eval_iters=4, log_interval=10,
-          sample_tokens=0, learning_rate=3e-3)
+          gradient_accumulation_steps=2, max_iters=40, warmup_iters=1, eval_interval=40, eval_iters=4,
+          log_interval=10, sample_tokens=0, learning_rate=3e-3)
 
 
 @pytest.fixture
@@ -125,7 +129,8 @@ def test_sample_reads_a_checkpoint_of_the_first_version(run, old_run):
 
 @pytest.fixture
 def refused(run, flags, trained, tmp_path):
-    """refused(config, key=value, ...) -> the failed attempt to resume a tiny run; it has left the run as it was."""
+    """refused(config, key=value, ...) -> the failed attempt to resume a tiny run; it has left the run as it
+    was."""
     def refused(config="btt", **settings):
         out = trained("btt", **TINY)
         before = {name: (out / name).read_bytes() for name in os.listdir(out)}

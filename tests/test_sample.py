@@ -30,11 +30,14 @@ def out(run, python_text, tmp_path_factory):
 
 @pytest.fixture
 def sample(run, out):
-    """sample(start="def ", ...) -> what sample.py prints. It computes in float64: in float32 the rounding of the
-    cache's other order of summation may choose other experts, and then another token."""
+    """sample(start="def ", ...) -> what sample.py prints.
+
+    It computes in float64: in float32 the rounding of the cache's other order of summation may choose other
+    experts, and then another token.
+    """
     def sample(**settings):
-        flags = [f"--{k}={v}" for k, v in ({"out_dir": out, "device": "cpu", "max_new_tokens": 20} | settings).items()]
-        done = run("sample.py", *flags, before=in_float64)
+        settings = {"out_dir": out, "device": "cpu", "max_new_tokens": 20} | settings
+        done = run("sample.py", *(f"--{k}={v}" for k, v in settings.items()), before=in_float64)
         assert done.returncode == 0 and done.stderr == "", done.stderr
         return done.stdout
     return sample
@@ -53,7 +56,8 @@ def refused(run, out):
 
 
 def likeliest(path, text, count):
-    """`text` and the `count` characters that the model finds likeliest, by one whole forward pass for each."""
+    """`text` and the `count` characters that the model finds likeliest, by one whole forward pass for
+    each."""
     checkpoint = torch.load(path, weights_only=True)
     gpt = model.GPT(model.GPTConfig(**checkpoint["model_args"])).double().eval()
     gpt.load_state_dict(checkpoint["model"])
@@ -67,15 +71,16 @@ def likeliest(path, text, count):
 def test_temperature_zero_takes_the_likeliest(sample, out):
     """From the out_dir and from a file, whatever the seed."""
     expected = likeliest(out / "ckpt.pt", "def ", 12) + "\n"
-    assert sample(start="def ", temperature=0, max_new_tokens=12) == expected
-    assert sample(start="def ", temperature=0, max_new_tokens=12, seed=5, out_dir=out / "ckpt_best.pt") == expected
-    assert sample(start="def ", top_k=1, max_new_tokens=12) == expected
+    best = out / "ckpt_best.pt"
+    for settings in (dict(temperature=0), dict(temperature=0, seed=5, out_dir=best), dict(top_k=1)):
+        assert sample(start="def ", max_new_tokens=12, **settings) == expected
 
 
 def test_a_prompt_longer_than_the_block(sample, out):
     """Its last block_size characters are what counts; it is printed whole."""
     prompt = "    for name in sorted(self._names):\n        "
-    assert sample(start=prompt, temperature=0, max_new_tokens=1) == likeliest(out / "ckpt.pt", prompt, 1) + "\n"
+    expected = likeliest(out / "ckpt.pt", prompt, 1) + "\n"
+    assert sample(start=prompt, temperature=0, max_new_tokens=1) == expected
     long, short = (sample(start=p, temperature=0)[len(p):] for p in (prompt, prompt[-16:]))
     assert long == short and len(long) == 20 + 1
 
@@ -102,13 +107,15 @@ def test_top_k_and_temperature(run, tmp_path):
     weights["wte.weight"][:] = torch.tensor([1.0, -1.0, 1.0, -1.0])  # its layer norm is itself
     [head] = [name for name in weights if name.startswith("lm_head")]
     odds = torch.tensor([4.0, 3.0, 2.0, 1.0, 1e-6])
-    weights[head] = (odds.log()[:, None] / 4 * torch.tensor([1.0, -1.0, 1.0, -1.0])).reshape(weights[head].shape)
+    rows = odds.log()[:, None] / 4 * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    weights[head] = rows.reshape(weights[head].shape)
     torch.save({"model": weights, "model_args": config, "tokenizer": {"name": "char", "characters": "abcde"}},
                tmp_path / "ckpt.pt")
 
     def shares(**settings):
-        flags = [f"--{k}={v}" for k, v in ({"temperature": 1, "top_k": None} | settings).items()]
-        done = run("sample.py", f"--out_dir={tmp_path}", "--start=a", "--max_new_tokens=3000", "--device=cpu", *flags)
+        settings = dict(out_dir=tmp_path, start="a", max_new_tokens=3000, device="cpu", temperature=1,
+                        top_k=None) | settings
+        done = run("sample.py", *(f"--{k}={v}" for k, v in settings.items()))
         assert done.returncode == 0, done.stderr
         return [done.stdout[1:].count(c) / 3000 for c in "abcd"]
 
@@ -125,7 +132,8 @@ def test_prompt_from_a_file(sample, tmp_path):
 
 # What a user can get wrong
 
-@pytest.mark.parametrize("start, word", [("café", "'é'"), ("\tx", "\\t"), ("", "empty")], ids=["é", "tab", "empty"])
+@pytest.mark.parametrize("start, word", [("café", "'é'"), ("\tx", "\\t"), ("", "empty")],
+                         ids=["é", "tab", "empty"])
 def test_a_prompt_outside_the_vocabulary_is_one_sentence(start, word, refused):
     assert word in refused(start=start)
 
@@ -170,7 +178,8 @@ def test_a_file_that_is_no_checkpoint_is_one_sentence(contents, refused, out, tm
 
 
 @pytest.mark.parametrize("changes", [
-    {"model": {}}, {"tokenizer": {"name": "runes"}}, {"model_args": {"width": 8}}, {"config": "hostile"}, None], ids=str)
+    {"model": {}}, {"tokenizer": {"name": "runes"}}, {"model_args": {"width": 8}}, {"config": "hostile"},
+    None], ids=str)
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(changes, refused, out, tmp_path):
     ckpt, made = tmp_path / "ckpt.pt", tmp_path / "made"
     if changes == {"config": "hostile"}:

@@ -1,4 +1,5 @@
-"""structured.py against independent truths: matrices by hand, brute force, numerical gradients, counted FLOPs."""
+"""structured.py against independent truths: matrices by hand, brute force, numerical gradients, counted
+FLOPs."""
 import itertools
 import math
 import re
@@ -22,8 +23,8 @@ def seed():
 
 # ---- Layers and their matrices -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("d_in, d_out", [(64, 64), (768, 3072), (640, 2560), (96, 384), (384, 96), (3072, 768),
-                                         (2560, 640)])
+@pytest.mark.parametrize("d_in, d_out", [(64, 64), (768, 3072), (640, 2560), (96, 384), (384, 96),
+                                         (3072, 768), (2560, 640)])
 @pytest.mark.parametrize("weight_norm", [True, False])
 @all_cases
 def test_layer_applies_its_matrix(case, d_in, d_out, weight_norm):
@@ -194,7 +195,8 @@ def test_gradients_of_mixtures_through_the_router(case):
 # ---- Mixtures ----------------------------------------------------------------------------------------------
 
 def naive_mixture(moe, x):
-    """DESIGN 3, a token at a time: y = Σ_{e in top-k} g_e · (W_e x + b_e), g the softmax over the chosen logits.
+    """DESIGN 3, a token at a time: y = Σ_{e in top-k} g_e · (W_e x + b_e), g the softmax over the chosen
+    logits.
 
     The biases of the balance change the choice alone.
     """
@@ -295,8 +297,8 @@ def test_router_reports_its_losses_and_load():
     assert not aux.load.requires_grad and not aux.variance.requires_grad
     close(aux.variance, sum(((row - row.mean()) ** 2).mean() for row in logits) / 23)
     z = sum(row.exp().sum().log() ** 2 for row in logits) / 23
-    pairs = [(aux.switch, 5 * (probability * share).sum()), (aux.z, z), (aux.loss(), aux.switch + 0.1 * aux.z)]
-    for got, expected in pairs:
+    switch = 5 * (probability * share).sum()
+    for got, expected in ((aux.switch, switch), (aux.z, z), (aux.loss(), switch + 0.1 * z)):
         close(got, expected)
         close(*(torch.autograd.grad(loss, moe.router, retain_graph=True)[0] for loss in (got, expected)))
 
@@ -325,7 +327,8 @@ def test_router_at_init_reaches_every_expert(float64):
 
 
 def test_rebalance_moves_biases_against_the_load():
-    """By rate · spread of the logits · distance from the mean load; a load that is not finite moves nothing."""
+    """By rate · spread of the logits · distance from the mean load; a load that is not finite moves
+    nothing."""
     moe = make("btt", 16, 16, num_experts=4, top_k=2)
     moe.balance.copy_(torch.tensor([1.0, 2, 3, 4]))
     load = torch.tensor([0.5, 0.25, 0.2, 0.05], dtype=torch.float64)
@@ -355,7 +358,8 @@ def test_rebalance_evens_the_load_of_clusters(struct):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("struct", ["btt", "dense"])
 def test_router_works_in_float32_under_autocast(struct, dtype):
-    """Logits that differ by less than bfloat16 resolves, and more than float32's rounding, decide the choice."""
+    """Logits that differ by less than bfloat16 resolves, and more than float32's rounding, decide the
+    choice."""
     moe = linear(struct, 16, 16, num_experts=3, top_k=1)
     router = torch.ones(3, 16)
     router[1] += 1e-4
@@ -451,7 +455,10 @@ def test_explicit_sizes():
     ("monarch", {}), ("btt", {}), ("btt", dict(num_experts=3)),
     ("einsum", dict(theta=(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.25)))])
 def test_fixed_gamma_and_phi(struct, options):
-    """The number of heads of an input or output. The other two indices share the width, monarch's as before."""
+    """The number of heads of an input or output.
+
+    The other two indices share the width, monarch's as before.
+    """
     for heads, (fixed, d_in, d_out) in itertools.product((2, 3, 8), [("phi", 96, 192), ("gamma", 192, 96)]):
         layer = randomize(linear(struct, d_in, d_out, **{fixed: heads}, **options))
         sizes = layer.experts.sizes if options.get("num_experts") else layer.sizes
@@ -498,7 +505,8 @@ def test_flops_are_those_of_the_cores(case, num_experts):
     assert layer.flops_per_token() == (2 * one + 2 * 48 * 6 if num_experts else one)
 
 
-@pytest.mark.parametrize("options", [dict(struct="dense"), dict(struct="einsum", theta=(0, 1, 0, 0, 1, 0, 0))])
+@pytest.mark.parametrize("options", [dict(struct="dense"),
+                                     dict(struct="einsum", theta=(0, 1, 0, 0, 1, 0, 0))])
 def test_scalar_core_is_left_out(options):
     """A core of one entry is no core: dense has one, and d0 / (cores · fan_in) counts one."""
     layer = linear(d_in=24, d_out=16, weight_norm=False, **options)
@@ -513,8 +521,9 @@ def test_scalar_core_is_left_out(options):
 @WIDTHS
 @all_cases
 def test_fans_count_the_products(case, d_in, d_out):
-    """With ones in all cores, a row of the matrix sums to the number of ways from the input to one output: Π fan_in,
-    and a column to those from one input to the output: Π fan_out. Of DYAD, whose cores add up, to the fans."""
+    """With ones in all cores, a row of the matrix sums to the number of ways from the input to one output: Π
+    fan_in, and a column to those from one input to the output: Π fan_out. Of DYAD, whose cores add up, to the
+    fans."""
     layer = linear(CASES[case][0], d_in, d_out, weight_norm=False, **CASES[case][1])
     for p in layer.parameters():
         torch.nn.init.ones_(p)
@@ -559,7 +568,8 @@ def test_uses_are_the_rank_of_one_tokens_gradient(sizes):
 @pytest.mark.parametrize("num_experts", [0, 4])
 @all_cases
 def test_learning_rate_falls_with_fan_in(case, d_in, d_out, num_experts):
-    """DESIGN 4: d0 / (cores · fan_in), where the core is used once by a token, or its width is the base width."""
+    """DESIGN 4: d0 / (cores · fan_in), where the core is used once by a token, or its width is the base
+    width."""
     layer = linear(CASES[case][0], d_in, d_out, num_experts=num_experts, **CASES[case][1])
     experts = layer.experts if num_experts else layer
     cores = len(experts.fans()) if experts.cores_multiply else 1
@@ -590,7 +600,8 @@ def test_learning_rate_of_a_shared_core_grows_with_its_uses(theta, base, d):
 @pytest.mark.parametrize("d", [64, 1024])
 @all_cases
 def test_scale_at_init(case, d):
-    """Unit inputs make outputs of at most about unit size, and the matrix's norm does not depend on the width.
+    """Unit inputs make outputs of at most about unit size, and the matrix's norm does not depend on the
+    width.
 
     Where a norm follows, learning rates are relative to the size of the output.
     """

@@ -1,4 +1,5 @@
-"""Theta and Sizes of structured.py: against brute force, counted layers, and the measured rank of matrices."""
+"""Theta and Sizes of structured.py: against brute force, counted layers, and the measured rank of
+matrices."""
 import math
 
 import numpy as np
@@ -65,8 +66,8 @@ def measured_cost(theta, width):
 
 
 def check_exponents_of_cost(theta, widths):
-    """f, n, and what the taxonomy makes of them: ω is how FLOPs grow over parameters, ν how they grow over the
-    width."""
+    """f, n, and what the taxonomy makes of them: ω is how FLOPs grow over parameters, ν how they grow over
+    the width."""
     flops, params = zip(*(measured_cost(theta, width) for width in widths))
     assert growth(widths, flops) == pytest.approx(theta.flops_exponent, abs=0.05)
     assert growth(widths, params) == pytest.approx(theta.params_exponent, abs=0.05)
@@ -87,14 +88,14 @@ def test_cost_of_layers_grows_with_the_exponents(theta):
 
 @pytest.mark.parametrize("theta", [Theta(*t) for t in THETAS])
 def test_cost_of_layers_grows_with_the_exponents_in_the_limit(theta):
-    """For any θ: at widths so large that lower-order terms do not matter, with so many divisors that rounding does
-    not either."""
+    """For any θ: at widths so large that lower-order terms do not matter, with so many divisors that rounding
+    does not either."""
     check_exponents_of_cost(theta, [5040 * 12, 5040 * 720, 5040 * 5040, 5040 * 5040 * 30])
 
 
 def measured_rank(W):
-    """Rank of a square matrix: by a random projection where it is small, by an inverse that is checked where it is
-    full."""
+    """Rank of a square matrix: by a random projection where it is small, by an inverse that is checked where
+    it is full."""
     d = len(W)
     n = max(16, d // 8)
     sketched = torch.linalg.matrix_rank(randn(n, d) @ W @ randn(d, n)).item()
@@ -113,7 +114,7 @@ def check_exponent_of_rank(theta, widths):
 
 
 @pytest.mark.parametrize("theta", [
-    STRUCTURES["low_rank"], STRUCTURES["kronecker"], STRUCTURES["monarch"], STRUCTURES["btt"], STRUCTURES["tt"],
+    *(STRUCTURES[name] for name in ("low_rank", "kronecker", "monarch", "btt", "tt")),
     Theta(1, 0, 0, 0.5, 0.5, 0, 0), Theta(0, 1, 0, 0.5, 0.5, 0, 0), Theta(0.5, 0.5, 0, 0, 0.5, 0.5, 0)])
 def test_rank_of_matrices_grows_with_psi(theta):
     """Over widths where the sizes are exact."""
@@ -161,7 +162,8 @@ explicit = st.tuples(*[st.integers(1, 4)] * 6, st.integers(1, 3)).map(lambda s: 
 
 
 def min_cut(sizes):
-    """What the rank of a matrix of these sizes can be at most: the input, the output, and what passes between them.
+    """What the rank of a matrix of these sizes can be at most: the input, the output, and what passes between
+    them.
 
     With A on the input's side and B on the output's, β, γ, ρ, φ, δ cross; with B there, α, γ, ρ, φ, ε.
     """
@@ -190,7 +192,8 @@ def test_swapped_cores_make_the_same_matrix(sizes):
     exchanged."""
     swapped = sizes.swapped()
     assert swapped.swapped() == sizes
-    one, two = (linear("einsum", s.d_in, s.d_out, sizes=s, weight_norm=False).double() for s in (sizes, swapped))
+    one, two = (linear("einsum", s.d_in, s.d_out, sizes=s, weight_norm=False).double()
+                for s in (sizes, swapped))
     randomize(one)
     if len(one.order) == 2:
         with torch.no_grad():

@@ -188,9 +188,10 @@ def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, early:
     if pruned:
         text += ["## Pruned", "At the share of the budget that each had. Losses at different shares do not "
                  "compare.",
-                 markdown_table(["structure, θ", "width", "ω", "ψ", "ν", "budget", "loss", f"loss at {early}"],
-                       [[r["structure"], str(r["width"]), *taxonomy(r), f"{r['share_of_budget']:.0%}",
-                         f"{r['loss']:.4f}", f"{r['first_loss']:.4f}"] for r in pruned])]
+                 markdown_table(
+                     ["structure, θ", "width", "ω", "ψ", "ν", "budget", "loss", f"loss at {early}"],
+                     [[r["structure"], str(r["width"]), *taxonomy(r), f"{r['share_of_budget']:.0%}",
+                       f"{r['loss']:.4f}", f"{r['first_loss']:.4f}"] for r in pruned])]
     if failed:
         lines = [f"- trial {r['trial']}, {r['structure']}: {r['why']}" for r in failed]
         text += ["## Failed", "\n".join(lines)]

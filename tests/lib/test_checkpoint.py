@@ -50,7 +50,10 @@ def test_only_one_of_several_processes_holds_the_lock(tmp_path):
 
 
 def test_a_lock_file_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
-    """Its last owner removes it between the opening and the locking. The lock must be on the file that others see."""
+    """Its last owner removes it between the opening and the locking.
+
+    The lock must be on the file that others see.
+    """
     lock, lockf, calls = tmp_path / "lock", lib.files.fcntl.lockf, []
 
     def late(descriptor, operation):
@@ -87,7 +90,10 @@ def test_a_save_that_fails_between_the_two_files(tmp_path, monkeypatch):
 
 
 def measure_memory(folder, results):
-    """Saves and restores a layer of 64 MB. Puts the peaks of the process's own memory into results, in such sizes."""
+    """Saves and restores a layer of 64 MB.
+
+    Puts the peaks of the process's own memory into results, in such sizes.
+    """
     import threading
 
     def own():
@@ -110,14 +116,16 @@ def measure_memory(folder, results):
 
     def make():
         layer = torch.nn.Linear(4096, 4096, bias=False)
-        return layer, torch.optim.AdamW(layer.parameters(), fused=True), torch.amp.GradScaler("cpu", enabled=False)
+        optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+        return layer, optimizer, torch.amp.GradScaler("cpu", enabled=False)
 
     layer, optimizer, scaler = make()
     layer(torch.ones(1, 4096)).sum().backward()
     optimizer.step()
     path = os.path.join(folder, "ckpt.pt")
     contents = dict(model=layer.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                    model_args={}, config={}, tokenizer={}, iteration=0, tokens=0, flops=0.0, best_val_loss=0.0)
+                    model_args={}, config={}, tokenizer={}, iteration=0, tokens=0, flops=0.0,
+                    best_val_loss=0.0)
     results.put(peak_of(lambda: save_checkpoint(path, contents, path + ".best")))
     layer, optimizer, scaler = make()
     results.put(peak_of(lambda: restore_checkpoint(path, read_checkpoint(path), layer, optimizer, scaler)))
@@ -191,8 +199,9 @@ def other_weights(whole):
     (lambda whole: dict(tokenizer={"name": "gpt2"}), lambda whole: {},
      ["another vocabulary", "'gpt2' there and 'char' here"]),
     (other_weights, lambda whole: {},
-     ["wpe.weight = '(15, 16) torch.float32' there and '(16, 16) torch.float32' here", "ln_f.weight = absent there",
-      "extra = '(16,) torch.float32' there and absent"])], ids=["settings", "a new setting", "vocabulary", "weights"])
+     ["wpe.weight = '(15, 16) torch.float32' there and '(16, 16) torch.float32' here",
+      "ln_f.weight = absent there", "extra = '(16,) torch.float32' there and absent"])],
+    ids=["settings", "a new setting", "vocabulary", "weights"])
 def test_what_differs_is_listed_with_both_values(there, here, words, whole):
     with pytest.raises(ValueError) as error:
         check(whole | there(whole), whole, **here(whole))

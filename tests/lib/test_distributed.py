@@ -1,4 +1,5 @@
-"""lib/distributed.py: what ranks agree on, without DDP and with it, and what is printed when one of them is lost."""
+"""lib/distributed.py: what ranks agree on, without DDP and with it, and what is printed when one of them is
+lost."""
 import os
 
 import pytest

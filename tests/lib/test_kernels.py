@@ -41,7 +41,7 @@ def close(actual, expected, tolerance):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
-# ---- segment_product ------------------------------------------------------------------------------------------------
+# ---- segment_product ---------------------------------------------------------------------------------------
 
 def naive_product(x, w, ends):
     """A row at a time, in float64."""
@@ -102,7 +102,7 @@ def test_segment_product_takes_part_in_autocast():
     assert x.grad.dtype == w.grad.dtype == torch.float32
 
 
-# ---- einsum ---------------------------------------------------------------------------------------------------------
+# ---- einsum ------------------------------------------------------------------------------------------------
 
 def einsum_layer(sizes):
     layer = structured.linear("einsum", sizes.d_in, sizes.d_out, sizes=sizes, bias=True).double()
@@ -158,8 +158,10 @@ def test_training_after_inference_mode(experts):
 
 @pytest.mark.parametrize("experts", [0, 2])
 def test_bfloat16_gradients_are_summed_in_float32(experts, rows_of_a_piece):
-    """A gradient summed over many pieces is as exact as one of few. The choice of an expert is given: each router
-    row sees one input alone, which is 0 or 1."""
+    """A gradient summed over many pieces is as exact as one of few.
+
+    The choice of an expert is given: each router row sees one input alone, which is 0 or 1.
+    """
     rows_of_a_piece(8)
     layer = structured.linear("btt", 16, 16, weight_norm=False, num_experts=experts, top_k=1)
     x, dy = torch.randn(4096, 16).abs(), torch.randn(4096, 16).abs()
@@ -178,7 +180,7 @@ def test_bfloat16_gradients_are_summed_in_float32(experts, rows_of_a_piece):
 
 
 def test_every_layout_occurs():
-    layouts = [cpu_einsum._Layout(s if s.order()[0] == "A" else s.swapped(), s.order()[0] == "B") for s in EXPERTS]
+    layouts = [cpu_einsum._Layout(s.contraction(), s.order()[0] == "B") for s in EXPERTS]
     assert {(to.by_delta, to.by_beta) for to in layouts} == {(False, False), (True, False), (False, True)}
 
 
@@ -212,13 +214,13 @@ def test_einsum_takes_part_in_autocast(sizes):
         y = layer(x)
     exact = layer(x)
     inputs, dy = [x, *layer.parameters()], torch.randn_like(exact)
-    pairs = [(y, exact), *zip(torch.autograd.grad(y, inputs, dy.bfloat16()), torch.autograd.grad(exact, inputs, dy))]
     assert y.dtype == torch.bfloat16
-    for a, e in pairs:
+    gradients = torch.autograd.grad(y, inputs, dy.bfloat16())
+    for a, e in ((y, exact), *zip(gradients, torch.autograd.grad(exact, inputs, dy))):
         assert (a.float() - e).norm() < 0.03 * e.norm()
 
 
-# ---- routed_einsum --------------------------------------------------------------------------------------------------
+# ---- routed_einsum -----------------------------------------------------------------------------------------
 
 class Plain(nn.Module):
     """Experts that are no Einsum to MoE: it dispatches to them in general, through segment_product."""
@@ -233,8 +235,8 @@ class Plain(nn.Module):
 
 def mixture(sizes, num_experts=4, top_k=2, **options):
     """A mixture of einsums in float64, every parameter random, and the same with the general dispatch."""
-    moe = structured.linear("einsum", sizes.d_in, sizes.d_out, sizes=sizes, num_experts=num_experts, top_k=top_k,
-                            **options).double()
+    moe = structured.linear("einsum", sizes.d_in, sizes.d_out, sizes=sizes, num_experts=num_experts,
+                            top_k=top_k, **options).double()
     with torch.no_grad():
         for p in moe.parameters():
             p.normal_()
@@ -251,8 +253,9 @@ def check_same(moe, general, x):
     for a, e in zip((y, *aux), (expected, *expected_aux)):
         close(a, e, 1e-9)
     inputs, dy = [x, *moe.parameters()], torch.randn_like(y)
-    for a, e in zip(torch.autograd.grad((y, aux.loss()), inputs, (dy, torch.ones_like(aux.z))),
-                    torch.autograd.grad((expected, expected_aux.loss()), inputs, (dy, torch.ones_like(aux.z)))):
+    one = torch.ones_like(aux.z)
+    for a, e in zip(torch.autograd.grad((y, aux.loss()), inputs, (dy, one)),
+                    torch.autograd.grad((expected, expected_aux.loss()), inputs, (dy, one))):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9 * e.abs().max().item())
 
 
@@ -264,7 +267,8 @@ def test_experts_contract_in_both_orders():
 @all_experts
 def test_routed_einsum_is_the_general_path(sizes, top_k):
     for tokens in (1, 50):
-        check_same(*mixture(sizes, top_k=top_k, bias=True), torch.randn(tokens, sizes.d_in, dtype=torch.float64))
+        x = torch.randn(tokens, sizes.d_in, dtype=torch.float64)
+        check_same(*mixture(sizes, top_k=top_k, bias=True), x)
 
 
 @pytest.mark.parametrize("sizes", [EXPERTS[i] for i in (1, 3, 4)], ids=["btt", "full", "B first"])
@@ -303,9 +307,9 @@ def test_routed_einsum_takes_part_in_autocast(sizes):
         y = moe(x)
     exact = moe(x)
     inputs, dy = [x, *moe.parameters()], torch.randn_like(exact)
-    pairs = [(y, exact), *zip(torch.autograd.grad(y, inputs, dy.bfloat16()), torch.autograd.grad(exact, inputs, dy))]
     assert y.dtype == torch.bfloat16
-    for a, e in pairs:
+    gradients = torch.autograd.grad(y, inputs, dy.bfloat16())
+    for a, e in ((y, exact), *zip(gradients, torch.autograd.grad(exact, inputs, dy))):
         assert (a.float() - e).norm() < 0.03 * e.norm()
 
 
@@ -334,7 +338,7 @@ def test_undefined_gradient(path):
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-# ---- As operators ---------------------------------------------------------------------------------------------------
+# ---- As operators ------------------------------------------------------------------------------------------
 
 def segment_arguments(grad):
     x, w, ends = segments((2, 5, 3), (4, 0, 2), torch.float32)
@@ -344,11 +348,12 @@ def segment_arguments(grad):
 def einsum_arguments(sizes, grad=False):
     """What routed_einsum's operator takes, in the letters of the contraction."""
     order = sizes.order()
-    a, b, g, d, e, f, r = contraction = sizes if order[0] == "A" else sizes.swapped()
+    a, b, g, d, e, f, r = contraction = sizes.contraction()
     E, T, k = 3, 10, 2
     make = dict(requires_grad=grad)
     return (torch.randn(T, sizes.d_in, **make), torch.randn(E, sizes.d_in, **make), torch.randn(E),
-            torch.randn(E, g, r * f * d, a, **make), torch.randn(E, f, e, g * r * b, **make), k, list(contraction), order[0] == "B")
+            torch.randn(E, g, r * f * d, a, **make), torch.randn(E, f, e, g * r * b, **make), k,
+            list(contraction), order[0] == "B")
 
 
 def one_einsum_arguments(sizes, grad=False):
@@ -402,7 +407,8 @@ def test_flops_of_segment_product_are_those_of_its_loop():
 
 @all_experts
 def test_flops_of_routed_einsum_are_those_of_its_products(sizes):
-    """The registered formula, the products inside, and the sizes' own count for 10 tokens, 3 experts and 2 per token."""
+    """The registered formula, the products inside, and the sizes' own count for 10 tokens, 3 experts and 2
+    per token."""
     forward, backward = einsum_arguments(sizes), einsum_backward_arguments(sizes)
     expected = 10 * (2 * sizes.flops() + 2 * 3 * sizes.d_in)
     executed = flops(cpu_einsum._routed_einsum._init_fn, *forward)
@@ -434,7 +440,8 @@ class ReluExperts(nn.Module):
 
 @pytest.mark.parametrize("kind", ["btt", "dense", "dyad", "mlp"])
 def test_compiled_mixture(kind):
-    """One graph without breaks, the same results in float64, and no recompilation when the routing changes."""
+    """One graph without breaks, the same results in float64, and no recompilation when the routing
+    changes."""
     torch._dynamo.reset()
     if kind == "mlp":
         moe = structured.MoE(16, ReluExperts(), 4, 2).double()

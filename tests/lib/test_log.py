@@ -22,7 +22,10 @@ def largest_file(size):
 
 @pytest.mark.parametrize("room", [0, 1, 7, 28, 50, 80])
 def test_a_line_is_whole_or_waits(room, tmp_path):
-    """A line that the disk takes a part of is removed again. It is written when there is room, in its place."""
+    """A line that the disk takes a part of is removed again.
+
+    It is written when there is room, in its place.
+    """
     path = tmp_path / "log.jsonl"
     log = RunLog(str(path), -1)
     log.write({"type": "train", "iter": 0, "loss": 1.5})
@@ -49,8 +52,8 @@ def test_only_the_first_line_that_waits_raises(tmp_path):
     assert [json.loads(line)["iter"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("tail", [b'{"type": "train", "it', b'{"type": "train", "iter": 3', b"\0\0\0\0", b"\xff\xfe\n",
-                                  b"3\n", b"[1]\n", b"\n"])
+@pytest.mark.parametrize("tail", [b'{"type": "train", "it', b'{"type": "train", "iter": 3', b"\0\0\0\0",
+                                  b"\xff\xfe\n", b"3\n", b"[1]\n", b"\n"])
 def test_opening_drops_half_lines_and_points_to_be_made_again(tail, tmp_path):
     """A power cut may have left such a tail; a run that resumes at 2 makes the points from there on again."""
     path = tmp_path / "log.jsonl"
