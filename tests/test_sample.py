@@ -1,5 +1,4 @@
 """sample.py from the outside: what it prints of small checkpoints, and what it says when it cannot."""
-import os
 import pickle
 import shutil
 
