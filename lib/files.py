@@ -1,6 +1,7 @@
 """Files of an out_dir: its lock, and writes that are whole or absent. Needs no torch.
 
-Errors that a user can fix are ValueError, with one sentence. Failed writes are OSError, and leave the old file.
+Errors that a user can fix are ValueError, with one sentence. Failed writes are OSError, and leave the old
+file.
 """
 import atexit
 import contextlib
