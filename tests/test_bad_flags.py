@@ -23,8 +23,9 @@ SMALL_RUN = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=2, gr
 
 OUT_OF_RANGE = """
 n_layer=0 n_layer=-1 n_layer=99999999999 n_head=0 n_head=-2 n_head=5 n_embd=0 n_embd=-32 n_embd=33
-block_size=0 block_size=-1 block_size=20000 block_size=1000000000 batch_size=0 batch_size=-4 batch_size=1000000000
-gradient_accumulation_steps=0 gradient_accumulation_steps=-1 gradient_accumulation_steps=1000000000
+block_size=0 block_size=-1 block_size=20000 block_size=1000000000 batch_size=0 batch_size=-4
+batch_size=1000000000 gradient_accumulation_steps=0 gradient_accumulation_steps=-1
+gradient_accumulation_steps=1000000000
 eval_iters=0 eval_iters=-1 eval_interval=0 eval_interval=-5 checkpoint_interval=0 checkpoint_interval=-1
 log_interval=0 log_interval=-1 max_iters=-1 max_iters=1e18 warmup_iters=-1 lr_decay_iters=-1 sample_tokens=-1
 max_skipped=0 max_skipped=-1 learning_rate=-1 learning_rate=1e300 min_lr=-1 min_lr=1 weight_decay=-0.1
@@ -50,7 +51,8 @@ ffn_experts=4 top_k=5 | struct=einsum | struct=einsum theta=1,0 | struct=einsum 
 struct=einsum theta=2,0,-1,1,0,0,0 | struct=btt theta=(1,0,0,1,0,0,0) | struct=monarch rank=2
 struct=low_rank rank=0 | struct=low_rank rank=-3 | struct=btt rank=0 | struct=dense rank=4
 struct=dyad dyad_blocks=0 | struct=dyad dyad_blocks=-2 | struct=dyad dyad_blocks=7
-struct=dyad dyad_variant=xy | struct=dyad rank=2 | struct=monarch n_embd=97 n_head=1 | struct=kronecker n_embd=31 n_head=1
+struct=dyad dyad_variant=xy | struct=dyad rank=2 | struct=monarch n_embd=97 n_head=1
+struct=kronecker n_embd=31 n_head=1
 head_aligned=True struct=dense | head_aligned=True struct=btt layers=mlp | head_aligned=True struct=tt
 init_from=resume | init_from=resume out_dir=new/folder | learning_rate=1e-3 min_lr=1e-2
 batch_size=1048576 gradient_accumulation_steps=2
@@ -138,7 +140,8 @@ def outcomes(tmp_path_factory):
     return json.loads((folder / "answers").read_text())
 
 
-@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[ascii(" ".join(m))[1:-1][:50] for m, _ in MISTAKES])
+@pytest.mark.parametrize("number", range(len(MISTAKES)),
+                         ids=[ascii(" ".join(arguments))[1:-1][:50] for arguments, _ in MISTAKES])
 def test_a_mistake_is_one_sentence_and_leaves_no_out_dir(outcomes, number):
     status, stderr, left = outcomes[number]
     assert status == 1, stderr
