@@ -59,11 +59,18 @@ def test_best_checkpoint_is_that_of_the_least_val_loss(trained, train, python_te
     assert cross_entropy(best, val) == pytest.approx(min(evals.values()), abs=1e-5)
 
 
-def test_best_val_loss_is_read_from_the_best_checkpoint(train, trained, tmp_path):
-    """Not from ckpt.pt: a full disk may have left an older ckpt_best.pt."""
+@pytest.mark.parametrize("first_version", [False, True], ids=["", "first version"])
+def test_best_val_loss_is_read_from_the_best_checkpoint(first_version, train, trained, tmp_path):
+    """Not from ckpt.pt: a full disk may have left an older ckpt_best.pt, here one of val loss 99. The first
+    version of the format has no val_loss."""
     out = tmp_path / "out"
     shutil.copytree(trained(**TINY), out)
-    older = load(out / "ckpt_best.pt") | {"best_val_loss": 99.0}
+    older = load(out / "ckpt_best.pt")
+    if first_version:
+        del older["val_loss"]
+        older["best_val_loss"] = 99.0
+    else:
+        older["val_loss"] = 99.0
     torch.save(older, tmp_path / "older.pt")
     os.replace(tmp_path / "older.pt", out / "ckpt_best.pt")
     train(out, **TINY | {"max_iters": 5, "learning_rate": 1, "decay_lr": False}, init_from="resume")

@@ -468,8 +468,9 @@ def test_fixed_gamma_and_phi(struct, options):
         if not options.get("num_experts"):
             x = randn(5, d_in)
             close(layer(x), x @ layer.to_dense().T)
-    assert "5 does not divide the width 192" in error(struct, 96, 192, phi=5, **options)
-    assert "0 does not divide the width 96" in error(struct, 96, 192, gamma=0, **options)
+    assert "phi = 5 must divide the width 192" in error(struct, 96, 192, phi=5, **options)
+    assert "gamma = 0 must divide the width 96" in error(struct, 96, 192, gamma=0, **options)
+    assert "gamma = -2 must divide the width 96" in error(struct, 96, 192, gamma=-2, **options)
 
 
 @pytest.mark.parametrize("num_experts", [0, 4])
