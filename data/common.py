@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tokenizer import CHARACTERS, Gpt2Tokenizer
+from lib.files import fsync_folder
 
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -358,12 +359,3 @@ def _write(path: Path, chunks: Iterable[bytes]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def fsync_folder(folder: Path) -> None:
-    if os.name != "nt":  # Windows cannot open a folder, and needs no sync of one
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
