@@ -159,8 +159,8 @@ def split_flag(arg: str, keys: dict[str, Key]) -> tuple[str, str]:
     name = written.replace("-", "_")
     if name not in keys:
         fail(f"unknown key {show(written)}: {nearest(name, keys, '--')}")
-    if not equals or not arg.startswith("--"):
-        fail(f"{show(arg)} is not a setting: write --{name}=VALUE, with two dashes and no spaces")
+    if not equals:
+        fail(f"{show(arg)} has no value: write --{name}=VALUE, with no spaces")
     return name, text
 
 
@@ -194,7 +194,7 @@ def find_file(arg: str) -> str:
 def run_file(arg: str, path: str, keys: dict[str, Key], config: dict) -> dict:
     """Return the values of all keys after a config file has run over those so far, or fail."""
     try:
-        values = runpy.run_path(path, config, "__config__")
+        values = runpy.run_path(path, config)
         tree = ast.parse(Path(path).read_bytes())
     except (Exception, SystemExit) as error:
         fail(show(arg)[1:-1] + describe(error, path))

@@ -163,6 +163,12 @@ def test_keys_end_at_the_call_however_it_is_written(call):
     assert configured("--a=3") == {"a": 3}
 
 
+def test_the_help_text_is_the_comment_and_no_part_of_the_default():
+    write("script.py", "mark: str = '#ö#'  # of a run\nother: str = '#'\nconfigure(globals())\n")
+    keys = configurator.read_keys("script.py")
+    assert (keys["mark"].help, keys["other"].help) == ("of a run", "")
+
+
 def test_every_key_of_train_has_a_heading_and_a_help_text():
     keys = configurator.read_keys(str(ROOT / "train.py")).values()
     assert len(keys) > 40 and [key.name for key in keys if not key.heading or not key.help] == []
@@ -261,8 +267,8 @@ def test_later_arguments_win():
     (["--zzzz=1"], ["unknown key 'zzzz'", "--help"]),
     (["--CONSTANT=1"], ["unknown key"]), (["--helper=1"], ["unknown key"]), (["--path=1"], ["unknown key"]),
     (["--after=1"], ["unknown key"]), (["--help=1"], ["unknown key"]),
-    (["--compile"], ["'--compile' is not a setting", "write --compile=VALUE"]),
-    (["--top_k", "4"], ["'--top_k' is not a setting", "write --top_k=VALUE", "no spaces"]),
+    (["--compile"], ["'--compile' has no value", "write --compile=VALUE"]),
+    (["--top_k", "4"], ["'--top_k' has no value", "write --top_k=VALUE", "no spaces"]),
     (["-rank=1"], ["'-rank'", "did you mean --rank?"]), (["-x"], ["'-x'"]), (["-"], ["'-'"]),
     (["--"], ["unknown key ''"]), (["---"], ["'-'"]), (["--=1"], ["unknown key ''"]),
     (["---rank=1"], ["did you mean --rank?"]), (["\u2013rank=1"], [r"'\u2013rank=1'", "--key=value"]),

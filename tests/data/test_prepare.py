@@ -295,8 +295,8 @@ FILES = {
     "like_dates.jsonl": (b'{"text": "2020-01-01T00:00:00Z"}\n{"text": "2021-01-01"}\n',
                          ["2020-01-01T00:00:00Z", "2021-01-01"]),
     "like_numbers.jsonl": (b'{"text": "007"}\n{"text": "1.50"}\n', ["007", "1.50"]),
-    "rows_that_differ.jsonl": (b'{"text": "a", "n": 1}\n{"n": {"x": 1}, "text": "b"}\n{"text": "c", "n": "s"}',
-                               ["a", "b", "c"]),
+    "rows_differ.jsonl": (b'{"text": "a", "n": 1}\n{"n": {"x": 1}, "text": "b"}\n{"text": "c", "n": "s"}',
+                          ["a", "b", "c"]),
     "separators.jsonl": ('{"text": "a\u2028b\u0085c"}\n{"text": "d"}'.encode(), ["a\u2028b\u0085c", "d"]),
     "empty_rows.jsonl": (b'\n{"text": ""}\n \n{"text": "a"}\n', ["a"]),
 }
