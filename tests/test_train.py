@@ -128,7 +128,8 @@ def test_router_losses_even_out_the_load(config, trained):
         assert np.allclose(load.sum(-1), 1, atol=1e-5) and load.shape == (12 if config == "btt_moe" else 2, 8)
         return load.std(-1).mean()
 
-    even, uneven = (trained(config, aux_loss_weight=weight, router_balance_rate=0) for weight in (1.0, 0.0))
+    even, uneven = (trained(config, aux_loss_weight=weight, router_balance_rate=0, before=in_float64)
+                    for weight in (3.0, 0.0))
     assert unevenness(even) < 0.8 * unevenness(uneven)
 
 
@@ -149,8 +150,10 @@ def test_biases_balance_the_routers(config, routers, trained):
         for shares, entropy, most in reports:
             assert entropy == pytest.approx(-sum(s * math.log(s) for s in shares if s), abs=1e-4)
             assert most == pytest.approx(8 * max(shares), abs=1e-4)
-    assert max(evals[0]["router_max_load"]) < 1.5 < max(read_log(free)[2][0]["router_max_load"])
-    assert np.mean(evals[20]["router_max_load"]) < np.mean(read_log(free)[2][20]["router_max_load"])
+    free_evals = read_log(free)[2]
+    excess, free_excess = (max(e[0]["router_max_load"]) - 1 for e in (evals, free_evals))
+    assert 0 <= excess < 0.5 * free_excess
+    assert np.mean(evals[20]["router_max_load"]) < np.mean(free_evals[20]["router_max_load"])
     biases, without = ({name: b for name, b in load(out / "ckpt.pt")["model"].items()
                         if name.endswith(".balance")} for out in (balanced, free))
     assert biases.keys() == {f"{name}.balance" for name in routers} and all(b.any() for b in biases.values())
