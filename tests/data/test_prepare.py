@@ -425,6 +425,7 @@ def test_folder_without_sources(existing, tmp_path):
         (["--val-fraction", "some"], "'some'"),
         (["--num-proc", "0"], "at least 1; got 0"),
         (["--num-procs", "2"], "--num-procs"),
+        (["--val", "0.5"], "--val"),
         (["--source"], "--source"),
     ],
 )
@@ -535,9 +536,11 @@ def test_killed_while_it_tokenizes(tiktoken_cache, tmp_path):
         killed = [sys.executable, "-c", TOKENIZE, kill_at, *command]
         assert subprocess.run([*map(str, killed)], capture_output=True, timeout=600).returncode == 9
         assert not (out / "meta.json").exists() and (out / "prepare.tmp").exists()
+    write_jsonl(source, [f"text {i} " for i in range(3_000)])  # what the killed runs have read is not used
     prepared("openwebtext", *command[1:])
-    meta, _ = read(out)
-    assert meta["source"]["documents"] == 4_000
+    meta, splits = read(out)
+    assert meta["source"]["documents"] == 3_000
+    assert documents_of(tokenizer.Gpt2Tokenizer(), splits["val"])[0].startswith("text ")
     assert not (out / "prepare.tmp").exists()
 
 
