@@ -47,10 +47,10 @@ class GPTConfig(LayerConfig):
             raise ValueError(f"layers must be 'all', 'attn' or 'mlp'; got {self.layers!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
-        self._check_heads()
+        self._resolve_head_aligned()
         self._check_experts()
 
-    def _check_heads(self) -> None:
+    def _resolve_head_aligned(self) -> None:
         if self.head_aligned is None:
             suits = self.struct in ("monarch", "btt") and not self.num_experts
             self.head_aligned = suits and self.layers != "mlp"
@@ -72,18 +72,18 @@ class GPTConfig(LayerConfig):
                 raise ValueError(f"top_k must be between 1 and {name} = {experts}; got {self.top_k}")
 
 
-def projection(config: GPTConfig, part: str, d_in: int, d_out: int, **place) -> nn.Module:
-    """One projection of the transformer; part is 'attn' or 'mlp', place is for structured.make_layer."""
-    return structured.make_layer(layer_config(config, part), d_in, d_out, **place)
+def projection(config: GPTConfig, part: str, d_in: int, d_out: int, **role) -> nn.Module:
+    """One projection of the transformer; part is 'attn' or 'mlp', role is for structured.make_layer."""
+    return structured.make_layer(layer_config(config, part), d_in, d_out, **role)
 
 
 def layer_config(config: GPTConfig, part: str) -> LayerConfig:
-    """The structure that the projections of a part have."""
+    """The config of a part's projections: the structure if `layers` includes the part, else dense."""
     return config if config.layers in ("all", part) else LayerConfig("dense", bias=config.bias)
 
 
 def apply_layer(layer: nn.Module, x: Tensor, aux: list) -> Tensor:
-    """layer(x); what its router reports, if it has one, goes into the caller's list."""
+    """layer(x). If the layer is a MoE, its Aux is appended to the list aux."""
     if not isinstance(layer, structured.MoE):
         return layer(x)
     y, report = layer(x, return_aux=True)
@@ -165,8 +165,8 @@ class MLP(nn.Module):
 
 
 class MLPExperts(nn.Module):
-    """The experts of a standard MoE: ffn_experts MLPs, of which each row meets the one that it is sorted
-    by."""
+    """The experts of a standard MoE, ffn_experts MLPs: forward(rows, ends) takes rows grouped by expert, as
+    structured.Structured says."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -193,7 +193,8 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.branch_scale = math.sqrt(3 / config.n_layer)  # the residual stream keeps its size at any depth
+        # relative to a model of 3 layers: the sum of all branches does not grow with the depth
+        self.branch_scale = math.sqrt(3 / config.n_layer)
 
     def forward(self, x: Tensor, aux: list, cache: KVCache | None = None) -> Tensor:
         x = x + self.branch_scale * self.attn(self.ln_1(x), aux, cache)
@@ -213,15 +214,16 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        # rows of the output layer beyond vocab_size only align a large vocabulary to 64; no loss or sample
-        # sees them
+        # a large output layer is padded to a multiple of 64 rows; forward slices the logits back to
+        # vocab_size
         V = config.vocab_size if config.vocab_size < 1024 else math.ceil(config.vocab_size / 64) * 64
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = structured.linear("dense", config.n_embd, V, zero_init=True)  # the first loss is ln(V)
+        self.lm_head = structured.linear("dense", config.n_embd, V, zero_init=True)
+        # lm_head starts at zero: the first loss is ln(vocab_size)
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.02)
 
@@ -317,7 +319,7 @@ class GPT(nn.Module):
         can be."""
         blocks: dict[str, list] = {}
         for name, shares, nats in zip(self.routers(), load * load.shape[1], entropy):
-            _, block, *_, part = name.split(".")
+            _, block, *_, part = name.split(".")  # blocks.3.attn.q
             blocks.setdefault(block, []).append(f"{part} {shares.min():.2f} to {shares.max():.2f}, "
                                                 f"{nats / math.log(len(shares)):.1%}")
         return [f"block {i}: load ÷ mean, entropy: " + "; ".join(parts) for i, parts in blocks.items()]
@@ -325,8 +327,8 @@ class GPT(nn.Module):
     # -- training --------------------------------------------------------------------------------------------
 
     def lr_multipliers(self, base_width: int | None) -> dict[str, float]:
-        """{parameter name: factor on the learning rate} under µP for Adam. Parameters of no structured layer
-        have 1, and without a base width all have."""
+        """{parameter name: factor on the learning rate} under µP for Adam: 1 for parameters outside of
+        structured layers, and for all if base_width is None."""
         multipliers = {name: 1.0 for name, _ in self.named_parameters()}
         if base_width is None:
             return multipliers
@@ -340,9 +342,9 @@ class GPT(nn.Module):
         """AdamW with one group per distinct learning rate; each group keeps its 'lr_multiplier' for the
         schedule.
 
-        Cores, routers and embeddings decay, gains, biases and norms do not. The decay is divided by the
-        multiplier: every matrix shrinks by learning_rate · weight_decay a step, whatever its structure and
-        width.
+        Cores, routers and embeddings are decayed; gains, biases and norms are not. The decay is divided by
+        the multiplier: every matrix shrinks by learning_rate · weight_decay a step, whatever its structure
+        and width.
         """
         multipliers = self.lr_multipliers(base_width)
         groups: dict[tuple[float, bool], list] = {}

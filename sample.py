@@ -77,9 +77,6 @@ torch.manual_seed(seed)
 for i in range(num_samples):
     if num_samples > 1:
         print(f"---- sample {i + 1} of {num_samples}")
-    decode = tok.decoder()
     print(start, end="", flush=True)
     with amp:
-        for token in model.stream(prompt, max_new_tokens, temperature, top_k):
-            print(decode(token.item()), end="", flush=True)
-    print(decode.flush())
+        tokenizer.print_tokens(tok, model.stream(prompt, max_new_tokens, temperature, top_k))

@@ -9,7 +9,7 @@ with α·β·γ = d_in and δ·ε·φ = d_out. In code each index, and its size,
     a  α alpha    input index of A alone            d  δ delta    output index of A alone
     b  β beta     input index of B alone            e  ε epsilon  output index of B alone
     g  γ gamma    input index of both cores         f  φ phi      output index of both cores
-    r  ρ rho      inner rank, summed over           T  tokens;  E, k  experts, experts chosen per token
+    r  ρ rho      inner rank, summed over           T  rows: tokens;  E, k  experts, chosen per token
 
 The sizes come from exponents θ in [0, 1]^7 that do not depend on the width: size_α = d_in^θα, ..., size_φ =
 d_out^θφ, size_ρ = min(d_in, d_out)^θρ. Dense, low-rank, Kronecker, Monarch, Tensor-Train and Block
@@ -69,19 +69,19 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
 
     @property
     def flops_exponent(self) -> float:
-        """f, where FLOPs per token grow as d^f."""
+        """Exponent of the FLOPs per token in the width."""
         a, b, g, d, e, f, r = self
         return 2 + r - max(min(a, e), min(b, d))
 
     @property
     def params_exponent(self) -> float:
-        """n, where parameters grow as d^n."""
+        """Exponent of the number of parameters in the width."""
         a, b, g, d, e, f, r = self
         return 2 + r - min(b + e, a + d)
 
     @property
     def omega(self) -> float:
-        """ω, parameter sharing, f - n: 0 where every parameter is used once per token."""
+        """ω, parameter sharing: FLOPs / parameters grows as d^ω; at 0 a token uses each once."""
         return self.flops_exponent - self.params_exponent
 
     @property
@@ -92,13 +92,13 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
 
     @property
     def nu(self) -> float:
-        """ν, compute intensity, f - 1: FLOPs per token and dimension grow as d^ν."""
+        """ν, compute intensity: FLOPs per token and dimension grow as d^ν."""
         return self.flops_exponent - 1
 
     def sizes(self, d_in: int, d_out: int, rank: int | None = None, *, gamma: int | None = None,
               phi: int | None = None) -> "Sizes":
         """Integer sizes that multiply out to the widths exactly: the divisor triples nearest to d^θ in log
-        space; of equally near ones those of the fewest FLOPs, then parameters. `rank` overrides ρ; `gamma`
+        space; ties go to the fewest FLOPs, then the fewest parameters. `rank` overrides ρ; `gamma`
         and `phi` fix the size of their index, and the other two share the rest of the width.
 
         Raises ValueError where a width is not positive or does not factor near the targets, where the rank is
@@ -115,7 +115,8 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
         return _nearest_sizes(self, d_in, d_out, rank, gamma, phi)
 
 
-# Structures by name. Where θρ > 0 the rank can be set; 'einsum' takes its θ from the caller.
+# Structures by name. ρ = 1 in dense, kronecker, monarch; 'einsum' takes its θ from the caller, 'dyad' has
+# none.
 STRUCTURES: dict[str, Theta | None] = {
     "dense":     Theta(1, 0, 0, 1, 0, 0, 0),
     "low_rank":  Theta(1, 0, 0, 0, 1, 0, 1 / 2),
@@ -156,12 +157,12 @@ class Sizes(NamedTuple("Sizes", [(name, int) for name in INDICES])):
         return ("A", "B") if self._multiply_adds() <= self.swapped()._multiply_adds() else ("B", "A")
 
     def swapped(self) -> "Sizes":
-        """The same matrices with the roles of A and B exchanged."""
+        """The sizes with A and B exchanged; the axes of x and of y change places too."""
         a, b, g, d, e, f, r = self
         return Sizes(b, a, g, e, d, f, r)
 
     def contraction(self) -> "Sizes":
-        """The sizes as they are where A goes first, and swapped where B does: 'A' is then the first core."""
+        """The sizes as the two products see them: swapped where B is the first core."""
         return self if self.order()[0] == "A" else self.swapped()
 
     def fans(self) -> dict[str, tuple[int, int]]:
@@ -194,11 +195,11 @@ class Sizes(NamedTuple("Sizes", [(name, int) for name in INDICES])):
 
 @functools.lru_cache(maxsize=4096)
 def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma, phi) -> Sizes:
-    """Theta.sizes for a rank that fits."""
+    """The cached body of Theta.sizes; the widths and the rank are checked."""
     for name, fixed, exponent, width in (("gamma", gamma, theta.gamma, d_in), ("phi", phi, theta.phi, d_out)):
         if fixed is not None and not 0 < exponent < 1:
-            raise ValueError(f"{name} cannot be fixed at {fixed}: θ has {name} = {exponent:g}, which leaves "
-                             "no choice; a structure like btt or monarch does")
+            raise ValueError(f"{name} cannot be fixed at {fixed}: θ has {name} = {exponent:g}, so that it "
+                             "has no size to choose; take btt or monarch")
         if fixed is not None and (fixed < 1 or width % fixed):
             raise ValueError(f"{name} = {fixed} must divide the width {width}")
     try:
@@ -215,7 +216,7 @@ def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma, phi) -
 class LayerConfig:
     """What a config file can say of a layer. model.GPTConfig inherits it, and train.py has a key for each."""
     struct: str = "dense"           # a name in STRUCTURES
-    rank: int | None = None         # ρ; None: the structure's own; experts have 1 (low_rank: d / E)
+    rank: int | None = None         # ρ; None: d^θρ, but 1 in experts of a named structure (low_rank: d / E)
     theta: tuple | str | None = None  # seven exponents, for struct 'einsum' alone
     num_experts: int = 0            # 0, or E experts of the structure with a router
     top_k: int = 2                  # experts per token
@@ -232,11 +233,13 @@ class LayerConfig:
 class Structured(nn.Module):
     """Cores of a structured matrix: their initialization, normalization, gains and bias (paper, section 4).
 
-    cores       {name: (batch, out, in)}, the right factors of batched products; with experts, a leading E
+    cores       {name: shape (batch, out, in)}: each acts as x @ coreᵀ, batched; with experts, a leading E
     fans        {name: (fan_in, fan_out)} of those products
     normalized  a norm follows and undoes the scale of the output: no gains, and only relative changes count
     zero_core   the core that starts at zero; the others start normal, std = √min(fan_in, fan_out) / fan_in
 
+    A subclass has forward(x, ends), to_dense() and flops_per_token(). With experts the rows of x are grouped
+    by expert, and ends (E,) says where: expert e has the rows ends[e - 1] to ends[e].
     With config.weight_norm a core M acts as gain · M / max(1, rms(M) / std), with a gain for each expert.
     """
     cores_multiply = True  # whether W is a product of the cores; otherwise it is their sum
@@ -298,45 +301,44 @@ class Structured(nn.Module):
 class Einsum(Structured):
     """The two-factor einsum at the top of this file, for given sizes.
 
-    forward: x (..., d_in) -> (..., d_out). With experts: x (N, d_in) sorted by expert, whose rows end at
-    ends (E,), -> (N, d_out).
-
-    Each core is one batched product. A and B exchange their letters where B goes first:
+    forward: x (..., d_in) -> (..., d_out); with experts, x (N, d_in) and ends (E,) -> (N, d_out). Each core
+    is one batched product. Where B goes first, A and B exchange their letters:
         first    a batch over γ:  (Tβ, α) x (α, ρφδ)
         second   a batch over φ:  (δT, γρβ) x (γρβ, ε)
     """
 
     def __init__(self, sizes: Sizes, config: LayerConfig, *, zero_init: bool = False, **kwargs):
-        self.sizes, self.order, self.b_first = sizes, sizes.order(), sizes.order()[0] == "B"
-        a, b, g, d, e, f, r = sizes.contraction()
+        order, contraction = sizes.order(), sizes.contraction()
+        a, b, g, d, e, f, r = contraction
         shapes = [(g, r * f * d, a),  # (γ, ρφδ, α)
                   (f, e, g * r * b)]  # (φ, ε, γρβ); left out where it has one entry, as in a dense matrix
-        super().__init__(sizes.d_in, sizes.d_out, dict(zip(self.order, shapes)), sizes.fans(), config,
-                         zero_core=self.order[-1] if zero_init else None, **kwargs)
+        super().__init__(sizes.d_in, sizes.d_out, dict(zip(order, shapes)), sizes.fans(), config,
+                         zero_core=order[-1] if zero_init else None, **kwargs)
+        self.sizes, self.order, self.contraction, self.swapped = sizes, order, contraction, order[0] == "B"
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         cores = [self.core(name) for name in self.order]
         if len(cores) == 1 and ends is None:  # dense: one matrix
             return F.linear(x, cores[0].squeeze(0), self.bias)
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
-        y = kernels.contract(rows, cores, self.sizes.contraction(), self.b_first, ends)
+        y = kernels.contract(rows, cores, self.contraction, self.swapped, ends)
         return self.add_bias(y.view(*x.shape[:-1], self.d_out), ends)
 
     def mixture(self, x: Tensor, router: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, ...]:
         """These experts with a router, as one operator for CPUs: kernels.routed_einsum."""
         cores = (self.core(name) for name in self.order)
-        y, logits, chosen = kernels.routed_einsum(x, router, balance, *cores, top_k, self.sizes.contraction(),
-                                                  self.b_first)
+        y, logits, chosen = kernels.routed_einsum(x, router, balance, *cores, top_k, self.contraction,
+                                                  self.swapped)
         if self.bias is not None:
-            gates = logits.gather(1, chosen).softmax(1)  # (T, k)
+            gates = kernels.gate_weights(logits, chosen)  # (T, k)
             y = y + (gates[..., None] * self.bias[chosen]).sum(1).to(y.dtype)
         return y, logits, chosen
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
         """As for every layer, times √(u / u0) for a core whose entries a token uses u times.
 
-        Shared parameters (ω > 0): a token's gradient is a sum of u rank-one terms. Adam brings the sum to the
-        size of one, so each moves by 1 / √u of what it would alone. u = d^t, u0 = d0^t (docs/mup.md).
+        Shared parameters (ω > 0): a token's gradient sums u rank-one terms. Adam normalizes the sum, which
+        leaves each term 1 / √u of the step that it would get alone; u = d^t, and u0 = d0^t (docs/mup.md).
         """
         multipliers = super().lr_multipliers(base_width)
         for (name, uses), width in zip(self.sizes.uses().items(), (self.d_in, self.d_out)):
@@ -346,17 +348,16 @@ class Einsum(Structured):
         return multipliers
 
     def cores(self) -> tuple[Tensor, Tensor]:
-        """A[γ, α, δ, φ, ρ] and B[γ, β, ε, φ, ρ] as they act, a 1 for one left out; experts have a leading
-        E."""
-        a, b, g, d, e, f, r = self.sizes.contraction()
+        """A[γ, α, δ, φ, ρ], B[γ, β, ε, φ, ρ] as they act, a 1 if left out; with experts, a leading E."""
+        a, b, g, d, e, f, r = self.contraction
         first = self.core(self.order[0])  # (..., γ, ρφδ, α)
         lead = first.shape[:-3]
         first = torch.einsum("...grfda->...gadfr", first.reshape(*lead, g, r, f, d, a))
         second = first.new_ones(*lead, 1, 1, 1, 1, 1)
-        if len(self.order) == 2:
-            second = self.core(self.order[1]).reshape(*lead, f, e, g, r, b)  # from (..., φ, ε, γρβ)
+        if len(self.order) == 2:  # (..., φ, ε, γρβ)
+            second = self.core(self.order[1]).reshape(*lead, f, e, g, r, b)
             second = torch.einsum("...fegrb->...gbefr", second)
-        return (second, first) if self.b_first else (first, second)
+        return (second, first) if self.swapped else (first, second)
 
     def to_dense(self) -> Tensor:
         """The matrix that the layer applies: (d_out, d_in); with experts, (E, d_out, d_in)."""
@@ -382,7 +383,7 @@ class Dyad(Structured):
     Each output sums 2i products and each input feeds 2o: those are the fans.
     Raises ValueError for an unknown variant, and where D does not divide both widths.
     """
-    cores_multiply = False
+    cores_multiply = False  # W is the sum of both
 
     def __init__(self, d_in: int, d_out: int, config: LayerConfig, *, zero_init: bool = False, **kwargs):
         D, variant = config.dyad_blocks, config.dyad_variant
@@ -390,12 +391,11 @@ class Dyad(Structured):
             raise ValueError(f"dyad_variant must be one of {', '.join(DYAD_VARIANTS)}; got {variant!r}")
         if D < 1 or d_in % D or d_out % D:
             raise ValueError(f"dyad_blocks = {D} must divide both widths of {d_in} -> {d_out}")
-        self.blocks, self.variant = D, variant
         shape, fans = (D, d_out // D, d_in // D), (2 * d_in // D, 2 * d_out // D)
         super().__init__(d_in, d_out, dict(wl=shape, wu=shape), dict(wl=fans, wu=fans), config, **kwargs)
+        self.blocks, self.variant = D, variant
         if zero_init:  # both terms end the branch
-            nn.init.zeros_(self.wl)
-            nn.init.zeros_(self.wu)
+            nn.init.zeros_(self.wl), nn.init.zeros_(self.wu)
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         D, lead, T = self.blocks, x.shape[:-1], x.numel() // self.d_in
@@ -442,15 +442,17 @@ class Aux(NamedTuple):
 
 
 class MoE(nn.Module):
-    """Sparse mixture of experts: y = Σ_{e in top-k} g_e · expert_e(x), g the softmax of the k chosen x·W_g.
+    """Sparse mixture of experts: y = Σ_{e in top-k} gate_e · expert_e(x), gates the softmax of the k chosen
+    logits.
 
     `experts(rows, ends)` maps rows sorted by expert, (T·k, d_in) -> (T·k, d_out): an Einsum or Dyad with
     experts is a structured MoE of one projection; a whole MLP of such layers is the standard MoE. Only the
     chosen experts are computed, and no token is dropped. The router works in float32.
 
-    The experts are chosen by x·W_g + balance. These biases are a buffer, which `rebalance` moves against the
-    load: they change which experts are chosen, not the gate weights (Wang et al., arXiv 2408.15664).
-    Raises ValueError for less than 2 experts, and a top_k that is not between 1 and their number.
+    The experts are chosen by logits + balance, logits = router @ x. These biases are a buffer, which
+    `rebalance` moves against the load: they change which experts are chosen, not the gate weights (Wang et
+    al., arXiv 2408.15664). Raises ValueError for less than 2 experts, and a top_k that is not between 1 and
+    their number.
     """
 
     def __init__(self, d_in: int, experts: nn.Module, num_experts: int, top_k: int):
@@ -460,8 +462,8 @@ class MoE(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be between 1 and the {num_experts} experts; got {top_k}")
         self.d_in, self.experts, self.num_experts, self.top_k = d_in, experts, num_experts, top_k
-        # random, since a zero router ties all logits and sends every token to the same experts; rows that sum
-        # to zero do not see the mean of x, which is the same for all tokens
+        # random, since a zero router ties all logits and sends every token to the same experts; its rows sum
+        # to zero, so that an offset common to all features of x, as a GELU leaves, favors no expert
         router = torch.randn(num_experts, d_in)
         router -= router.mean(dim=1, keepdim=True)
         self.router = nn.Parameter(router * math.sqrt(min(d_in, num_experts)) / d_in)  # (E, d_in)
@@ -480,13 +482,11 @@ class MoE(nn.Module):
         return (y, self._aux(logits, chosen)) if return_aux else y
 
     def _dispatch(self, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k): rows gathered by expert, then
-        combined."""
+        """x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k), with rows gathered by expert."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(router.dtype), router)  # (T, E)
         chosen = (logits.detach() + self.balance).topk(self.top_k).indices  # (T, k)
-        # not by gather: fused with the auxiliary losses, its gradient is wrong in compiled code (torch 2.13)
-        gates = (F.one_hot(chosen, self.num_experts) * logits[:, None]).sum(2).softmax(dim=-1)  # (T, k)
+        gates = kernels.gate_weights(logits, chosen)  # (T, k)
         order = chosen.flatten().argsort(stable=True)  # (T·k,) assignments by expert
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         rows = kernels.dispatch(x, order, place.view(chosen.shape))  # (T·k, d_in)
@@ -527,7 +527,7 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, top {self.top_k}"
 
-# ---- The one way to make a layer ---------------------------------------------------------------------------
+# ---- Making a layer: linear(), or make_layer() from a config -----------------------------------------------
 
 def linear(struct: str, d_in: int, d_out: int, *, sizes: tuple | None = None, gamma: int | None = None,
            phi: int | None = None, normalized: bool = False, zero_init: bool = False, **options) -> nn.Module:
@@ -539,21 +539,21 @@ def linear(struct: str, d_in: int, d_out: int, *, sizes: tuple | None = None, ga
     normalized        a norm follows: no gains, and learning rates relative to the initial scale of the output
     zero_init         start the last core at zero, for a projection that ends a residual branch
 
-    Raises ValueError, in one sentence, for whatever cannot be made.
+    Raises ValueError, in one sentence, for names, widths, ranks and numbers of experts that do not fit.
     """
     return make_layer(LayerConfig(struct, **options), d_in, d_out, sizes=sizes, gamma=gamma, phi=phi,
                       normalized=normalized, zero_init=zero_init)
 
 
-def make_layer(config: LayerConfig, d_in: int, d_out: int, **place) -> nn.Module:
-    """linear() for a config; `place` are its keyword arguments that no config file sets."""
-    experts = make_experts(config, config.num_experts, d_in, d_out, **place)
+def make_layer(config: LayerConfig, d_in: int, d_out: int, **role) -> nn.Module:
+    """linear() for a config; role: its sizes, gamma, phi, normalized and zero_init."""
+    experts = make_experts(config, config.num_experts, d_in, d_out, **role)
     return MoE(d_in, experts, config.num_experts, config.top_k) if config.num_experts else experts
 
 
 def make_experts(config: LayerConfig, num_experts: int, d_in: int, d_out: int, *, sizes=None, gamma=None,
                  phi=None, **options) -> Structured:
-    """The layer of make_layer() without its router: it maps rows sorted by expert, as MoE hands them over."""
+    """num_experts experts or, for 0, one matrix, without a router; config.num_experts is not looked at."""
     if config.struct == "dyad":
         if (config.rank, config.theta, sizes, gamma, phi) != (None,) * 5:
             raise ValueError("struct 'dyad' takes dyad_blocks and dyad_variant, not a rank, theta, sizes ...")

@@ -2,9 +2,8 @@
 
     python train.py config/btt_moe.py config/quickstart.py      one process: a GPU, or the CPU
     torchrun --nproc_per_node=8 train.py config/btt_moe.py      eight GPUs of one node
-    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py
-    config/btt_moe.py
-                                                                two nodes of four: the same command on both
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
+        train.py config/btt_moe.py                              two nodes of four: the same command on both
     python train.py config/btt_moe.py --init_from=resume        go on where a run ended
     torchrun --max-restarts=3 --nproc_per_node=8 train.py config/btt_moe.py --init_from=auto
                                                                 and go on by itself when a process dies
@@ -39,29 +38,29 @@ n_embd: PositiveInt = 768               # width
 dropout: UnitFloat = 0.0                # for pretraining 0 is good
 bias: bool = False                      # biases in projections and layer norms
 struct: str = "dense"                   # dense, low_rank, kronecker, monarch, tt, btt, einsum or dyad
-rank: PositiveInt | None = None         # inner rank; None: the structure's own; experts: 1 (low_rank: d / E)
+rank: PositiveInt | None = None         # rank ρ; None: d^θρ; experts: 1 (low_rank: d / E, einsum: d^θρ)
 theta: tuple | None = None              # exponents of alpha beta gamma delta epsilon phi rho, for 'einsum'
-layers: Literal["all", "attn", "mlp"] = "all"  # which projections are structured; the others are dense
+layers: Literal["all", "attn", "mlp"] = "all"  # which projections have the structure; others are dense
 num_experts: NonNegativeInt = 0         # experts inside every structured projection; 0: no experts
-top_k: PositiveInt = 2                  # experts per token
+top_k: PositiveInt = 2                  # experts that each token uses
 ffn_experts: NonNegativeInt = 0         # standard MoE: experts that are whole MLPs; 0: none
-aux_loss_weight: NonNegativeFloat = 0.01  # weight of the routers' load-balance and z losses
-router_balance_rate: NonNegativeFloat = 0.1  # how fast biases on the choice of experts follow load; 0: none
-weight_norm: bool | None = None         # normalize the cores; None: for every structure but dense
+aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 · z loss), mean over routers
+router_balance_rate: NonNegativeFloat = 0.1  # step of the biases that even out the experts' load; 0: none
+weight_norm: bool | None = None         # cap the rms of each core at its initial value; None: all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
-head_aligned: bool | None = None        # attention's indices follow heads; None: monarch, btt without experts
+head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt without experts
 dyad_blocks: PositiveInt = 4            # blocks of struct 'dyad'
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
-# AdamW; the learning rate is µP's: that of a dense layer of width mup_base_width
+# AdamW with µP: learning_rate is that of a dense layer of width mup_base_width, and scaled for all others
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
-mup_base_width: PositiveInt = 128       # d0: a core learns at learning_rate · d0 / (cores · fan_in)
+mup_base_width: PositiveInt = 128       # d0: a dense layer of width d learns at learning_rate · d0 / d
 mup: bool = True                        # False: every parameter learns at learning_rate, for comparison
 max_iters: NonNegativeInt = 600000      # iterations
-weight_decay: NonNegativeFloat = 0.1    # every matrix shrinks by learning_rate · weight_decay an iteration
+weight_decay: NonNegativeFloat = 0.1    # each iteration multiplies every matrix by 1 - lr · weight_decay
 beta1: UnitFloat = 0.9                  # decay of the first moment
 beta2: UnitFloat = 0.95                 # decay of the second moment
 grad_clip: NonNegativeFloat = 1.0       # clip the gradient's norm at this value; 0: do not
-max_skipped: PositiveInt = 25           # end after so many iterations in a row that are not finite
+max_skipped: PositiveInt = 25           # stop after so many non-finite iterations in a row
 decay_lr: bool = True                   # cosine decay after the warmup; False: constant
 warmup_iters: NonNegativeInt = 2000     # iterations of linear warmup
 lr_decay_iters: NonNegativeInt | None = None  # iteration at which min_lr is reached; None: max_iters
@@ -70,7 +69,7 @@ min_lr: NonNegativeFloat | None = None  # last learning rate; None: a tenth of l
 seed: Seed = 1337                       # of initialization, data order and dropout
 backend: Literal["nccl", "gloo", "mpi", "ucc", "xccl", "cpu:gloo,cuda:nccl"] | None = None  # None: by device
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
-dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
+dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 if the GPU has it
 compile: bool | None = None             # torch.compile the model; None: on GPUs
 config = configure(globals())
 globals().update(config)
@@ -87,14 +86,12 @@ lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 min_lr = learning_rate / 10 if min_lr is None else min_lr
 if decay_lr and min_lr > learning_rate:
     fail(f"min_lr = {min_lr} must not exceed learning_rate = {learning_rate}, from which it decays")
-if (sequences := gradient_accumulation_steps * batch_size) > 2 ** 20:
+sequences_per_iter = gradient_accumulation_steps * batch_size
+if sequences_per_iter > 2 ** 20:  # every micro-step draws the starts of all of them
     fail(f"gradient_accumulation_steps = {gradient_accumulation_steps} times batch_size = {batch_size} is "
          f"more than the {2 ** 20} sequences that an iteration may have")
-for name, path in (("out_dir", out_dir), ("dataset", dataset)):
-    if not path.strip() or "\0" in path:
-        fail(f"{name} must be a path; got {path!r}")
-if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-    fail(f"out_dir {out_dir!r} is a file: give a folder, or a path where one can be made")
+if not out_dir.strip() or "\0" in out_dir or os.path.exists(out_dir) and not os.path.isdir(out_dir):
+    fail(f"out_dir must be a folder, or a path where one can be made; got {out_dir!r}")
 
 import contextlib
 import dataclasses
@@ -113,8 +110,8 @@ from data.common import check_token_ids, open_dataset
 from lib import distributed, kernels
 from lib.checkpoint import Checkpoints, Progress, changed_settings, progress_of
 from lib.device import autocast, check_memory, choose_device, choose_dtype, device_name, peak_flops
-from lib.distributed import all_reduce_max, all_reduce_mean, print0
-from lib.log import Logger, format_duration
+from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
+from lib.log import Logger, format_duration, print0
 from lib.signals import DeferredSignals
 from model import GPT, GPTConfig
 
@@ -125,49 +122,51 @@ ddp_local_rank = int(os.environ.get("LOCAL_RANK", 0))
 ddp, master = ddp_world_size > 1, ddp_rank == 0
 signals = DeferredSignals()
 
-
-def on_all_ranks(function, *args):
-    """function(*args) on every rank; where one of them raises ValueError, all end in its sentence."""
+def or_fail(function, *args):
+    """function(*args) on every rank; a ValueError on one of them ends the program in its sentence."""
     try:
-        return distributed.on_all_ranks(function, *args)
+        return on_all_ranks(function, *args)
     except ValueError as e:
+        if ddp and not distributed.is_connected():  # the other ranks do not know of it
+            print(f"error: rank {ddp_rank}: {e}", file=sys.stderr)
+            sys.exit(1)
         distributed.disconnect()
         fail(str(e))
-
 
 if gradient_accumulation_steps % ddp_world_size:
     fail(f"gradient_accumulation_steps = {gradient_accumulation_steps} must be a multiple of the "
          f"{ddp_world_size} processes that share it")
-device, device_type = on_all_ranks(choose_device, device, ddp_local_rank if ddp else None)
+device, device_type = or_fail(choose_device, device, ddp_local_rank if ddp else None)
 dtype = choose_dtype(dtype, device_type)
 backend = backend or ("nccl" if device_type == "cuda" else "gloo")
 compile = device_type == "cuda" if compile is None else compile
 if device_type == "cuda":
     torch.cuda.set_device(device)
 elif device_type == "cpu":
-    kernels.keep_freed_memory()
-torch.backends.cuda.matmul.fp32_precision = "tf32"
+    kernels.keep_freed_memory()  # fresh memory for every tensor can cost more than the products
+torch.backends.cuda.matmul.fp32_precision = "tf32"  # what dtype 'float32' means on a GPU
 torch.backends.cudnn.fp32_precision = "tf32"
 amp = autocast(device_type, dtype)
 if ddp:
-    on_all_ranks(distributed.connect, backend)
+    or_fail(distributed.connect, backend)
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
-meta, splits = on_all_ranks(open_dataset, dataset)  # {split: token ids, on the disk}
+meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, mapped from the disk}
 vocab_size = meta["vocab_size"]
-tokens_per_iter = sequences * block_size
-batches = on_all_ranks(lambda: Batches(splits, block_size=block_size, batch_size=batch_size, seed=seed,
-                                       sequences=sequences, eval_iters=eval_iters, device=device))
+tokens_per_iter = sequences_per_iter * block_size
+batches = or_fail(lambda: Batches(splits, block_size=block_size, batch_size=batch_size, seed=seed,
+                                       sequences=sequences_per_iter, eval_iters=eval_iters, device=device))
 # every id of both files is read once; the processes of a machine share the work
-on_all_ranks(check_token_ids, splits, vocab_size, ddp_local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+or_fail(check_token_ids, splits, vocab_size, ddp_local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
-gpt_config = on_all_ranks(lambda: GPTConfig(**{field.name: globals()[field.name]
+gpt_config = or_fail(lambda: GPTConfig(**{field.name: globals()[field.name]
                                                for field in dataclasses.fields(GPTConfig)}))
 model_args = dataclasses.asdict(gpt_config)
-config = {key: model_args.get(key, globals()[key]) for key in config}  # what is used, for the log
+# every key with the value that is used (rank and theta may stay None): logged and saved
+config = {key: model_args.get(key, globals()[key]) for key in config}
 
 def make_model() -> GPT:
     """The model on its device, the same on every rank. Raises ValueError if it does not fit the memory."""
@@ -179,12 +178,11 @@ def make_model() -> GPT:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(f"this model cannot be made here: {reason}") from None
 
-
-raw_model = on_all_ranks(make_model)
+raw_model = or_fail(make_model)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_experts  # R, E
+num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_experts  # R routers of E experts
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
@@ -200,43 +198,47 @@ def load_checkpoint() -> Progress:
     return progress_of(checkpoint)
 
 
-def save_checkpoint(best: bool = False) -> None:
-    """Writes all that a run needs to go on. If the disk does not take it, the last checkpoint stays."""
+def save_checkpoint(val_loss: float | None = None) -> None:
+    """Writes all that a run needs to go on; where the disk is full, the last checkpoint stays."""
     if master:
         contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), model_args=model_args, config=config,
                         tokenizer=meta["tokenizer"], seed=seed, **dataclasses.asdict(progress))
         try:
             logger.sync()
-            checkpoints.save(contents, best)
+            checkpoints.save(contents, val_loss)
         except OSError as e:
+            checkpoints.failure = f"it could not be written: {e.strerror}"
             print0(f"the checkpoint of iteration {progress.iteration} could not be written ({e.strerror}): "
                    f"{checkpoints.describe()}")
     distributed.barrier()
 
 
-resuming = bool(all_reduce_max(on_all_ranks(lambda: master and checkpoints.open(init_from)), device))
-progress = on_all_ranks(load_checkpoint) if resuming else Progress()
+found = or_fail(lambda: master and checkpoints.open(init_from))  # locks out_dir
+resuming = bool(all_reduce_max(found, device))
+progress = or_fail(load_checkpoint) if resuming else Progress()
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model, device_ids=[ddp_local_rank] if device_type == "cuda" else None,
-                                    gradient_as_bucket_view=True, forward_sync_buffers=False)
+                                    gradient_as_bucket_view=True,
+                                    forward_sync_buffers=False)  # every rank changes its buffers alike
 
 # ---- Log ---------------------------------------------------------------------------------------------------
 
 peak, peak_source = peak_flops(device, dtype)
 peak *= ddp_world_size
-flops_per_token = 3 * raw_model.flops_per_token()  # forward, and twice as much backward
+train_flops_per_token = 3 * raw_model.flops_per_token()  # forward, and twice as much backward
 print0(f"model: {raw_model.num_params():,} parameters, {raw_model.num_params(active=True):,} active, "
        f"{raw_model.flops_per_token():,} forward FLOPs per token, vocabulary {vocab_size}")
 for line in raw_model.describe():
     print0("  " + line)
 print0(f"data: {dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens, "
        f"{tokens_per_iter:,} tokens per iteration")
-print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile else 'eager'}, utilization is "
-       f"of {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile else 'eager'}, utilization "
+       f"(MFU) is of {peak / 1e12:.3g} TFLOP/s ({peak_source})")
 
-logger = on_all_ranks(Logger, out_dir, progress.iteration if resuming else -1, master)
+# points of a log that the run is about to make again are dropped; from scratch, all are
+logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master)
 if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
     logger.start_wandb(project=wandb_project, name=wandb_run_name, config=config, id=progress.wandb_id,
@@ -244,14 +246,15 @@ if wandb_log:
 logger.log(type="run", config=config, model_args=model_args, torch=torch.__version__,
            python=sys.version.split()[0], device=device_name(device), processes=ddp_world_size, dtype=dtype,
            compile=compile, params=raw_model.num_params(), active_params=raw_model.num_params(active=True),
-           flops_per_token=flops_per_token, tokens_per_iter=tokens_per_iter,
+           flops_per_token=train_flops_per_token, tokens_per_iter=tokens_per_iter,
            flops_per_token_without_output_layer=3 * raw_model.flops_per_token(False),
            routers=list(raw_model.routers()), peak_flops=peak, peak_flops_from=peak_source)
 
 # ---- Training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(iteration: int) -> float:
-    """Linear warmup, then a cosine down to min_lr, or the constant learning_rate."""
+    """Linear warmup, then a cosine down to min_lr, or a constant: a function of iteration alone, for
+    resumes."""
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
     if not decay_lr:
@@ -268,7 +271,7 @@ def evaluate() -> tuple[float, torch.Tensor]:
     for i in range(ddp_rank, eval_iters, ddp_world_size):
         X, Y = batches.val(i)
         with amp:
-            _, loss, aux = (model.module if ddp else model)(X, Y, return_aux=True)
+            _, loss, aux = (model.module if ddp else model)(X, Y, return_aux=True)  # compiled, without DDP
         total += loss
         load += aux.load
     model.train()
@@ -277,11 +280,11 @@ def evaluate() -> tuple[float, torch.Tensor]:
 
 
 def balance_routers() -> None:
-    """Balances the routers of a new model on 40 small training batches, the same on every rank."""
+    """Balances a new model's routers on 40 training batches of at most 8,192 tokens, alike on every rank."""
     raw_model.eval()
-    count = min(max(1, 8192 // block_size), sequences)
-    for i in range(40):
-        parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    count = min(max(1, 8192 // block_size), sequences_per_iter)  # sequences of a step
+    parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    for i in range(40):  # with a falling rate, so that the biases settle
         with amp:
             raw_model.balance_routers((batches.train(i, *part) for part in parts), rate=1 / (1 + i / 5))
     raw_model.train()
@@ -294,9 +297,9 @@ def train_step() -> tuple[float, float, bool]:
     """
     # dropout is a function of seed, iteration and rank, so that a resumed run repeats it
     state = np.random.SeedSequence((seed, progress.iteration, ddp_rank)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> 1))
+    torch.manual_seed(int(state[0] >> 1))  # 63 bits
     micro_steps = gradient_accumulation_steps // ddp_world_size
-    total, balance = torch.zeros((), device=device), 0
+    total, router_stats = torch.zeros((), device=device), 0
     for micro_step in range(micro_steps):
         first = (micro_step * ddp_world_size + ddp_rank) * batch_size
         X, Y = batches.train(progress.iteration, first, first + batch_size)
@@ -307,7 +310,7 @@ def train_step() -> tuple[float, float, bool]:
                 _, loss, aux = model(X, Y, return_aux=True)
             scaler.scale((loss + aux_loss_weight * aux.loss) / micro_steps).backward()
         total += loss.detach() / micro_steps
-        balance += torch.cat([aux.load, aux.variance[:, None]], dim=1) / micro_steps  # (R, E + 1)
+        router_stats += torch.cat([aux.load, aux.variance[:, None]], dim=1) / micro_steps  # (R, E + 1)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     loss, norm = torch.stack([all_reduce_mean(total), norm]).tolist()  # .tolist() waits for the device
@@ -317,16 +320,16 @@ def train_step() -> tuple[float, float, bool]:
             group["lr"] = learning_rate_at(progress.iteration) * group["lr_multiplier"]
         scaler.step(optimizer)
         if num_routers and router_balance_rate:
-            balance = all_reduce_mean(balance)
-            raw_model.rebalance(balance[:, :-1], balance[:, -1], router_balance_rate)
+            router_stats = all_reduce_mean(router_stats)
+            raw_model.rebalance(router_stats[:, :-1], router_stats[:, -1], router_balance_rate)
     scaler.update()  # float16: a smaller scale after gradients that are not finite
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, finite
 
 
 @torch.no_grad()
-def is_healthy() -> bool:
-    """Whether the loss is finite on the next batch, on every rank: else a checkpoint would be of no use."""
+def next_loss_is_finite() -> bool:
+    """Whether every rank's next micro-batch has a finite loss: other weights are not worth saving."""
     raw_model.eval()
     with amp:
         X, Y = batches.train(progress.iteration, ddp_rank * batch_size, (ddp_rank + 1) * batch_size)
@@ -336,6 +339,7 @@ def is_healthy() -> bool:
 
 
 def log_point(kind: str, **values) -> None:
+    """A point of the log. Tokens and FLOPs include iteration `iter` in 'train' and 'skip', not in 'eval'."""
     logger.log(type=kind, iter=progress.iteration, tokens=progress.tokens, flops=progress.flops, **values)
 
 
@@ -352,14 +356,14 @@ def evaluate_and_save() -> None:
               router_entropy=entropy.tolist(), router_max_load=[max(l) * len(l) for l in load.tolist()],
               seconds=time.perf_counter() - training_started)
     if math.isfinite(val_loss):
-        save_checkpoint(best=val_loss < checkpoints.saved_best)
+        save_checkpoint(val_loss)
 
 
 def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
     """A line on the screen and one in the log for the iterations since the last report."""
     rate = iterations * tokens_per_iter / seconds  # tokens/s
-    utilization = rate * flops_per_token / peak
-    left = format_duration((max_iters - progress.iteration) * seconds / iterations)
+    utilization = rate * train_flops_per_token / peak  # MFU
+    left = format_duration((max_iters - progress.iteration - 1) * seconds / iterations)
     print0(f"iter {progress.iteration:6d} | loss {loss:.4f} | {seconds / iterations * 1e3:.1f} ms | "
            f"{rate:,.0f} tokens/s | utilization {utilization:.1%} | left {left}")
     log_point("train", loss=loss, grad_norm=norm, lr=learning_rate_at(progress.iteration), tokens_per_s=rate,
@@ -374,8 +378,8 @@ def report_skipped(loss: float, norm: float) -> None:
         logger.finish()
         distributed.disconnect()
         fail(f"the loss or the gradient was not finite in {progress.skipped_in_a_row} iterations in a row, "
-             f"up to {progress.iteration}: {checkpoints.describe()}; go on with --init_from=resume and "
-             "another --learning_rate, --grad_clip, --seed (for other data), or a --dtype with more range")
+             f"up to {progress.iteration}: {checkpoints.advice()}, with another --learning_rate, --grad_clip "
+             "or --seed (for other data), or a --dtype of more range")
 
 
 signals.deferring = True
@@ -383,18 +387,18 @@ if not resuming and num_routers and router_balance_rate:
     balance_routers()
 training_started = last_report = time.perf_counter()
 iterations_since_report = 0
-while not (stopping := int(all_reduce_max(signals.received, device))):
+while not (stop_signal := int(all_reduce_max(signals.received, device))):
+    pause = time.perf_counter()
     if progress.iteration % eval_interval == 0 or progress.iteration >= max_iters:
-        started = time.perf_counter()
         evaluate_and_save()
-        last_report += time.perf_counter() - started  # the time of an iteration does not include evaluations
-    elif progress.iteration % checkpoint_interval == 0 and is_healthy():
+    elif progress.iteration % checkpoint_interval == 0 and next_loss_is_finite():
         save_checkpoint()
+    last_report += time.perf_counter() - pause  # the time of an iteration does not include these
     if progress.iteration >= max_iters:
         break
     loss, norm, finite = train_step()
     progress.tokens += tokens_per_iter
-    progress.flops += float(tokens_per_iter * flops_per_token)
+    progress.flops += float(tokens_per_iter * train_flops_per_token)
     iterations_since_report += 1
     if not finite:
         progress.skipped += 1
@@ -406,15 +410,15 @@ while not (stopping := int(all_reduce_max(signals.received, device))):
             report(loss, norm, time.perf_counter() - last_report, iterations_since_report)
             last_report, iterations_since_report = time.perf_counter(), 0
     progress.iteration += 1
-if stopping and is_healthy():
+if stop_signal and next_loss_is_finite():
     save_checkpoint()
 signals.deferring = False
-if stopping:
-    print0(f"stopped by {signal.Signals(stopping).name} at iteration {progress.iteration}: "
-           f"{checkpoints.describe()}; go on with --init_from=resume")
+if stop_signal:
+    print0(f"stopped by {signal.Signals(stop_signal).name} at iteration {progress.iteration}: "
+           f"{checkpoints.advice()}")
     logger.finish()
     distributed.disconnect()
-    sys.exit(128 + stopping)
+    sys.exit(128 + stop_signal)
 
 # ---- A sample, and how to get more -------------------------------------------------------------------------
 
@@ -423,16 +427,12 @@ def print_sample() -> None:
     torch.manual_seed(seed)
     tok = tokenizer.from_meta(meta)
     start = torch.tensor([[getattr(tok, "end_of_text", 0)]], device=device)
-    decode = tok.decoder()
     with amp:
-        for token in raw_model.stream(start, sample_tokens, temperature=0.8):
-            print(decode(token.item()), end="", flush=True)
-    print(decode.flush())
+        tokenizer.print_tokens(tok, raw_model.stream(start, sample_tokens, temperature=0.8))
 
 
-duration = format_duration(time.perf_counter() - training_started)
-print0(f"done: {progress.iteration} iterations, {progress.tokens:,} tokens, {progress.flops:.3g} FLOPs, "
-       f"{duration}, best val loss {progress.best_val_loss:.4f}")
+print0(f"done: {progress.iteration} iterations, {progress.tokens:,} tokens, {progress.flops:.3g} FLOPs, best "
+       f"val loss {progress.best_val_loss:.4f}, {format_duration(time.perf_counter() - training_started)}")
 if master and sample_tokens:
     print0(f"---- a sample of {sample_tokens} tokens")
     try:
@@ -444,7 +444,7 @@ print0(f"sample more: python sample.py --out_dir={out_dir}")
 logger.finish()
 distributed.disconnect()
 if master and checkpoints.saved_at != progress.iteration:
-    fail(f"the run has ended at iteration {progress.iteration}, but {checkpoints.describe()}: make room and "
-         "go on with --init_from=resume")
+    fail(f"the run has ended at iteration {progress.iteration}, whose checkpoint is missing "
+         f"({checkpoints.failure or 'the validation loss is not finite'}): {checkpoints.advice()}")
 if logger.lines_waiting():
     fail(f"the run has ended well, but {logger.path} lacks its last lines, for which there was no room")

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tokenizer import CHARACTERS, Gpt2Tokenizer
+from lib.files import fsync_folder
 
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -54,20 +55,29 @@ def open_dataset(dataset: str) -> tuple[dict, dict[str, np.memmap]]:
     folder = Path(find_dataset(dataset))
     script = folder / "prepare.py"
     command = f"python {os.path.relpath(script)}" if script.is_file() else "a data/*/prepare.py"
+    problem = f"there is no whole dataset in {folder} (run {command})"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         described, dtype = meta["tokenizer"], DTYPES[meta["dtype"]]
+        counts = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
         sizes = {"gpt2": Gpt2Tokenizer.vocab_size, "char": len(described.get("characters", ""))}
         size = sizes[described["name"]]
-        if meta["vocab_size"] != size or type(meta["vocab_size"]) is not int:
-            raise ValueError(f"vocab_size is {meta['vocab_size']!r}, but its tokenizer has {size} tokens")
-        tokens = {split: np.memmap(folder / f"{split}.bin", dtype, "r") for split in ("train", "val")}
-        for split, ids in tokens.items():
-            if len(ids) != meta[f"{split}_tokens"]:
-                raise ValueError(f"{split}.bin holds {len(ids)} tokens, not {meta[f'{split}_tokens']!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = error if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"there is no whole dataset in {folder} ({reason}): run {command}") from error
+        if any(type(n) is not int for n in [meta["vocab_size"], *counts.values()]):
+            raise TypeError("vocab_size and the numbers of tokens must be whole numbers")
+        if meta["vocab_size"] != size:
+            raise ValueError(f"vocab_size is {meta['vocab_size']}, but its tokenizer has {size} tokens")
+    except OSError as error:
+        raise ValueError(f"{problem}: meta.json cannot be read") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{problem}: meta.json describes none ({type(error).__name__}: {error})") from error
+    tokens = {}
+    for split, count in counts.items():
+        try:
+            tokens[split] = np.memmap(folder / f"{split}.bin", dtype, "r")
+            if len(tokens[split]) != count:
+                raise ValueError(f"it holds {len(tokens[split])} tokens, and meta.json says {count}")
+        except (OSError, ValueError) as error:  # numpy cannot map an empty file
+            raise ValueError(f"{problem}: {split}.bin cannot be used ({error})") from error
     return meta, tokens
 
 
@@ -358,12 +368,3 @@ def _write(path: Path, chunks: Iterable[bytes]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def fsync_folder(folder: Path) -> None:
-    if os.name != "nt":  # Windows cannot open a folder, and needs no sync of one
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -117,3 +117,11 @@ def from_meta(meta: dict) -> CharTokenizer | Gpt2Tokenizer:
     if name == "char" and isinstance(described.get("characters"), str):
         return CharTokenizer(described["characters"])
     raise ValueError(f"the tokenizer {described!r} is neither gpt2 nor char with its characters")
+
+
+def print_tokens(tokenizer: CharTokenizer | Gpt2Tokenizer, tokens) -> None:
+    """Prints the text of tokens, tensors of one id each, as they come; then the end of the line."""
+    decode = tokenizer.decoder()
+    for token in tokens:
+        print(decode(token.item()), end="", flush=True)
+    print(decode.flush())

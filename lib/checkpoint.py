@@ -1,142 +1,22 @@
-"""The files of an out_dir: its lock, atomic writes, and checkpoints that are whole or absent.
+"""Checkpoints that are whole or absent: written, read, compared with the run, and restored.
 
-What a user can mend raises ValueError, one sentence. What a disk does not take raises OSError, with the files
-as they were: training goes on.
+Errors that a user can fix are ValueError, with one sentence. Failed writes are OSError, and leave the old
+files as they were: training goes on.
 """
-import atexit
 import contextlib
 import dataclasses
-import errno
 import math
 import os
 import shutil
-import socket
 
 import torch
 
-from lib.distributed import print0
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-# ---- Lock --------------------------------------------------------------------------------------------------
-
-
-def lock_out_dir(out_dir: str) -> None:
-    """Makes out_dir and locks it until this process ends. Raises ValueError if it cannot be written or is
-    locked.
-
-    The lock is a record lock on out_dir/lock: the kernel drops it when its process dies, on NFS too, and the
-    file that is left behind means nothing. On Windows, and where the file system has no such locks, there is
-    no lock.
-    """
-    parents = [out_dir]
-    while parents[-1] and not os.path.exists(parents[-1]):
-        parents.append(os.path.dirname(parents[-1]))
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        _lock(os.path.join(out_dir, "lock"))
-    except (OSError, UnicodeError) as e:
-        for folder in parents[:-1]:  # those that did not exist
-            with contextlib.suppress(OSError, UnicodeError):
-                os.rmdir(folder)
-        reason = getattr(e, "strerror", None) or e
-        raise ValueError(f"out_dir {ascii(out_dir)} cannot be written: {reason}") from None
-    for name in ("ckpt.pt.tmp", "ckpt_best.pt.tmp", "log.jsonl.tmp"):  # of a killed run
-        remove(os.path.join(out_dir, name))
-
-
-def _lock(path: str) -> None:
-    if fcntl is None:
-        return
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-            os.close(descriptor)
-            if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"another run writes into {os.path.dirname(path)} ({owner or 'unknown'}): "
-                                 "wait for its end, or give another --out_dir") from None
-            return  # this file system has no locks
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        os.close(descriptor)  # its last owner has just removed the file: the next run would lock another one
-    os.ftruncate(descriptor, 0)
-    with contextlib.suppress(OSError):  # on a full disk, the message to others lacks the name
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    owner = os.getpid()
-    # the descriptor, and with it the lock, stays open until then
-    atexit.register(lambda: remove(path) if os.getpid() == owner else None)
-
-
-def rename_old_files(out_dir: str) -> list[str]:
-    """Renames the files of an earlier run to <name>.old, for a run from scratch. Returns the names.
-
-    A log without a training iteration is of no use to anyone, and stays to be overwritten.
-    """
-    names = ["ckpt.pt", "ckpt_best.pt", "log.jsonl"]
-    names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
-    if names == ["log.jsonl"]:
-        with open(os.path.join(out_dir, "log.jsonl"), "rb") as f:
-            names = names if any(b'"train"' in line for line in f) else []
-    for name in names:
-        os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + ".old"))
-    return names
-
-
-# ---- Atomic writes -----------------------------------------------------------------------------------------
-
-
-def remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.remove(path)
-
-
-def write_temporary(path: str, write) -> None:
-    """The first half of an atomic write: calls write(file) on path + ".tmp" and syncs it. Raises OSError, and
-    removes it, if the disk does not take it."""
-    remove(path + ".tmp")  # never overwritten in place: it may be another name of ckpt_best.pt
-    try:
-        with open(path + ".tmp", "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-    except BaseException as e:
-        remove(path + ".tmp")
-        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # how torch.save passes it on
-            raise e.__context__ from None
-        raise
-
-
-def replace_file(path: str) -> None:
-    """The second half: path + ".tmp" takes the place of path, in one step and for good."""
-    os.replace(path + ".tmp", path)
-    fsync_folder(os.path.dirname(path) or os.curdir)
-
-
-def fsync_folder(folder: str) -> None:
-    """Brings the names of a folder's files to the disk. Windows cannot open a folder, and needs no sync of
-    one."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# ---- Checkpoints -------------------------------------------------------------------------------------------
+from lib.files import lock_out_dir, remove, rename_old_files, replace_file, write_temporary
+from lib.log import print0
 
 # what every checkpoint holds
 CONTENTS = dict(model=dict, optimizer=dict, scaler=dict, model_args=dict, config=dict, tokenizer=dict,
                 iteration=int, tokens=int, flops=float, best_val_loss=float)
-
 
 
 @dataclasses.dataclass
@@ -156,6 +36,7 @@ class Checkpoints:
 
     saved_at      iteration of ckpt.pt, None before there is one
     saved_best    validation loss of ckpt_best.pt, inf before there is one
+    failure       why the last checkpoint could not be written, for the caller to set
     """
 
     def __init__(self, out_dir: str):
@@ -163,6 +44,7 @@ class Checkpoints:
         self.path, self.best_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ckpt_best.pt"))
         self.saved_at: int | None = None
         self.saved_best = math.inf
+        self.failure: str | None = None
 
     def open(self, init_from: str) -> bool:
         """Locks out_dir; whether the run resumes what is in it. What a run from scratch finds there is
@@ -196,15 +78,21 @@ class Checkpoints:
         restore_checkpoint(self.path, checkpoint, model, optimizer, scaler)
         self.saved_at = checkpoint["iteration"]
         with contextlib.suppress(ValueError):  # ckpt_best.pt is missing, or of no use
-            self.saved_best = read_checkpoint(self.best_path)["best_val_loss"]
+            best = read_checkpoint(self.best_path)
+            self.saved_best = best.get("val_loss", best["best_val_loss"])
         return checkpoint
 
-    def save(self, contents: dict, best: bool) -> None:
-        """Writes ckpt.pt, and ckpt_best.pt too if this is the best. Raises OSError if the disk does not take
-        it."""
-        save_checkpoint(self.path, contents, self.best_path if best else None)
-        self.saved_at = contents["iteration"]
-        self.saved_best = contents["best_val_loss"] if best else self.saved_best
+    def save(self, contents: dict, val_loss: float | None) -> None:
+        """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least. Raises OSError if it
+        cannot."""
+        best = val_loss is not None and val_loss < self.saved_best
+        save_checkpoint(self.path, contents | dict(val_loss=val_loss), self.best_path if best else None)
+        self.saved_at, self.failure = contents["iteration"], None
+        self.saved_best = val_loss if best else self.saved_best
+
+    def advice(self) -> str:
+        """describe(), and how to go on from there."""
+        return self.describe() + ("; go on with --init_from=resume" if self.saved_at is not None else "")
 
     def describe(self) -> str:
         if self.saved_at is None:
@@ -309,10 +197,11 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
     """Loads a checkpoint that was checked into a model, its optimizer and its scaler; ValueError if it does
     not fit.
 
-    The optimizer keeps the betas and weight decays that it has. What it takes over is copied: a tensor that
-    is mapped from the file would keep the file's memory, and change if the file did.
+    The optimizer keeps the options that it has, such as betas and weight decay. What it takes over is copied:
+    a tensor that is mapped from the file would keep the file's memory, and change if the file did.
     """
-    hyperparameters = [dict(betas=g["betas"], weight_decay=g["weight_decay"]) for g in optimizer.param_groups]
+    of_checkpoint = ("params", "lr", "lr_multiplier")
+    options = [{k: v for k, v in g.items() if k not in of_checkpoint} for g in optimizer.param_groups]
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -326,5 +215,5 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = str(e) or type(e).__name__
         raise ValueError(f"{path} does not fit this optimizer or its scaler: {reason}") from None
-    for group, values in zip(optimizer.param_groups, hyperparameters):
+    for group, values in zip(optimizer.param_groups, options):
         group.update(values)

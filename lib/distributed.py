@@ -1,9 +1,8 @@
 """The ranks of a run, as torchrun starts them.
 
-All functions but excepthook are collectives: every rank must call them. Without DDP, and before connect(),
-they are no-ops.
+connect, barrier, all_reduce_* and on_all_ranks are collectives: every rank must call them. Before connect(),
+and so without DDP, they act on this process alone.
 """
-import contextlib
 import os
 import re
 import sys
@@ -15,13 +14,6 @@ import torch.distributed as dist
 PEER_IS_LOST = re.compile(
     r"(closed|reset|aborted) by (peer|remote)|connection (was )?(closed|reset|refused|aborted)|socket closed|"
     r"broken pipe|timed out waiting \d+ ?ms for (recv|send)|remote ?(process|error)", re.IGNORECASE)
-
-
-def print0(*message) -> None:
-    """Print, on rank 0 only. A closed terminal or a full disk behind stdout is no reason to stop training."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        with contextlib.suppress(OSError, ValueError):
-            print(*message, flush=True)
 
 
 def connect(backend: str) -> None:

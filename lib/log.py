@@ -1,12 +1,18 @@
-"""The log of a run: log.jsonl, and wandb if it is asked for."""
+"""What a run prints and logs: log.jsonl, and wandb if it is asked for. Needs no torch."""
 import contextlib
 import json
 import math
 import os
 
-from lib.checkpoint import replace_file, write_temporary
-from lib.distributed import print0
+from lib.files import replace_file, write_temporary
 from lib.signals import Stopped
+
+
+def print0(*message) -> None:
+    """Print, on rank 0 only. A closed terminal or a full disk behind stdout is no reason to stop training."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        with contextlib.suppress(OSError, ValueError):
+            print(*message, flush=True)
 
 
 def format_duration(seconds: float) -> str:

@@ -5,13 +5,15 @@
     routed_einsum   on a CPU, a whole mixture of einsums in one operator, router included
     autograd        small functions whose backward is written by hand
 """
+import torch.nn.functional as F
 from torch import Tensor
 
 from lib.kernels.autograd import combine, dispatch, normalize_core, router_losses
 from lib.kernels.cpu_einsum import einsum, keep_freed_memory, release_scratch, routed_einsum
 from lib.kernels.segment_product import segment_product
 
-__all__ = ["batched_product", "combine", "contract", "dispatch", "keep_freed_memory", "normalize_core",
+__all__ = ["batched_product", "combine", "contract", "dispatch", "gate_weights", "keep_freed_memory",
+           "normalize_core",
            "release_scratch", "routed_einsum", "router_losses", "segment_product",
            "use_cpu_operators"]
 
@@ -45,6 +47,14 @@ def contract(x: Tensor, cores: list[Tensor], sizes, swapped: bool, ends: Tensor 
         y = batched_product(z, cores[1], ends, d).view(f, T, d, e).permute(1, 0, 3, 2)
     y = y.mT if swapped else y  # (T, φ, ε, δ)
     return y.reshape(T, f * e * d)
+
+
+def gate_weights(logits: Tensor, chosen: Tensor) -> Tensor:
+    """The softmax of the chosen logits: logits (T, E), chosen (T, k) -> (T, k).
+
+    Not by gather, whose gradient is wrong in compiled code (torch 2.13).
+    """
+    return (F.one_hot(chosen, logits.shape[1]) * logits[:, None]).sum(2).softmax(dim=-1)
 
 
 def batched_product(x: Tensor, w: Tensor, ends: Tensor | None, rows_each: int = 1,
