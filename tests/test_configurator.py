@@ -164,7 +164,7 @@ def test_keys_end_at_the_call_however_it_is_written(call):
 
 
 def test_the_help_text_is_the_comment_and_no_part_of_the_default():
-    write("script.py", "mark: str = '#ö#'  # of a run\nother: str = '#'\nconfigure(globals())\n")
+    write("script.py", "mark: str = '#öööööööö#'  # of a run\nother: str = '#'\nconfigure(globals())\n")
     keys = configurator.read_keys("script.py")
     assert (keys["mark"].help, keys["other"].help) == ("of a run", "")
 

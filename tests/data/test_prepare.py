@@ -392,22 +392,17 @@ def test_a_bad_file_is_one_sentence(documents_in, tmp_path, capfd, file):
     assert capfd.readouterr() == ("", "")
 
 
-BAD_SOURCES = {
-    "empty.txt": (b"", "no text"),
-    "accents.txt": ("é".encode(), "printable ASCII"),
-    "letter.txt": (b"x", "one character"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text"\n', "broken.jsonl: line 2"),
-    "broken.parquet": (b"PAR1 no", "broken.parquet: "),
-    "missing.txt": (None, "does not exist"),
-}
-
-
-@pytest.mark.parametrize("name", ["python_char", "openwebtext_char"])
-@pytest.mark.parametrize("file", BAD_SOURCES)
-def test_a_bad_source_leaves_the_dataset_that_was_there(existing, tmp_path, name, file):
-    data, reason = BAD_SOURCES[file]
-    if data is not None:
-        (tmp_path / file).write_bytes(data)
+@pytest.mark.parametrize("name, file, data, reason", [
+    ("python_char", "accents.txt", "é".encode(), "printable ASCII"),
+    ("python_char", "letter.txt", b"x", "one character"),
+    ("python_char", "broken.jsonl", b'{"text": "a"}\n{"text"\n', "broken.jsonl: line 2"),
+    ("openwebtext_char", "empty.txt", b"", "no text"),
+    ("openwebtext_char", "accents.txt", "é".encode(), "printable ASCII"),
+    ("openwebtext_char", "letter.txt", b"x", "one character"),
+    ("openwebtext_char", "broken.parquet", b"PAR1 no", "broken.parquet: "),
+])
+def test_a_bad_source_leaves_the_dataset_that_was_there(existing, tmp_path, name, file, data, reason):
+    (tmp_path / file).write_bytes(data)
     assert reason in refused(prepare(name, "--source", tmp_path / file, "--out-dir", existing))
 
 
@@ -425,6 +420,7 @@ def test_folder_without_sources(existing, tmp_path):
         (["--val-fraction", "some"], "'some'"),
         (["--num-proc", "0"], "at least 1; got 0"),
         (["--num-procs", "2"], "--num-procs"),
+        (["--val", "0.5"], "--val"),
         (["--source"], "--source"),
     ],
 )
@@ -456,13 +452,10 @@ def test_no_hub(existing, tmp_path):
 # Kills
 
 # Writes a dataset, and ends without cleaning up at its k-th step on the file system, as SIGKILL would.
-WRITE = f"""
+WRITE_AND_DIE = f"""
 import os, sys
-from pathlib import Path
-import numpy as np
 sys.path.insert(0, {str(ROOT)!r})
-from data import common
-from data.tokenizer import CHARACTERS, CharTokenizer
+from tests.data.test_prepare import write_new
 step, kill_at = 0, int(sys.argv[1])
 def counted(function):
     def call(*args, **kwargs):
@@ -474,15 +467,14 @@ def counted(function):
     return call
 for name in ("replace", "fsync", "unlink"):
     setattr(os, name, counted(getattr(os, name)))
-out, splits = Path(sys.argv[2]), dict(train=[np.arange(96)] * 9, val=[np.arange(9), np.arange(90)])
-with common.work_folder(out) as work:
-    common.write_dataset(out, work, CharTokenizer(CHARACTERS), splits, dict(name="new"))
+write_new(sys.argv[2])
 """
 
 
-def write_new(kill_at, out):
-    return subprocess.run([sys.executable, "-c", WRITE, str(kill_at), str(out)], stdout=subprocess.DEVNULL,
-                          timeout=600).returncode
+def write_new(out):
+    splits = {"train": [np.arange(96)] * 9, "val": [np.arange(9), np.arange(90)]}
+    with common.work_folder(Path(out)) as work:
+        common.write_dataset(Path(out), work, tokenizer.CharTokenizer(PRINTABLE), splits, {"name": "new"})
 
 
 def whole_or_absent(folder):
@@ -491,7 +483,7 @@ def whole_or_absent(folder):
 
 
 def test_a_kill_at_any_step_leaves_no_broken_dataset(first_dataset, tmp_path):
-    assert write_new(0, tmp_path / "expected") == 0
+    write_new(tmp_path / "expected")
     old, expected = read(first_dataset), read(tmp_path / "expected")
     assert [len(expected[1][split]) for split in ("train", "val")] == [864, 99]
 
@@ -499,11 +491,13 @@ def test_a_kill_at_any_step_leaves_no_broken_dataset(first_dataset, tmp_path):
     while code == 9:
         step += 1
         out = Path(shutil.copytree(first_dataset, tmp_path / f"step{step}"))
-        code = write_new(step, out)
+        command = [sys.executable, "-c", WRITE_AND_DIE, str(step), str(out)]
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600).returncode
         found = whole_or_absent(out)
         assert found in (None, old, expected)
         seen.append("none" if found is None else "old" if found == old else "new")
-        assert write_new(0, out) == 0 and read(out) == expected
+        write_new(out)
+        assert read(out) == expected
         assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     assert code == 0 and {"old", "none", "new"} == set(seen)
 
@@ -527,17 +521,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_killed_while_it_tokenizes(tiktoken_cache, tmp_path):
-    source = write_jsonl(tmp_path / "texts.jsonl", [f"document {i} " * 30 for i in range(4_000)])
+    source = write_jsonl(tmp_path / "texts.jsonl", [f"document {i} " for i in range(1_500)])
     out = tmp_path / "out"
     script = ROOT / "data" / "openwebtext" / "prepare.py"
     command = [script, "--source", source, "--out-dir", out, "--num-proc", 1]
-    for kill_at in (1, 2_500, 4_000):
+    for kill_at in (1, 1_200):  # in the first batch of documents, and in the second
         killed = [sys.executable, "-c", TOKENIZE, kill_at, *command]
         assert subprocess.run([*map(str, killed)], capture_output=True, timeout=600).returncode == 9
         assert not (out / "meta.json").exists() and (out / "prepare.tmp").exists()
+    write_jsonl(source, [f"text {i} " for i in range(1_300)])  # what the killed runs have read is not used
     prepared("openwebtext", *command[1:])
-    meta, _ = read(out)
-    assert meta["source"]["documents"] == 4_000
+    meta, splits = read(out)
+    assert meta["source"]["documents"] == 1_300
+    assert documents_of(tokenizer.Gpt2Tokenizer(), splits["val"])[0].startswith("text ")
     assert not (out / "prepare.tmp").exists()
 
 
