@@ -1,15 +1,17 @@
 """Speed of every structure beside nn.Linear, and of a training step.
 
-    python bench.py                                    widths 256 to 2048, then a training step of every structure config
-    python bench.py --widths=512, --structs=btt,btt_moe --step=False
+    python -m experiments.bench                     widths 256 to 2048, then a step of every structure config
+    python -m experiments.bench --widths=512, --structs=btt,btt_moe --step=False
 
-For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. Layers take turns, so
-that a slow moment of the machine meets all of them; a ratio is taken within its turn, and the median and the quartiles
-are over turns. Beside it, the ratio of the FLOPs, the time per FLOP relative to nn.Linear's, and the memory above the inputs
-and the parameters: what the forward leaves for the backward, output included, and the peak of both. Then tokens/s of whole
-training steps. Writes everything to <out>.json. Let nothing else run meanwhile.
+For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. The
+layers are timed in turn, so that a slow moment of the machine meets all of them: a ratio is taken within a
+turn, and the median and the quartiles are over turns. Beside it: the ratio of the FLOPs; the time per FLOP
+relative to nn.Linear's; and the memory above inputs and parameters, both what the forward keeps for the
+backward (the output included) and the peak. Then tokens/s of whole training steps. Writes everything to
+<out>/bench.json. Let nothing else run meanwhile.
 """
 import configurator
+from configurator import fail, structure_config
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
 widths: tuple = (256, 512, 1024, 2048)  # of the square layers
@@ -24,50 +26,51 @@ batch_size: int = 16            # its sequences per step
 vocab_size: int = 96            # its vocabulary
 steps: int = 7                  # timed training steps of each model, after two that are not
 device: str | None = None       # 'cuda', 'mps', 'cpu'; None: the best there is
-dtype: str | None = None        # 'float32', 'bfloat16', 'float16' (autocast); None: bfloat16 on GPUs, else float32
+dtype: str | None = None        # 'float32', 'bfloat16', 'float16'; None: bfloat16 on GPUs, else float32
 compile: bool = False           # torch.compile layers and models
-out: str = "results/bench"      # where to write, without .json
+out: str = "out-bench"          # folder of bench.json
 config = configurator.configure(globals())
 globals().update(config)
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
+
+os.environ["KINETO_LOG_LEVEL"] = "99"   # else torch's profiler writes lines between those of the table
 
 import torch
 from torch import nn
 
-from lib import device as devices
-from lib import kernels
 import structured
-from configurator import fail, structure_config
+from lib import kernels
+from lib.device import autocast, choose_device, choose_dtype, device_name
 from model import GPT, GPTConfig
 
-for key in ("tokens", "turns", "steps", "n_embd", "n_layer", "head_size", "block_size", "batch_size",
-            "vocab_size"):
-    if config[key] < 1:
-        fail(f"{key} must be at least 1; got {config[key]}")
+for key, value in config.items():
+    if type(value) is int and value < 1:
+        fail(f"{key} must be at least 1; got {value}")
 if any(w < 1 or w != int(w) for w in widths):
     fail(f"widths must be positive whole numbers; got {widths}")
 if n_embd % head_size:
     fail(f"n_embd must be a multiple of head_size = {head_size}; got {n_embd}")
 if dtype not in (None, "float32", "bfloat16", "float16"):
     fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
-device, device_type, dtype = devices.choose(device, dtype)
-autocast = devices.autocast(device_type, dtype)
+try:
+    device, device_type = choose_device(device)
+except ValueError as e:
+    fail(str(e))
+dtype = choose_dtype(dtype, device_type)
+amp = autocast(device_type, dtype)
+structures = {name: structure_config(name) for name in ("dense", *structs.split(","))}
 
-if compile:
-    torch._dynamo.config.recompile_limit = 1000  # every structure and width is a compilation of the same code
-structures = {"dense": structure_config("dense")} | {name: structure_config(name) for name in structs.split(",")}
-
-# ---- Measuring ------------------------------------------------------------------------------------------------------
 
 def milliseconds(run) -> float:
+    """Time of one call, to the end of its work on the device."""
     if device_type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -75,42 +78,34 @@ def milliseconds(run) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
-    start = time.perf_counter()
+    started = time.perf_counter()
     run()
     if device_type == "mps":
         torch.mps.synchronize()
-    return (time.perf_counter() - start) * 1e3
+    return (time.perf_counter() - started) * 1e3
 
 
 def take_turns(runs: dict, count: int) -> dict[str, list[float]]:
     """{name: milliseconds of each of `count` turns}; two more come first."""
     times = {name: [] for name in runs}
-    for turn in range(count + 2):
+    for _ in range(count + 2):
         for name, run in runs.items():
-            ms = milliseconds(run)
-            if turn >= 2:
-                times[name].append(ms)
-    return times
+            times[name].append(milliseconds(run))
+    return {name: ms[2:] for name, ms in times.items()}
 
 
-@contextlib.contextmanager
-def silent_stderr():
-    """Nothing reaches stderr: each start and end of torch's profiler is a line there, in the middle of the table."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+def ratios(times: list[float], base: list[float]) -> tuple[float, list[float]]:
+    """(median, quartiles) of the ratios, turn by turn."""
+    by_turn = [t / b for t, b in zip(times, base)]
+    if len(by_turn) == 1:
+        by_turn *= 2
+    low, median, high = statistics.quantiles(by_turn, n=4, method="inclusive")
+    return median, [low, high]
 
 
 def memory(run) -> tuple[int, int] | tuple[None, None]:
-    """(bytes that a run leaves allocated while its result is kept, most bytes at once), beyond those before it.
-
-    None where nothing tells."""
+    """(bytes that a call leaves allocated while its result is kept, most bytes at once), beyond those before
+    it; None where the device does not count them."""
     if device_type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -123,41 +118,35 @@ def memory(run) -> tuple[int, int] | tuple[None, None]:
     if device_type != "cpu":
         return None, None
     kernels.release_scratch()
-    with silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                                 profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as trace:
         result = run()
-        kernels.release_scratch()  # it serves all layers in turn: it counts for the peak alone
+        kernels.release_scratch()   # all layers share it in turn: it counts for the peak alone
     del result
     with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(os.path.join(folder, "trace.json"))
-        with open(os.path.join(folder, "trace.json"), encoding="utf-8") as f:
-            events = [e for e in json.load(f)["traceEvents"] if e.get("name") == "[memory]"]
+        path = os.path.join(folder, "trace.json")
+        trace.export_chrome_trace(path)
+        with open(path, encoding="utf-8") as f:
+            events = [event for event in json.load(f)["traceEvents"] if event.get("name") == "[memory]"]
     total = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
+    for event in sorted(events, key=lambda event: event["ts"]):
         total += event["args"]["Bytes"]
         peak = max(peak, total)
     return total, peak
 
 
-def ratios(times: list[float], base: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles of the ratios, turn by turn."""
-    turn = [t / b for t, b in zip(times, base)]
-    low, _, high = statistics.quantiles(turn, n=4, method="inclusive") if len(turn) > 1 else turn * 3
-    return statistics.median(turn), low, high
+def compiled(module: nn.Module):
+    return torch.compile(module, fullgraph=True) if compile else module
 
-
-# ---- Layers ---------------------------------------------------------------------------------------------------------
 
 def layers(d: int) -> dict[str, nn.Module]:
     """nn.Linear and a layer of each structure that makes single layers, d -> d."""
     made = {"nn.Linear": nn.Linear(d, d, bias=False)}
-    for name in structures:
-        options = structures[name]
+    for name, options in structures.items():
         if not options.get("ffn_experts"):  # there, the whole MLP is the expert
-            make = {k: options[k] for k in ("rank", "theta", "num_experts", "dyad_blocks", "dyad_variant") if k in options}
-            if options.get("num_experts"):
-                make["top_k"] = options.get("top_k", GPTConfig.top_k)
-            made[name] = structured.linear(options.get("struct", GPTConfig.struct), d, d, **make)
+            names = [field.name for field in dataclasses.fields(structured.LayerConfig)]
+            layer = structured.LayerConfig(**{key: options[key] for key in names if key in options})
+            made[name] = structured.make_layer(layer, d, d)
     return {name: layer.to(device) for name, layer in made.items()}
 
 
@@ -166,36 +155,32 @@ def bench_layers(d: int) -> list[dict]:
     x = torch.randn(tokens, d, device=device, requires_grad=True)
     dy = torch.randn(tokens, d, device=device)
 
-    def forward_and_backward(layer):
-        call = torch.compile(layer, fullgraph=True) if compile else layer
+    def calls_of(layer):
+        call = compiled(layer)
 
         def forward():
-            with autocast:
+            with amp:
                 return call(x)
 
         def run():
             y = forward()
             y.backward(dy.to(y.dtype))
             x.grad = None
-            for p in layer.parameters():
-                p.grad = None
+            layer.zero_grad()
         return forward, run
 
     made = layers(d)
-    calls = {name: forward_and_backward(layer) for name, layer in made.items()}
-    runs = {name: run for name, (_, run) in calls.items()}
-    times = take_turns(runs, turns)
+    calls = {name: calls_of(layer) for name, layer in made.items()}
+    times = take_turns({name: run for name, (_, run) in calls.items()}, turns)
     rows = []
-    for name, layer in made.items():
-        ratio, low, high = ratios(times[name], times["nn.Linear"])
-        flops = 1.0 if name == "nn.Linear" else layer.flops_per_token() / (2 * d * d)
-        rows.append(dict(width=d, layer=name, ms=statistics.median(times[name]), ratio=ratio, quartiles=[low, high],
-                         flops=flops, time_per_flop=ratio / flops, kept_bytes=memory(calls[name][0])[0],
-                         peak_bytes=memory(runs[name])[1]))
+    for name, (forward, run) in calls.items():
+        ratio, quartiles = ratios(times[name], times["nn.Linear"])
+        flops = 1.0 if name == "nn.Linear" else made[name].flops_per_token() / (2 * d * d)
+        rows.append(dict(width=d, layer=name, ms=statistics.median(times[name]), ratio=ratio,
+                         quartiles=quartiles, flops=flops, time_per_flop=ratio / flops,
+                         kept_bytes=memory(forward)[0], peak_bytes=memory(run)[1]))
     return rows
 
-
-# ---- Training steps -------------------------------------------------------------------------------------------------
 
 def bench_steps() -> list[dict]:
     """A row for each structure config: forward, backward and AdamW of a model."""
@@ -203,10 +188,10 @@ def bench_steps() -> list[dict]:
 
     def training_step(model):
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
-        call = torch.compile(model, fullgraph=True) if compile else model
+        call = compiled(model)
 
         def run():
-            with autocast:
+            with amp:
                 _, loss, aux = call(x, y, return_aux=True)
             (loss + 0.01 * aux.loss).backward()
             optimizer.step()
@@ -214,59 +199,67 @@ def bench_steps() -> list[dict]:
             model.rebalance(aux.load, aux.variance, 0.1)
         return run
 
-    size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // head_size)
+    size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd,
+                n_head=n_embd // head_size)
     models = {name: GPT(GPTConfig(**size, **options)).to(device) for name, options in structures.items()}
     times = take_turns({name: training_step(model) for name, model in models.items()}, steps)
+    dense_flops = models["dense"].flops_per_token()
     rows = []
     for name, model in models.items():
-        ratio, low, high = ratios(times["dense"], times[name])
-        ms = statistics.median(times[name])
-        rows.append(dict(config=name, ms=ms, tokens_per_s=batch_size * block_size / ms * 1e3, speed=ratio,
-                         quartiles=[low, high], flops=model.flops_per_token() / models["dense"].flops_per_token()))
+        ms, (speed, quartiles) = statistics.median(times[name]), ratios(times["dense"], times[name])
+        rows.append(dict(config=name, ms=ms, tokens_per_s=batch_size * block_size / ms * 1e3, speed=speed,
+                         quartiles=quartiles, flops=model.flops_per_token() / dense_flops))
     return rows
 
 
-# ---- The machine, and all of it -------------------------------------------------------------------------------------
-
 def machine() -> dict:
+    """What the times are of."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-    name = torch.cuda.get_device_name(device) if device_type == "cuda" else name
-    return dict(device=name, threads=torch.get_num_threads(), dtype=dtype, compiled=compile, torch=torch.__version__,
-                python=platform.python_version(), system=platform.platform(terse=True))
+    name = device_name(device) if device_type == "cuda" else name
+    return dict(device=name, threads=torch.get_num_threads(), dtype=dtype, compiled=compile,
+                torch=torch.__version__, python=platform.python_version(),
+                system=platform.platform(terse=True))
+
+
+def print_row(*cells) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def main() -> None:
     if device_type == "cpu":
-        kernels.keep_freed_memory()  # as train.py does
+        kernels.keep_freed_memory()     # as train.py does
+    if compile:
+        torch._dynamo.config.recompile_limit = 1000     # every structure and width compiles the same code
     result = dict(machine=machine(), config=config, layers=[], steps=[])
-    print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
-    print(f"\nForward + backward of {tokens:,} tokens, ÷ nn.Linear:\n\n| width | layer | ms | time | quartiles | FLOPs "
-          "| time per FLOP | kept MiB | peak MiB |\n|---|---|---|---|---|---|---|---|---|")
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        for d in map(int, widths):
-            for row in bench_layers(d):
-                result["layers"].append(row)
-                kept, peak = ("" if row[k] is None else f"{row[k] / 2 ** 20:.1f}" for k in ("kept_bytes", "peak_bytes"))
-                low, high = row["quartiles"]
-                print(f"| {d} | {row['layer']} | {row['ms']:.1f} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} "
-                      f"| {row['flops']:.3f} | {row['time_per_flop']:.1f} | {kept} | {peak} |", flush=True)
-        if step:
-            print(f"\nTraining steps, n_embd {n_embd}, {n_layer} layers, {batch_size} x {block_size} tokens:\n\n| config "
-                  "| ms | tokens/s | ÷ dense | quartiles | FLOPs |\n|---|---|---|---|---|---|")
-            for row in bench_steps():
-                result["steps"].append(row)
-                low, high = row["quartiles"]
-                print(f"| {row['config']} | {row['ms']:.0f} | {row['tokens_per_s']:,.0f} | {row['speed']:.2f} "
-                      f"| {low:.2f} to {high:.2f} | {row['flops']:.3f} |", flush=True)
-        with open(out + ".json", "w", encoding="utf-8") as f:
-            json.dump(result, f, indent=1)
-    except (ValueError, OSError) as e:
-        fail(str(e))
+    print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
+    print(f"\nForward + backward of {tokens:,} tokens, ÷ nn.Linear:\n")
+    print_row("width", "layer", "ms", "time", "quartiles", "FLOPs", "time per FLOP", "kept MiB", "peak MiB")
+    print_row(*["---"] * 9)
+    for row in (row for d in widths for row in bench_layers(int(d))):
+        result["layers"].append(row)
+        sizes = row["kept_bytes"], row["peak_bytes"]
+        mib = ["" if size is None else f"{size / 2 ** 20:.1f}" for size in sizes]
+        print_row(row["width"], row["layer"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}",
+                  "{:.2f} to {:.2f}".format(*row["quartiles"]), f"{row['flops']:.3f}",
+                  f"{row['time_per_flop']:.1f}", *mib)
+    if step:
+        print(f"\nTraining steps, n_embd {n_embd}, {n_layer} layers, {batch_size} x {block_size} tokens:\n")
+        print_row("config", "ms", "tokens/s", "÷ dense", "quartiles", "FLOPs")
+        print_row(*["---"] * 6)
+        result["steps"] = bench_steps()
+        for row in result["steps"]:
+            print_row(row["config"], f"{row['ms']:.0f}", f"{row['tokens_per_s']:,.0f}", f"{row['speed']:.2f}",
+                      "{:.2f} to {:.2f}".format(*row["quartiles"]), f"{row['flops']:.3f}")
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "bench.json"), "w", encoding="utf-8") as f:
+        json.dump(result, f, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        fail(str(e))

@@ -1,4 +1,4 @@
-# The noise of plans/cpu.py: a second seed of its runs of width 64, for one structure of each kind.
+# The noise of experiments/plans/cpu.py: a second seed at width 64, for one structure of each kind.
 from experiments.plans.cpu import *  # noqa: F403
 structures = {label: structures[label] for label in ("dense", "monarch", "btt", "btt_moe")}
 n_embd = 64

@@ -1,14 +1,16 @@
-# The paper's protocol for structures without experts (Potapczynski et al., arXiv:2410.02117), for people with GPUs.
+# The paper's protocol for structures without experts (Potapczynski et al., arXiv:2410.02117), for GPUs.
 #
 #     python data/openwebtext_char/prepare.py
-#     python scaling.py sweep plans/paper.py --jobs=8 --gpus=1
+#     python -m experiments.scaling sweep experiments/plans/paper.py --jobs=8 --gpus=1
 #
-# From the paper and its published scripts: OpenWebText in a vocabulary of 96 characters, 128 of them a sequence, 65,536 a
-# step, 100,000 steps at a constant 3e-3 after 2,000 of warmup, no weight decay; 3 and 6 layers with heads of 64, QK norm;
-# widths 256 to 4096, dense to 1024; and the list of θ below, whose third are written 0.33 and 0.67 there.
-# Ours: the names of the θ, the batch in 8 micro-batches of 64, evaluations of 200 x 64 sequences, AdamW's betas and the
-# gradient clipping of train.py, this repository's µP (base width 128, see the README) and integer sizes. In the paper's
-# GPT-2 runs the indices do not follow the heads, so head_aligned is off.
+# From the paper and its published scripts: OpenWebText in a vocabulary of 96 characters, 128 of them a
+# sequence, 65,536 a step, 100,000 steps at a constant 3e-3 after 2,000 of warmup, no weight decay; 3 and 6
+# layers with heads of 64, QK norm; widths 256 to 4096, dense to 1024; and the list of θ below, where the
+# scripts write a third as 0.33 and 0.67.
+#
+# Ours: the names of the θ, the batch in 8 micro-batches of 64, evaluations of 200 x 64 sequences, AdamW's
+# betas and the gradient clipping of train.py, this repository's µP (base width 128) and integer sizes. In the
+# paper's GPT-2 runs the indices do not follow the heads, so head_aligned is off.
 _thetas = {  # alpha beta gamma delta epsilon phi rho
     # Monarch and what lies between it and dense, θα + θε = 1
     "btt 1/2": (1/2, 0, 1/2, 0, 1/2, 1/2, 0),                       # Monarch: ψ 1, ν 1/2, ω 0

@@ -1,12 +1,15 @@
-# The paper's protocol for mixtures of experts (Potapczynski et al., arXiv:2410.02117, section 5), for people with GPUs.
+# The paper's protocol for mixtures of experts (Potapczynski et al., arXiv:2410.02117, section 5), for GPUs.
 #
-#     python scaling.py sweep plans/paper_moe.py --gpus=8
+#     python -m experiments.scaling sweep experiments/plans/paper_moe.py --gpus=8
 #
-# From the paper and its published scripts: the data and schedule of plans/paper.py; BTT-MoE (experts of Monarch's θ and
-# rank 1 in every projection) at widths 256 to 2048 against the standard MoE (experts are MLPs) at 128 to 1024, each with
-# 8 and 16 experts, 2 per token, and 3, 6 and 9 layers; experts that are dense or of low rank as ablations.
-# Ours: as in plans/paper.py; the ablations at 3 layers and 8 experts alone; routers without this repository's balancing
-# biases (router_balance_rate 0), as the paper has none; the weight of its auxiliary losses is train.py's.
+# From the paper and its published scripts: the data and schedule of paper.py; BTT-MoE (experts of Monarch's θ
+# and rank 1 in every projection) at widths 256 to 2048 against the standard MoE (experts are MLPs) at 128 to
+# 1024, each with 8 and 16 experts, 2 per token, and 3, 6 and 9 layers; experts that are dense or of low rank
+# as ablations.
+#
+# Ours: as in paper.py; the ablations at 3 layers and 8 experts alone; routers without this repository's
+# balancing biases (router_balance_rate 0), as the paper has none; the weight of its auxiliary losses is
+# train.py's.
 from experiments.plans.paper import *  # noqa: F403
 _wide, _narrow = [256, 512, 1024, 2048], [128, 256, 512, 1024]
 structures = {

@@ -1,10 +1,12 @@
-# The taxonomy, measured: θ's that differ in one of ω, ψ and ν at a time. The paper finds that small ω and large ψ scale
-# best and that ν may vary; the protocol is ours, that of plans/cpu.py with more widths, for one GPU or a patient CPU:
+# The taxonomy, measured: θ's that differ in one of ω, ψ and ν at a time. The paper finds that small ω and
+# large ψ scale best and that ν may vary. The protocol is ours, that of cpu.py with more widths, for one GPU
+# or a patient CPU:
 #
-#     python scaling.py sweep plans/taxonomy.py --jobs=1
-#     python scaling.py fit --runs=out-scaling --base="monarch ω0 ψ1 ν½"
+#     python -m experiments.scaling sweep experiments/plans/taxonomy.py
+#     python -m experiments.scaling fit --base="monarch ω0 ψ1 ν½"
 #
-# Every series starts from Monarch. Where ψ falls at the same ν and ω, a rank has to grow for what θα + θε > 1 takes away.
+# Every series starts from Monarch. Where ψ falls at the same ν and ω, a rank has to grow for what θα + θε > 1
+# takes away.
 from experiments.plans.cpu import *  # noqa: F403
 _thetas = {  # alpha beta gamma delta epsilon phi rho
     "monarch ω0 ψ1 ν½": (1/2, 0, 1/2, 0, 1/2, 1/2, 0),

@@ -1,21 +1,23 @@
-"""From runs to scaling laws: frontiers, power laws and multipliers, for scaling.py.
+"""From runs to scaling laws: frontiers, power laws and multipliers.
 
-A run is read from its log.jsonl. Its points are its evaluations where the learning rate is constant, and its end alone
-where the rate decays. Along an axis x (training FLOPs, those without the output layer, or seconds), for each structure:
+A run is read from its log.jsonl. Its points are its evaluations where the learning rate is constant, and only
+its end where it decays. Then, for each structure, along an axis x (training FLOPs, those without the output
+layer, or seconds):
 
-    frontier    the least loss that any of its runs has reached by x: at 12 budgets a decade, between the points of a run
-                by interpolation in log x; runs that differ in the seed alone are one, their mean. It holds between the
-                budgets at which the smallest and the largest size are the best ones; these follow from where one size
-                hands over to the next, by a line in log size over log x
-    law         L = L∞ + (x / x0)^-a through it: for each a the other two are linear, and Huber weights make it robust
-    intervals   by a parametric bootstrap: every run's losses move together by the noise between seeds, each evaluation by
-                the noise within a run, and the frontier and the law are made anew
-    multiplier  x that dense needs for the same loss ÷ x it needs, both by their laws, where both frontiers have that loss;
-                and, without laws, from one frontier's points to the other, between these by interpolation
+frontier    The lowest loss that any run has reached by x, at 12 budgets a decade, between the points of a
+            run by interpolation in log x; runs that differ only in the seed are one, their mean. It is used
+            between the budgets at which the smallest and the largest size are the best ones. These follow
+            from where one size hands over to the next, by a line in log size over log x.
+law         L = L∞ + (x / x0)^-a through the frontier. For a given a, L∞ and x0 follow from linear least
+            squares, so that only a is searched. Huber weights keep outliers from deciding.
+intervals   A parametric bootstrap: all losses of a run move by the noise between seeds, each evaluation by
+            the noise within a run, and frontier and law are made again.
+multiplier  The x that dense needs for the same loss ÷ the x that the structure needs: by the laws of both,
+            where both frontiers have that loss; and from the points of one frontier to the other.
 
-Seconds are iterations · the median time of one, over all runs of a structure and size, so that a pause of the machine does
-not count; evaluations do not either.
-Of runs that shared a machine with others, the time of an iteration is better taken from bench.py.
+Seconds are iterations · the median time of one, over all runs of a structure and size: neither a pause of the
+machine nor evaluations count. Runs that share a machine slow each other down; experiments.bench measures the
+times alone.
 """
 import contextlib
 import dataclasses
@@ -28,17 +30,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.launcher import ASIDE, read_log
+from experiments.launcher import NO_EFFECT
+from lib.log import read_log
 
-# what a frontier is drawn against
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
         "seconds": "training seconds"}
 PER_DECADE = 12     # budgets of a frontier
-COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "batch_size")  # what makes two validation losses one measure
-VARIED = ("n_embd", "n_layer", "n_head", "learning_rate", "seed", "max_iters", "lr_decay_iters", "backend", "device",
-          "dtype", "compile")  # may differ between runs of a structure without a remark
-SHARE = 0.9         # of seeds, those count together that have come this far
-STEP_SHAPE = ("n_embd", "n_layer", "n_head", "block_size", "batch_size")    # of a training step that bench.py times
+# losses compare where these agree; runs of a structure may differ in these without a remark; what a step's
+# time depends on
+COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "batch_size")
+VARIED = ("n_embd", "n_layer", "n_head", "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype",
+          "compile")
+STEP_SHAPE = ("n_embd", "n_layer", "n_head", "block_size", "batch_size")
+SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
 HUBER = 1.345       # residuals beyond so many standard deviations count less
 
 
@@ -49,13 +53,14 @@ class Points(NamedTuple):
 
 
 @dataclasses.dataclass
-class Run:
+class MeasuredRun:
+    """What a log says of a run."""
     name: str
     label: str          # structure
-    config: dict
+    config: dict        # see comparable_config
     params: int
     active_params: int
-    flops_per_token: dict[str, float]   # by axis; seconds per token for 'seconds'
+    per_token: dict[str, float]     # {axis: FLOPs or seconds of a token}
     points: Points
     train_loss: float   # of the last logged iteration
 
@@ -63,9 +68,21 @@ class Run:
     def size(self) -> str:
         return f"{self.config['n_layer']} x {self.config['n_embd']}"
 
+    @property
+    def first(self) -> float:
+        return self.points.tokens[0]
+
+    @property
+    def last(self) -> float:
+        return self.points.tokens[-1]
+
     def x(self, axis: str) -> np.ndarray:
         """FLOPs, or seconds, at each point."""
-        return self.points.tokens * self.flops_per_token[axis]
+        return self.points.tokens * self.per_token[axis]
+
+    def loss_after(self, tokens):
+        """Its loss after so many tokens, between its points by interpolation."""
+        return np.interp(tokens, *self.points)
 
 
 class Law(NamedTuple):
@@ -84,207 +101,309 @@ class Law(NamedTuple):
         return np.where(above > 0, np.exp(np.minimum(logs, 700)), np.inf)
 
 
-# ---- Runs -----------------------------------------------------------------------------------------------------------
-
-def label_of(config: dict) -> str:
-    """Name of a structure by its settings, for a run that carries no label of a plan."""
+def label_of(folder: str, config: dict) -> str:
+    """Name of a run's structure: the plan's, else one made of its settings."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(os.path.join(folder, "settings.json"), encoding="utf-8") as f:
+            return json.load(f)["label"]
     label = config["struct"]
     if config.get("theta"):
         label += "(" + " ".join(f"{e:g}" for e in config["theta"]) + ")"
-    if config.get("ffn_experts"):
-        label = ("moe" if label == "dense" else f"{label}_ffn_moe") + (f"{e}" if (e := config["ffn_experts"]) != 8 else "")
-    if config.get("num_experts"):
-        label += "_moe" + (f"{e}" if (e := config["num_experts"]) != 8 else "")
+    if experts := config.get("ffn_experts"):
+        label = ("moe" if label == "dense" else f"{label}_ffn_moe") + (f"{experts}" if experts != 8 else "")
+    if experts := config.get("num_experts"):
+        label += "_moe" + (f"{experts}" if experts != 8 else "")
     if config.get("rank"):
         label += f"-r{config['rank']}"
     return label + (f"-{config['layers']}" if config.get("layers", "all") != "all" else "")
 
 
-def read_run(folder: str) -> tuple[Run | None, str | None]:
-    """(a run that can be used or None, what a reader should know of it or None), from its log.jsonl. Raises KeyError,
-    TypeError, AttributeError or ValueError for a log that lacks something."""
+def comparable_config(start: dict) -> dict:
+    """The settings by which runs are compared, from a log's first line. Raises KeyError where one is missing.
+
+    Old logs hold None for what train.py found out later: dtype and compile are taken from the line itself,
+    and the end of the decay is computed. Device and backend change nothing but rounding and are left out, as
+    is the decay where the rate is constant.
+    """
+    config = dict(start["config"])
+    config |= {key: config[key] for key in ("learning_rate", "seed", "max_iters", "decay_lr", *STEP_SHAPE)}
+    config |= {key: start.get(key, config.get(key)) for key in ("dtype", "compile")}
+    config["vocab_size"] = start.get("model_args", {}).get("vocab_size")
+    min_lr, decay_iters = config.pop("min_lr", None), config.pop("lr_decay_iters", None)
+    if config["decay_lr"]:
+        rate = config["learning_rate"] or 1.0
+        config["min_lr ÷ learning_rate"] = 0.1 if min_lr is None else float(f"{min_lr / rate:.6g}")
+        config["lr_decay_iters"] = config["max_iters"] if decay_iters is None else decay_iters
+    return {key: value for key, value in config.items() if key not in (*NO_EFFECT, "device", "backend")}
+
+
+def read_run(folder: str) -> tuple[MeasuredRun | None, str | None]:
+    """(a run that can be used or None, what a reader should know of it or None), from its log.jsonl.
+
+    Raises KeyError, TypeError, AttributeError or ValueError for a log that lacks something.
+    """
     lines, name = read_log(folder), os.path.basename(os.path.abspath(folder))
     starts, trains, skips = ([p for p in lines if p.get("type") == kind] for kind in ("run", "train", "skip"))
     evals = sorted({p["iter"]: p for p in lines if p.get("type") == "eval"}.items())
     if not starts:
         return None, f"{name}: left out, its log has no run line"
-    first, config = starts[-1], starts[-1]["config"]
-    config |= {key: config[key] for key in ("learning_rate", "seed", *STEP_SHAPE)}    # which others will ask for
+    start, config = starts[-1], comparable_config(starts[-1])
     last = evals[-1][0] if evals else 0
+    unfinished = last < config["max_iters"]
     losses = np.array([p["val_loss"] for _, p in evals], float)
-    if diverged := divergence(losses, lines[-1] if last < config["max_iters"] else {}):
+    if diverged := divergence(losses, lines[-1] if unfinished else {}):
         return None, f"{name}: left out, diverged: {diverged}"
     if last == 0:
         return None, f"{name}: left out, it has no evaluation after the first iteration"
     remarks = [f"{len(skips)} iterations skipped, whose loss or gradient was not finite"] if skips else []
-    if last < config["max_iters"]:
+    if unfinished:
         remarks.append(f"unfinished, at iteration {last} of {config['max_iters']}")
         if config["decay_lr"]:
-            return None, f"{name}: {'; '.join(remarks)}; left out, since its learning rate decays and only an end counts"
+            return None, f"{name}: {remarks[-1]}; left out, since its rate decays and only an end counts"
     keep = [i for i, (it, _) in enumerate(evals) if it > 0 and (not config["decay_lr"] or it == last)]
-    label = label_of(config)
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        with open(os.path.join(folder, "settings.json"), encoding="utf-8") as f:
-            label = json.load(f)["label"]
-    per_token = {"flops": first["flops_per_token"], "flops_without_output_layer": first["flops_per_token_without_output_layer"]}
-    if trains:
-        per_token["seconds"] = statistics.median(p["ms_per_iter"] for p in trains) / 1e3 / first["tokens_per_iter"]
     points = Points(np.array([evals[i][1]["tokens"] for i in keep], float), losses[keep])
-    return Run(name, label, config | dict(vocab_size=first.get("model_args", {}).get("vocab_size")), first["params"],
-               first["active_params"], per_token, points, trains[-1]["loss"] if trains else math.nan), (
-                   f"{name}: {'; '.join(remarks)}" if remarks else None)
+    per_token = {"flops": start["flops_per_token"],
+                 "flops_without_output_layer": start["flops_per_token_without_output_layer"]}
+    if trains:
+        ms = statistics.median(p["ms_per_iter"] for p in trains)
+        per_token["seconds"] = ms / 1e3 / start["tokens_per_iter"]
+    run = MeasuredRun(name, label_of(folder, start["config"]), config, start["params"],
+                      start["active_params"], per_token, points, trains[-1]["loss"] if trains else math.nan)
+    return run, f"{name}: {'; '.join(remarks)}" if remarks else None
 
 
-def divergence(val: np.ndarray, end: dict) -> str | None:
-    """What is wrong with a run, if anything: its validation losses are not finite, or a tenth of what was gained is lost
-    again; or it stopped early, and the end of its log says that an iteration was skipped."""
-    if not np.isfinite(val).all():
+def divergence(losses: np.ndarray, end: dict) -> str | None:
+    """What is wrong with a run, if anything: a validation loss is not finite, or a tenth of what was gained
+    is lost again; or the run stopped early, and the end of its log is an iteration that was skipped."""
+    if not np.isfinite(losses).all():
         return "its validation loss is not finite"
     if end.get("type") == "skip":
         return f"its loss or gradient is not finite at its end, iteration {end['iter']}"
-    if len(val) > 2 and val[-1] - val.min() > 0.1 * (val[0] - val.min()):
-        return f"its validation loss ends at {val[-1]:.3f}, after {val.min():.3f}"
+    if len(losses) > 2 and losses[-1] - losses.min() > 0.1 * (losses[0] - losses.min()):
+        return f"its validation loss ends at {losses[-1]:.3f}, after {losses.min():.3f}"
     return None
 
 
-def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
-    """(runs, remarks on those left out, unfinished or unlike others) below the folders. Raises ValueError, in one
-    sentence, where there is none, or where their losses do not measure the same."""
-    paths: list[str] = []
+def read_runs(folders: Iterable[str]) -> tuple[list[MeasuredRun], list[str]]:
+    """(runs, remarks on those left out, unfinished or unlike others) below the folders. Raises ValueError, in
+    one sentence, where there is none, or where their losses do not measure the same."""
+    paths: set[str] = set()
     for folder in folders:
         if not os.path.isdir(folder):
             raise ValueError(f"there is no folder {folder!r}: give the folder of some runs with --runs")
-        paths += [os.path.realpath(root) for root, _, files in os.walk(folder) if "log.jsonl" in files]
-    found, notes = [], []
-    for path in sorted(set(paths)):
+        paths |= {os.path.realpath(root) for root, _, files in os.walk(folder) if "log.jsonl" in files}
+    runs, notes = [], []
+    for path in sorted(paths):
         try:
             run, note = read_run(path)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            run, note = None, f"{os.path.basename(path)}: left out, its log is none of train.py's ({type(e).__name__}: {e})"
-        found += [run] if run else []
+            name = os.path.basename(path)
+            run, note = None, f"{name}: left out, its log is none of train.py's ({type(e).__name__}: {e})"
+        runs += [run] if run else []
         notes += [note] if note else []
-    if not found:
-        raise ValueError(f"there is no run below {', '.join(folders)} that can be used" + (f" ({notes[0]})" if notes else ""))
-    for key in COMPARABLE:
-        values = {str(run.config.get(key)): run.name for run in found}
+    if not runs:
+        why = f" ({notes[0]})" if notes else ""
+        raise ValueError(f"there is no run below {', '.join(folders)} that can be used{why}")
+    for key, (one, other, *_) in differences(runs, COMPARABLE).items():
+        raise ValueError(f"these runs do not measure the same loss: {key} is {one} and {other}; keep them in "
+                         "different folders")
+    runs, copies = without_copies(runs)
+    return runs, notes + copies + unlike(runs)
+
+
+def differences(runs: list[MeasuredRun], keys: Iterable[str]) -> dict[str, list[str]]:
+    """{key: ['<value> in <name of a run>', ...]} of those settings in which the runs differ, as far as they
+    are known."""
+    found = {}
+    for key in keys:
+        values = {str(run.config[key]): run.name for run in runs if key in run.config}
         if len(values) > 1:
-            (a, first), (b, second), *_ = values.items()
-            raise ValueError(f"these runs do not measure the same loss: {key} is {a} in {first} and {b} in {second}; "
-                             "keep them in different folders")
-    found, copies = without_copies(found)
-    return found, notes + copies + unlike(found)
+            found[key] = [f"{value} in {name}" for value, name in values.items()]
+    return found
 
 
-def alike(runs: Iterable[Run], aside: Iterable[str]) -> list[list[Run]]:
-    """Groups of runs of a structure that differ in nothing but settings that change nothing, and those named. Where the
-    rate is constant, the length is one that changes nothing."""
-    groups: dict[str, list[Run]] = {}
+def alike(runs: Iterable[MeasuredRun], aside: Iterable[str]) -> list[list[MeasuredRun]]:
+    """Groups of runs of a structure that differ in nothing but the settings named `aside`, and the length
+    where the rate is constant."""
+    groups: dict[str, list[MeasuredRun]] = {}
     for run in runs:
-        without = {*ASIDE, *aside, *(() if run.config["decay_lr"] else ("max_iters",))}
-        config = {k: v for k, v in run.config.items() if k not in without}
+        without = {*aside, *(() if run.config["decay_lr"] else ("max_iters",))}
+        config = {key: value for key, value in run.config.items() if key not in without}
         groups.setdefault(json.dumps([run.label, config], sort_keys=True), []).append(run)
     return list(groups.values())
 
 
-def without_copies(runs: list[Run]) -> tuple[list[Run], list[str]]:
+def without_copies(runs: list[MeasuredRun]) -> tuple[list[MeasuredRun], list[str]]:
     """(the longest of each group of runs that do not even differ in the seed, remarks on the others)."""
     found, notes = [], []
     for same in alike(runs, ()):
-        longest = max(same, key=lambda run: run.points.tokens[-1])
+        longest = max(same, key=lambda run: run.last)
         found.append(longest)
-        notes += [f"{run.name}: left out, another run of the same settings and seed is as long or longer, {longest.name}"
-                  for run in same if run is not longest]
+        notes += [f"{run.name}: left out, another run of the same settings and seed is as long or longer, "
+                  f"{longest.name}" for run in same if run is not longest]
     return found, notes
 
 
-def unlike(runs: list[Run]) -> list[str]:
+def unlike(runs: list[MeasuredRun]) -> list[str]:
     """Remarks on structures whose runs differ in more than size, learning rate, seed and length."""
     notes = []
     for label in sorted({run.label for run in runs}):
         mine = [run for run in runs if run.label == label]
-        for key in sorted({k for run in mine for k in run.config} - {*ASIDE, *VARIED}):
-            values = {str(run.config.get(key)): run.name for run in mine}
-            if len(values) > 1:
-                where = ", ".join(f"{value} in {name}" for value, name in values.items())
-                notes.append(f"{label}: its runs differ in {key}, {where}; its frontier is the least of all")
+        keys = {key for run in mine for key in run.config} - {*VARIED}
+        for key, values in differences(mine, sorted(keys)).items():
+            notes.append(f"{label}: its runs differ in {key}, {', '.join(values)}; the frontier is of all")
     return notes
 
 
-def share_seconds(runs: list[Run]) -> None:
-    """Seconds per token are the median over all runs of a structure and size: a run slowed down is no size of its own."""
-    timed = [run for run in runs if "seconds" in run.flops_per_token]
-    medians = {key: statistics.median(run.flops_per_token["seconds"] for run in timed if (run.label, run.size) == key)
-               for key in {(run.label, run.size) for run in timed}}
+def share_seconds(runs: list[MeasuredRun]) -> None:
+    """Give all runs of a structure and size the median of their seconds per token: one slowed down is no
+    other size."""
+    seconds: dict[tuple, list[float]] = {}
+    timed = [run for run in runs if "seconds" in run.per_token]
     for run in timed:
-        run.flops_per_token["seconds"] = medians[run.label, run.size]
+        seconds.setdefault((run.label, run.size), []).append(run.per_token["seconds"])
+    for run in timed:
+        run.per_token["seconds"] = statistics.median(seconds[run.label, run.size])
 
 
-def take_seconds(runs: list[Run], paths: Iterable[str]) -> list[str]:
-    """Seconds per token from the training steps of bench.py, in place of the runs' own: a run keeps none that no step of
-    the same structure and shape tells. Returns remarks; raises ValueError, in one sentence, for a file that is none of bench.py's."""
+def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
+    """Take seconds per token from training steps that experiments.bench timed, or drop them where it timed
+    none of a run's structure and shape. Returns remarks; raises ValueError for a file that is none of
+    bench's."""
     known = {}
     for path in paths:
         try:
             with open(path, encoding="utf-8") as f:
                 found = json.load(f)
             config = found["config"] | dict(n_head=found["config"]["n_embd"] // found["config"]["head_size"])
-            shape = tuple(config[k] for k in STEP_SHAPE)
+            shape = tuple(config[key] for key in STEP_SHAPE)
             known |= {(step["config"], *shape): 1 / step["tokens_per_s"] for step in found["steps"]}
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path} is no output of bench.py that can be read ({type(e).__name__}: {e})") from None
+            problem = f"{type(e).__name__}: {e}"
+            raise ValueError(f"{path} is no output of experiments.bench ({problem})") from None
     notes = []
     for run in runs:
-        seconds = known.get((run.label, *(run.config[k] for k in STEP_SHAPE)))
-        run.flops_per_token.pop("seconds", None)
+        seconds = known.get((run.label, *(run.config[key] for key in STEP_SHAPE)))
+        run.per_token.pop("seconds", None)
         if seconds is None:
-            notes.append(f"{run.name}: no seconds, for bench.py has not timed {run.label} of its shape")
+            notes.append(f"{run.name}: no seconds, for no step of {run.label} and its shape was timed")
         else:
-            run.flops_per_token["seconds"] = seconds
+            run.per_token["seconds"] = seconds
     return notes
 
 
-# ---- Frontier -------------------------------------------------------------------------------------------------------
+def same_but_seed(runs: list[MeasuredRun]) -> tuple[list[list[MeasuredRun]], list[str]]:
+    """(groups of runs that differ only in the seed, remarks on those left out of their group): a group holds
+    the runs that have come to nearly the same end, and none that ends before another one's first
+    evaluation."""
+    groups, notes = [], []
+    for same in alike(runs, ("seed",)):
+        least = max(SHARE * max(run.last for run in same), *(run.first for run in same))
+        groups.append([run for run in same if run.last >= least])
+        notes += [f"{run.name}: left out of its seeds' mean, it ends early, after {run.last:,.0f} tokens"
+                  for run in same if run.last < least]
+    return groups, notes
+
+
+def mean_of_seeds(groups: list[list[MeasuredRun]]) -> list[MeasuredRun]:
+    """One run for each group of same_but_seed: the mean of their losses, as long as all of them go on. The
+    least of several seeds would make a frontier too low, and only where there are several."""
+    means = []
+    for same in groups:
+        shortest = min(same, key=lambda run: run.last)
+        tokens = shortest.points.tokens[shortest.points.tokens >= max(run.first for run in same)]
+        losses = np.mean([run.loss_after(tokens) for run in same], axis=0)
+        axes = [axis for axis in shortest.per_token if all(axis in run.per_token for run in same)]
+        per_token = {axis: statistics.mean(run.per_token[axis] for run in same) for axis in axes}
+        means.append(dataclasses.replace(shortest, points=Points(tokens, losses), per_token=per_token))
+    return means
+
+
+def seed_noise(groups: list[list[MeasuredRun]]) -> tuple[float | None, list[str]]:
+    """(relative standard deviation of a run's loss between seeds, pooled over the groups of same_but_seed,
+    None where no group has several; a line for each group that has)."""
+    squares, freedom, lines = 0.0, 0, []
+    for same in (group for group in groups if len(group) > 1):
+        tokens = min(run.last for run in same)
+        losses = np.array([run.loss_after(tokens) for run in same])
+        squares += float(((losses / losses.mean() - 1) ** 2).sum())
+        freedom += len(same) - 1
+        listed = ", ".join(f"{loss:.4f}" for loss in losses)
+        lines.append(f"{same[0].label}, {same[0].size}: {listed} after {tokens:,.0f} tokens")
+    return (math.sqrt(squares / freedom) if freedom else None), lines
+
+
+def point_noise(runs: list[MeasuredRun]) -> float:
+    """Relative standard deviation of an evaluation about its run's curve: from second differences over log
+    tokens, of the later half of each run, where the curve bends least."""
+    found = []
+    for run in runs:
+        half = slice(len(run.points.tokens) // 2, None)
+        x, y = np.log(run.points.tokens[half]), run.points.losses[half] / run.points.losses[-1]
+        if len(x) >= 5:
+            t = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
+            found.append((y[1:-1] - (1 - t) * y[:-2] - t * y[2:]) / np.sqrt(1 + (1 - t) ** 2 + t ** 2))
+    return robust_deviation(np.concatenate(found)) if found else 0.0
+
+
+def robust_deviation(residuals: np.ndarray) -> float:
+    """Standard deviation from the median of absolute values, which a few outliers do not change."""
+    return float(1.4826 * np.median(np.abs(residuals)))
+
 
 class Frontier(NamedTuple):
     x: np.ndarray       # budgets, ascending
-    losses: np.ndarray  # the least loss reached by each, descending
+    losses: np.ndarray  # the lowest loss reached by each, descending
     owners: np.ndarray  # index of the run that reached it
 
     def x_for(self, losses) -> np.ndarray:
-        """The budget that reaches each loss, between points by interpolation in logarithms; nan outside of them."""
+        """The budget that reaches each loss, between points by interpolation in logarithms; nan outside of
+        them."""
         logs = np.interp(-np.log(losses), -np.log(self.losses), np.log(self.x), left=math.nan, right=math.nan)
         return np.exp(logs)
+
+
+def lower_envelope(x: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Indices, ascending in x, of the points whose loss is below that of every point before."""
+    order = np.lexsort((losses, x))
+    ordered = losses[order]
+    lowest_before = np.r_[np.inf, np.minimum.accumulate(ordered)[:-1]]
+    return order[ordered < lowest_before]
 
 
 def frontier_of(curves: list[tuple[np.ndarray, np.ndarray]]) -> Frontier:
     """The lower envelope of curves (x, losses), each ascending in x; one point alone is a curve too."""
     xs, losses, owners = [], [], []
     for i, (x, loss) in enumerate(curves):
-        first, last = np.ceil(np.log10(x[0]) * PER_DECADE - 1e-9), np.floor(np.log10(x[-1]) * PER_DECADE + 1e-9)
-        at = 10 ** (np.arange(first, last + 1) / PER_DECADE) if len(x) > 1 else x
-        xs.append(at)
-        losses.append(np.interp(np.log(at), np.log(x), loss) if len(x) > 1 else loss)
-        owners.append(np.full(len(at), i))
+        if len(x) > 1:
+            last_budget = np.floor(np.log10(x[-1]) * PER_DECADE + 1e-9)
+            budgets = 10 ** (np.arange(first_budget(x), last_budget + 1) / PER_DECADE)
+            x, loss = budgets, np.interp(np.log(budgets), np.log(x), loss)
+        xs.append(x)
+        losses.append(loss)
+        owners.append(np.full(len(x), i))
     xs, losses, owners = map(np.concatenate, (xs, losses, owners))
-    order = np.lexsort((losses, xs))
-    xs, losses, owners = xs[order], losses[order], owners[order]
-    best = np.minimum.accumulate(losses)
-    keep = np.r_[True, losses[1:] < best[:-1]] if len(xs) else np.zeros(0, bool)
-    return Frontier(xs[keep], losses[keep], owners[keep])
+    best = lower_envelope(xs, losses)
+    return Frontier(xs[best], losses[best], owners[best])
+
+
+def first_budget(x: np.ndarray) -> float:
+    """Number, counted from 1 at PER_DECADE a decade, of the first budget that a curve reaches."""
+    return np.ceil(np.log10(x[0]) * PER_DECADE - 1e-9)
 
 
 class Growth(NamedTuple):
-    """Best size (x per token) = (x / scale)^exponent, and the budgets at which the smallest and largest are the best."""
+    """Best size (x per token) ∝ x^exponent, and the budgets at which the smallest and the largest are the
+    best."""
     exponent: float
-    scale: float
     window: tuple[float, float]
 
 
 def growth_of(frontier: Frontier, sizes: np.ndarray) -> Growth | None:
     """How the best size grows with the budget; None unless three sizes or more are each the best somewhere.
 
-    sizes: x per token of each curve. A size hands over to the next between the last budget of the smaller and the first
-    budget of the larger, and there the best size is the geometric mean of both.
+    sizes: x per token of each curve. A size hands over to the next between the last budget of the smaller and
+    the first budget of the larger, and there the best size is the geometric mean of both.
     """
     owned = np.log(sizes[frontier.owners])
     distinct = np.unique(owned.round(6))
@@ -296,20 +415,19 @@ def growth_of(frontier: Frontier, sizes: np.ndarray) -> Growth | None:
     if slope <= 0:
         return None
     low, high = np.exp((distinct[[0, -1]] - intercept) / slope)
-    return Growth(float(slope), float(np.exp(-intercept / slope)), (float(low), float(high)))
+    return Growth(float(slope), (float(low), float(high)))
 
-
-# ---- Laws -----------------------------------------------------------------------------------------------------------
 
 def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> Law:
-    """L = L∞ + (x / x0)^-a by least squares of relative residuals, L∞ >= 0, with Huber weights; a in [0.01, 3].
+    """L = L∞ + (x / x0)^-a by least squares of relative residuals, L∞ >= 0, with Huber weights; a in [0.01,
+    3].
 
     For each a, L∞ and k = x0^a are linear, so that the search is over a alone: a grid, refined three times.
     Raises ValueError for less than three points.
     """
     if len(x) < 3:
         raise ValueError(f"a power law needs at least 3 points on the frontier; there are {len(x)}")
-    middle = np.exp(np.log(x).mean())  # powers of x / middle stay near 1
+    middle = np.exp(np.log(x).mean())   # powers of x / middle stay near 1
     log_x, relative = np.log(x / middle), 1 / losses
     weights, grid = np.ones(len(x)), np.geomspace(0.01, 3, 60)
     for _ in range(20):
@@ -320,8 +438,8 @@ def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> La
                 grid = np.geomspace(grid[max(0, i - 1)], grid[min(len(grid) - 1, i + 1)], 12)
         a, l_inf, k = float(grid[i]), float(floors[i]), float(ks[i])
         residuals = (l_inf + k * np.exp(-a * log_x) - losses) * relative
-        spread, before = 1.4826 * np.median(np.abs(residuals)), weights
-        weights = np.minimum(1, HUBER * max(spread, 1e-9) / np.maximum(np.abs(residuals), 1e-12))
+        limit, before = HUBER * max(robust_deviation(residuals), 1e-9), weights
+        weights = np.minimum(1, limit / np.maximum(np.abs(residuals), 1e-12))
         if np.abs(before - weights).max() < 0.01:
             break
         grid = np.clip(np.geomspace(a / 2, a * 2, 24), 0.01, 3)
@@ -329,7 +447,8 @@ def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> La
 
 
 def _solve(exponents, log_x, losses, weights, floor):
-    """(L∞, k, weighted squared error) for each exponent: weighted least squares in closed form, L∞ and k not negative."""
+    """(L∞, k, weighted squared error) for each exponent: weighted least squares in closed form, L∞ and k not
+    negative."""
     p = np.exp(-exponents[:, None] * log_x)  # (exponents, points)
     w = weights.sum()
     mean_p, mean_l = p @ weights / w, losses @ weights / w
@@ -352,13 +471,13 @@ class Fit:
     """What one structure's runs say along one axis."""
     label: str
     axis: str
-    runs: list[Run]
+    runs: list[MeasuredRun]
     frontier: Frontier
     used: np.ndarray            # which points of the frontier the law is fitted to
     growth: Growth | None
     law: Law | None             # None where there are less than three points
-    samples: list[Law] = dataclasses.field(default_factory=list)
-    growths: list[float] = dataclasses.field(default_factory=list)  # bootstrap samples of growth.exponent
+    samples: list[Law] = dataclasses.field(default_factory=list)    # of the bootstrap
+    growths: list[float] = dataclasses.field(default_factory=list)  # growth.exponent of the bootstrap
     noise: float = 0.0          # relative, of a run
 
     @property
@@ -368,125 +487,70 @@ class Fit:
         return float(x.min()), float(x.max())
 
 
-def curves_of(runs: list[Run], axis: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(run.x(axis), run.points.losses) for run in runs]
-
-
 def analyse(curves, sizes, window, floor) -> tuple[Frontier, np.ndarray, Growth | None, Law | None]:
-    """(frontier, which of its points count, growth of the best size, law) of one structure's curves."""
+    """(frontier, which of its points count, growth of the best size, law) of one structure's curves, between
+    the budgets of the window; None there stands for where the smallest, or largest, size is the best one."""
     frontier = frontier_of(curves)
     growth = growth_of(frontier, sizes)
-    low, high = (given if given is not None else growth.window[i] if growth else (0, math.inf)[i]
-                 for i, given in enumerate(window))
+    found = growth.window if growth else (0, math.inf)
+    low, high = (end if asked is None else asked for asked, end in zip(window, found))
     used = (frontier.x >= low * 0.999) & (frontier.x <= high * 1.001)
-    if used.sum() < 4 and window == (None, None):  # sizes too close to each other to say where the frontier ends
+    if used.sum() < 4 and window == (None, None):   # sizes too close to each other to say where it ends
         used = np.ones(len(frontier.x), bool)
     law = fit_law(frontier.x[used], frontier.losses[used], floor) if used.sum() >= 3 else None
     return frontier, used, growth, law
 
 
-def same_but_seed(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
-    """(groups of runs that differ in the seed alone, remarks on those left out): of several, those have come to nearly the
-    same end, and none of them ends where another has no evaluation yet."""
-    groups, notes = [], []
-    for same in alike(runs, ("seed",)):
-        least = max(SHARE * max(run.points.tokens[-1] for run in same), *(run.points.tokens[0] for run in same))
-        groups.append([run for run in same if run.points.tokens[-1] >= least])
-        notes += [f"{run.name}: left out of its seeds' mean, it ends after {run.points.tokens[-1]:,.0f} tokens; another "
-                  "goes on" for run in same if run.points.tokens[-1] < least]
-    return groups, notes
-
-
-def mean_of_seeds(groups: list[list[Run]]) -> list[Run]:
-    """One run for each group of runs that differ in the seed alone: the mean of their losses, as long as all of them go on.
-    The least of several seeds would make a frontier too low, and only where there are several."""
-    means = []
-    for same in groups:
-        first = min(same, key=lambda run: run.points.tokens[-1])
-        tokens = first.points.tokens[first.points.tokens >= max(run.points.tokens[0] for run in same)]
-        losses = np.mean([np.interp(tokens, *run.points) for run in same], axis=0)
-        per_token = {axis: statistics.mean(run.flops_per_token[axis] for run in same) for axis in first.flops_per_token
-                     if all(axis in run.flops_per_token for run in same)}
-        means.append(dataclasses.replace(first, points=Points(tokens, losses), flops_per_token=per_token))
-    return means
-
-
-def seed_noise(groups: list[list[Run]]) -> tuple[float | None, list[str]]:
-    """(relative standard deviation of a run's loss between seeds, pooled over all groups of runs that differ in the seed
-    alone; None without any, a line for each group)."""
-    squares, freedom, lines = 0.0, 0, []
-    for same in (g for g in groups if len(g) > 1):
-        tokens = min(run.points.tokens[-1] for run in same)
-        losses = np.array([np.interp(tokens, *run.points) for run in same])
-        squares += float(((losses / losses.mean() - 1) ** 2).sum())
-        freedom += len(same) - 1
-        lines.append(f"{same[0].label}, {same[0].size}: {', '.join(f'{v:.4f}' for v in losses)} after {tokens:,.0f} tokens")
-    return (math.sqrt(squares / freedom) if freedom else None), lines
-
-
-def point_noise(runs: list[Run]) -> float:
-    """Relative standard deviation of an evaluation about its run's curve: from second differences over log tokens, of
-    the later half of each run, where the curve bends least."""
-    found = []
-    for run in runs:
-        x, y = np.log(run.points.tokens), run.points.losses
-        half = slice(len(x) // 2, None)
-        x, y = x[half], y[half] / y[-1]
-        if len(x) >= 5:
-            t = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
-            found.append((y[1:-1] - (1 - t) * y[:-2] - t * y[2:]) / np.sqrt(1 + (1 - t) ** 2 + t ** 2))
-    return float(1.4826 * np.median(np.abs(np.concatenate(found)))) if found else 0.0
-
-
-def fit_structure(label: str, runs: list[Run], axis: str, *, window=(None, None), floor=None, samples=300,
-                  noise: float | None = None, rng=None) -> Fit:
-    """Frontier, law and bootstrap of one structure's runs. noise: relative, between seeds; None: from the residuals."""
-    runs = sorted(runs, key=lambda run: run.flops_per_token[axis])
-    curves, sizes = curves_of(runs, axis), np.array([run.flops_per_token[axis] for run in runs])
-    frontier, used, growth, law = analyse(curves, sizes, window, floor)
-    fit = Fit(label, axis, runs, frontier, used, growth, law)
-    if law is None:
+def fit_structure(label: str, runs: list[MeasuredRun], axis: str, *, window=(None, None), floor=None,
+                  samples=300, noise: float | None = None, rng=None) -> Fit:
+    """Frontier, law and bootstrap of one structure's runs. noise: relative, between seeds; None: from the
+    residuals."""
+    runs = sorted(runs, key=lambda run: run.per_token[axis])
+    curves = [(run.x(axis), run.points.losses) for run in runs]
+    sizes = np.array([run.per_token[axis] for run in runs])
+    fit = Fit(label, axis, runs, *analyse(curves, sizes, window, floor))
+    if fit.law is None:
         return fit
-    within = point_noise(runs)
-    residuals = frontier.losses[used] / law.loss(frontier.x[used]) - 1
-    owners = frontier.owners[used]
-    means = [residuals[owners == i].mean() for i in np.unique(owners)]  # a run's points err together
+    x, losses, owners = (column[fit.used] for column in fit.frontier)
+    residuals = losses / fit.law.loss(x) - 1
+    means = [residuals[owners == i].mean() for i in np.unique(owners)]  # the points of a run err the same way
     between = math.sqrt(sum(m * m for m in means) / max(1, len(means) - 2))
-    fit.noise = max(noise or 0.0, between)
+    fit.noise, within = max(noise or 0.0, between), point_noise(runs)
     rng = rng or np.random.default_rng(0)
-    span = (window[0] or frontier.x[used][0], window[1] or frontier.x[used][-1])
+    span = (window[0] or x[0], window[1] or x[-1])
     for _ in range(samples):
-        moved = [(x, y * (1 + fit.noise * rng.standard_normal() + within * rng.standard_normal(len(y)))) for x, y in curves]
-        _, _, g, sample = analyse(moved, sizes, span, floor)
-        if sample is not None:
-            fit.samples.append(sample)
-        if g is not None:
-            fit.growths.append(g.exponent)
+        moved = [(x, y * (1 + fit.noise * rng.standard_normal() + within * rng.standard_normal(len(y))))
+                 for x, y in curves]
+        _, _, growth, law = analyse(moved, sizes, span, floor)
+        fit.samples += [law] if law else []
+        fit.growths += [growth.exponent] if growth else []
     return fit
 
 
-def multipliers(fit: Fit, base: Fit, x: np.ndarray, level: float) -> list[tuple[float, float, float] | None]:
-    """(multiplier, low, high) at each x: what base needs for the loss that fit has there, ÷ x. None where x is outside
-    of what fit has measured, or its loss outside of what base has."""
-    found: list[tuple[float, float, float] | None] = []
+def multipliers(fit: Fit, base: Fit, x: Iterable[float], level: float) -> list[tuple | None]:
+    """(multiplier, low, high) at each x: what base needs for the loss that fit has there, ÷ x. None where x
+    is outside of what fit has measured, or its loss outside of what base has."""
+    found: list[tuple | None] = []
     losses = base.frontier.losses[base.used]
+    low, high = fit.range
     for at in x:
-        low, high = fit.range
         if not (low * 0.999 <= at <= high * 1.001 and losses.min() <= fit.law.loss(at) <= losses.max()):
             found.append(None)
             continue
-        drawn = [float(b.x(f.loss(at))) / at for f, b in zip(fit.samples, base.samples)]
         value = float(base.law.x(fit.law.loss(at))) / at
+        drawn = [float(b.x(f.loss(at))) / at for f, b in zip(fit.samples, base.samples)]
         found.append((value, *interval(drawn, level)) if math.isfinite(value) else None)
     return found
 
 
 def measured_multipliers(fit: Fit, base: Fit) -> np.ndarray:
-    """The multiplier at each point of the frontier without a law: what base's frontier needs ÷ x, nan where it has no such loss."""
+    """The multiplier at each point of the frontier without a law: what base's frontier needs ÷ x, nan where
+    it has no such loss."""
     return base.frontier.x_for(fit.frontier.losses) / fit.frontier.x
 
 
 def interval(values: list[float], level: float) -> tuple[float, float]:
+    """The quantiles that hold this share of the values between them; nan where there are none."""
     if not values:
         return math.nan, math.nan
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="nearest")

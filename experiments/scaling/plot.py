@@ -1,7 +1,8 @@
-"""Figures of scaling laws, from the fit.json that scaling_report.py writes; for scaling.py.
+"""Figures of scaling laws, from the fit.json that report.py writes, and how every figure of the experiments
+is drawn.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; each structure also has a marker and a line style of its
-own, so that a grey print shows as much. Every figure is written as svg and as png.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Each structure also has a marker and a
+line style of its own, so that a grey print shows as much. Every figure is written as svg and as png.
 """
 import contextlib
 import json
@@ -9,18 +10,33 @@ import os
 
 import numpy as np
 
-FIGURES = ("frontier", "frontier_without_output_layer", "wall_clock", "multiplier", "params")
-CURVE = {"x", "loss", "used", "law", "multipliers", "measured_multipliers"}   # of a structure along an axis, in fit.json
+from experiments.scaling.fit import AXES, Law
+
+AXIS_FIGURES = {"frontier": "flops", "frontier_without_output_layer": "flops_without_output_layer",
+                "wall_clock": "seconds"}
+FIGURES = (*AXIS_FIGURES, "multiplier", "params")
+CURVE = {"x", "loss", "used", "law", "multipliers", "measured_multipliers"}     # keys of each in fit.json
+LOSS = "validation loss, nats per token"
 # yellow is left out: on white it is too faint for a line
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 MARKERS = "os^DvPX*<>hp"
-LINES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (10, 3)),
-         (0, (2, 2, 6, 2)), (0, (4, 1, 4, 4)))
+LINES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)),
+         (0, (10, 3)), (0, (2, 2, 6, 2)), (0, (4, 1, 4, 4)))
+
+
+@contextlib.contextmanager
+def optional_figures():
+    """Without matplotlib there is a remark instead of a figure."""
+    try:
+        yield
+    except ImportError:
+        print("no figures: they need matplotlib (pip install -r requirements-dev.txt)")
 
 
 def style(i: int) -> dict:
     """Colour, marker and line style of the i-th structure: all three together repeat after 72."""
-    return dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)])
+    return {key: values[i % len(values)]
+            for key, values in (("color", COLORS), ("marker", MARKERS), ("linestyle", LINES))}
 
 
 def pyplot(salt: str):
@@ -33,14 +49,14 @@ def pyplot(salt: str):
 
 
 def axes(plt, panels: int = 1, rows: int = 1, **options):
-    """(figure, its axes: a row, or an array of rows where there are several)."""
-    fig, found = plt.subplots(rows, panels, figsize=(4.6 + 3.4 * (panels - 1) + 1.5, 0.8 + 3.2 * rows), squeeze=False,
-                              layout="constrained", **options)
-    for ax in found.flat:
+    """(figure, its axes as an array of rows)."""
+    fig, grid = plt.subplots(rows, panels, figsize=(2.7 + 3.4 * panels, 0.8 + 3.2 * rows), squeeze=False,
+                             layout="constrained", **options)
+    for ax in grid.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
-    return fig, found[0] if rows == 1 else found
+    return fig, grid
 
 
 def plain_ticks(axis) -> None:
@@ -48,7 +64,8 @@ def plain_ticks(axis) -> None:
     from matplotlib import ticker
     low, high = axis.get_view_interval()
     decades = np.log10(high / low)
-    subs = (1, 2, 5) if decades > 1.2 else (1, 1.5, 2, 3, 4, 5, 7) if decades > 0.5 else tuple(np.arange(1, 10, 0.2).round(1))
+    fine = (1, 1.5, 2, 3, 4, 5, 7) if decades > 0.5 else tuple(np.arange(1, 10, 0.2).round(1))
+    subs = (1, 2, 5) if decades > 1.2 else fine
     axis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
@@ -59,13 +76,16 @@ def log_x(ax) -> None:
     from matplotlib import ticker
     ax.set_xscale("log")
     low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1,) if np.log10(high / low) > 2 else (1, 2, 5)))
-    ax.xaxis.set_major_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf)))
+    subs = (1,) if np.log10(high / low) > 2 else (1, 2, 5)
+    ax.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
+    plain = ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf))
+    ax.xaxis.set_major_formatter(plain)
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(plt, fig, ax, folder: str, name: str) -> None:
-    """Write a figure, its legend beside the axes."""
+    """Write a figure, the legend of `ax` beside all axes, into a folder that is made if need be."""
+    os.makedirs(folder, exist_ok=True)
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         fig.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3.2)
@@ -84,13 +104,11 @@ def draw_frontier(ax, fitted: dict, looks: dict, curves: list[dict], axis: str) 
         x, loss, used = np.array(f["x"]), np.array(f["loss"]), np.array(f["used"], bool)
         every = max(1, len(x) // 12)
         for part, fill in ((used, look["color"]), (~used, "none")):
-            ax.plot(x[part][::every], loss[part][::every], color=look["color"], marker=look["marker"], linestyle="none",
-                    markersize=4.5, markerfacecolor=fill, markeredgewidth=0.9)
+            ax.plot(x[part][::every], loss[part][::every], markersize=4.5, markerfacecolor=fill,
+                    markeredgewidth=0.9, **look | dict(linestyle="none"))
         if f["law"] is not None:
             at = np.geomspace(x[used].min(), x[used].max(), 100)
-            law = f["law"]
-            ax.plot(at, law["floor"] + (at / law["scale"]) ** -law["exponent"], color=look["color"], linewidth=1.5,
-                    linestyle=look["linestyle"])
+            ax.plot(at, Law(**f["law"]).loss(at), linewidth=1.5, **look | dict(marker="none"))
         ax.plot([], [], label=label, markersize=4.5, linewidth=1.5, **look)
     log_x(ax)
     ax.set_yscale("log")
@@ -100,8 +118,8 @@ def draw_frontier(ax, fitted: dict, looks: dict, curves: list[dict], axis: str) 
 
 
 def draw_multipliers(ax, fitted: dict, looks: dict, base: str) -> list[float]:
-    """For each structure: by the laws, a line and its interval; by the frontiers' points, markers. 1 for the base. Returns
-    all multipliers."""
+    """For each structure: by the laws, a line and its interval; by the frontiers' points, markers. 1 for the
+    base. Returns all multipliers."""
     found = [1.0]
     for label, f in fitted.items():
         look = looks[label]
@@ -138,6 +156,7 @@ def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
 
 def read_fit(folder: str) -> dict:
     """What fit.json holds. Raises ValueError where it is not there, or is none that can be drawn."""
+    advice = "make it with python -m experiments.scaling fit"
     try:
         with open(os.path.join(folder, "fit.json"), encoding="utf-8") as f:
             found = json.load(f)
@@ -145,46 +164,50 @@ def read_fit(folder: str) -> dict:
         for of_axis in () if missing else found["axes"].values():
             missing = missing.union(*(CURVE - curve.keys() for curve in of_axis.values()))
     except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise ValueError(f"there is no fit.json that can be read in {folder!r}: make it with scaling.py fit") from e
+        raise ValueError(f"there is no fit.json that can be read in {folder!r}: {advice}") from e
     if missing:
-        raise ValueError(f"fit.json in {folder!r} is of another version, without {min(missing)}: make it anew with scaling.py "
-                         "fit")
+        raise ValueError(f"fit.json in {folder!r} is of another version, without {min(missing)}: {advice}")
     return found
 
 
-def plot(folder: str) -> None:
-    """All FIGURES there are data for, .svg and .png, beside fit.json. Raises ValueError without that, before any is touched."""
-    found = read_fit(folder)
-    plt = pyplot("scaling")
-    for name in FIGURES:    # one that is not drawn this time would tell of other runs
+def remove_figures(folder: str) -> None:
+    """Those of an earlier fit: one that is not drawn this time would be of other runs."""
+    for name in FIGURES:
         for kind in ("svg", "png"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, f"{name}.{kind}"))
-    loss, by_axis = "validation loss, nats per token", found["axes"]
+
+
+def plot(folder: str) -> None:
+    """All FIGURES there are data for, .svg and .png, beside fit.json. Raises ValueError without that, before
+    any is touched."""
+    found = read_fit(folder)
+    plt = pyplot("scaling")
+    remove_figures(folder)
+    by_axis, base = found["axes"], found["base"]
     labels = dict.fromkeys(label for of_axis in by_axis.values() for label in of_axis)
     looks = {label: style(i) for i, label in enumerate(labels)}
-    for name, axis, what in (("frontier", "flops", "training FLOPs"), ("wall_clock", "seconds", "training time, s"),
-                             ("frontier_without_output_layer", "flops_without_output_layer",
-                              "training FLOPs without the output layer")):
+    for name, axis in AXIS_FIGURES.items():
         if axis in by_axis:
-            fig, (ax,) = axes(plt)
+            fig, [[ax]] = axes(plt)
             draw_frontier(ax, by_axis[axis], looks, found["curves"], axis)
-            ax.set(xlabel=what, ylabel=loss)
+            ax.set(xlabel=AXES[axis], ylabel=LOSS)
             save(plt, fig, ax, folder, name)
-    panels = [(axis, what) for axis, what in (("flops", "training FLOPs"), ("seconds", "training time, s")) if axis in by_axis]
-    if any(m for axis, _ in panels for f in by_axis[axis].values() for m in f["multipliers"]):
-        fig, both = axes(plt, len(panels), sharey=True)
+    panels = [axis for axis in ("flops", "seconds") if axis in by_axis]
+    if any(gain for axis in panels for f in by_axis[axis].values() for gain in f["multipliers"]):
+        fig, [row] = axes(plt, len(panels), sharey=True)
         gains = []
-        for ax, (axis, what) in zip(both, panels):
-            gains += draw_multipliers(ax, by_axis[axis], looks, found["base"])
-            ax.set(xlabel=what, title=("Compute" if axis == "flops" else "Time") + f" that {found['base']} needs ÷ needed")
-        both[0].set_ylim(min(gains) / 1.5, max(gains) * 1.5)    # an interval may be far wider than all that was found
-        plain_ticks(both[0].yaxis)
-        both[0].set_ylabel("multiplier")
-        save(plt, fig, both[0], folder, "multiplier")
-    fig, both = axes(plt, 2, sharey=True)
-    for ax, (key, what) in zip(both, (("params", "parameters"), ("active_params", "active parameters"))):
+        for ax, axis in zip(row, panels):
+            gains += draw_multipliers(ax, by_axis[axis], looks, base)
+            what = "Compute" if axis == "flops" else "Time"
+            ax.set(xlabel=AXES[axis], title=f"{what} that {base} needs ÷ needed")
+        row[0].set_ylim(min(gains) / 1.5, max(gains) * 1.5)     # an interval may be far wider
+        plain_ticks(row[0].yaxis)
+        row[0].set_ylabel("multiplier")
+        save(plt, fig, row[0], folder, "multiplier")
+    fig, [row] = axes(plt, 2, sharey=True)
+    for ax, (key, what) in zip(row, (("params", "parameters"), ("active_params", "active parameters"))):
         draw_params(ax, found["runs"], looks, key)
         ax.set_xlabel(what)
-    both[0].set_ylabel(loss + ", at each run's end")
-    save(plt, fig, both[0], folder, "params")
+    row[0].set_ylabel(LOSS + ", at each run's end")
+    save(plt, fig, row[0], folder, "params")

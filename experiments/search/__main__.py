@@ -118,7 +118,7 @@ def check_keys() -> None:
 def shared_settings() -> dict:
     """Keys of train.py that all trials share: those that differ from its defaults, and the most important."""
     settings = configurator.configure({"__file__": launcher.TRAIN}, train_arguments)
-    defaults = points.train_defaults()
+    defaults = launcher.train_defaults()
     flags = {a.partition("=")[0].removeprefix("--").replace("-", "_") for a in train_arguments}
     for key in points.CHOSEN:
         if key in flags or key in points.STRUCTURAL and settings[key] != defaults[key]:

@@ -9,12 +9,13 @@ import os
 
 import numpy as np
 
-from experiments import launcher
+from experiments.launcher import train_defaults
 from experiments.scaling import fit as scaling_fit
 from experiments.scaling import plot as scaling_plot
-from experiments.scaling.report import number, round_all, table, write_csv
-from experiments.search.space import LEVELS, theta_text, train_defaults
+from experiments.scaling.report import markdown_table, number, round_all, write_csv
+from experiments.search.space import LEVELS, theta_text
 from experiments.search.study import counted, optuna
+from lib.log import read_log
 from structured import Theta
 
 PANELS = dict(omega="ω, parameter sharing", psi="ψ, rank", nu="ν, compute intensity")
@@ -47,9 +48,8 @@ def rows_of(study: optuna.Study) -> list[dict]:
 class DenseCurve:
     """The FLOPs that dense needs for a loss: between measured points by interpolation in logarithms."""
     def __init__(self, flops, losses, source: str):
-        order = np.argsort(flops)
-        flops, losses = np.asarray(flops, float)[order], np.asarray(losses, float)[order]
-        lower = np.r_[True, losses[1:] < np.minimum.accumulate(losses)[:-1]]
+        flops, losses = np.asarray(flops, float), np.asarray(losses, float)
+        lower = scaling_fit.lower_envelope(flops, losses)
         self.flops, self.losses, self.source = flops[lower], losses[lower], source
 
     def share(self, flops: float, loss: float) -> str:
@@ -96,7 +96,7 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
 def own_dense_curve(rows: list[dict], out: str) -> DenseCurve | None:
     """The evaluations of the first row's run."""
     points = [(p["flops"], p["val_loss"]) for row in rows[:1]
-              for p in launcher.read_log(os.path.join(out, row["run"]))
+              for p in read_log(os.path.join(out, row["run"]))
               if p.get("type") == "eval" and p["iter"] and p["val_loss"] is not None]
     source = "the study's own, trial {trial}, one width along its training"
     return DenseCurve(*zip(*points), source.format(**rows[0])) if points else None
@@ -184,13 +184,14 @@ def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, early:
                     f"{curve.source}.")
         head.append("share of dense's compute")
         cells = [[*line, r["share_of_dense"]] for line, r in zip(cells, complete)]
-    text.append(table(head, cells))
+    text.append(markdown_table(head, cells))
     if pruned:
         text += ["## Pruned", "At the share of the budget that each had. Losses at different shares do not "
                  "compare.",
-                 table(["structure, θ", "width", "ω", "ψ", "ν", "budget", "loss", f"loss at {early}"],
-                       [[r["structure"], str(r["width"]), *taxonomy(r), f"{r['share_of_budget']:.0%}",
-                         f"{r['loss']:.4f}", f"{r['first_loss']:.4f}"] for r in pruned])]
+                 markdown_table(
+                     ["structure, θ", "width", "ω", "ψ", "ν", "budget", "loss", f"loss at {early}"],
+                     [[r["structure"], str(r["width"]), *taxonomy(r), f"{r['share_of_budget']:.0%}",
+                       f"{r['loss']:.4f}", f"{r['first_loss']:.4f}"] for r in pruned])]
     if failed:
         lines = [f"- trial {r['trial']}, {r['structure']}: {r['why']}" for r in failed]
         text += ["## Failed", "\n".join(lines)]
@@ -202,7 +203,7 @@ def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, early:
         text += ["## Importance of the parameters", "PED-ANOVA, Optuna's: how much a parameter decides "
                  "whether a trial is among the best tenth. alpha and delta are the shares of what θγ and θφ "
                  "leave.",
-                 table(["loss at", "trials", *names],
+                 markdown_table(["loss at", "trials", *names],
                        [[at, str(len(losses[at])), *(f"{found.get(name, 0):.2f}" for name in names)]
                         for at, found in shares.items()])]
     return "\n\n".join(text) + "\n"

@@ -24,7 +24,6 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-import configurator
 from experiments import launcher
 from structured import STRUCTURES, Sizes, Theta
 
@@ -75,11 +74,6 @@ def structure_name(theta: Theta) -> str | None:
             if any(math.dist(known[:6], same[:6]) < 1e-9 for same in (theta, swapped(theta))):
                 return name
     return None
-
-
-def train_defaults() -> dict:
-    """{key of train.py: its default}."""
-    return {key.name: key.default for key in configurator.read_keys(launcher.TRAIN).values()}
 
 
 class Point(NamedTuple):
@@ -232,7 +226,7 @@ class Space:
             values |= dict(rank=point.rank)
         if point.num_experts:
             values |= dict(num_experts=point.num_experts, top_k=point.top_k)
-        defaults = train_defaults()
+        defaults = launcher.train_defaults()
         runs = [launcher.make_run(point.label, values | dict(learning_rate=rate), defaults, root)
                 for rate in self.learning_rates]
         if abs(runs[0].flops / self.flops - 1) > self.tolerance + 1e-9:

@@ -27,6 +27,7 @@ import filelock
 from configurator import fail, show
 from experiments import launcher
 from experiments.search.space import Point, Space, indices_of
+from lib.log import read_log
 from structured import STRUCTURES
 
 try:
@@ -182,7 +183,7 @@ class Training:
         status = self.process and self.process.poll()  # before the log: until it ends it may write
         every = self.run.settings["eval_interval"]
         self.losses = {p["iter"] // every: math.inf if p["val_loss"] is None else p["val_loss"]
-                       for p in launcher.read_log(self.run.folder)
+                       for p in read_log(self.run.folder)
                        if p.get("type") == "eval" and p["iter"] and p["iter"] % every == 0}
         if math.inf in self.losses.values():
             self.error = DIVERGED
@@ -356,7 +357,7 @@ class Search:
         return behind
 
     def store_run(self, trial: optuna.Trial, run: launcher.Run) -> None:
-        start = next((p for p in launcher.read_log(run.folder) if p.get("type") == "run"), {})
+        start = next((p for p in read_log(run.folder) if p.get("type") == "run"), {})
         trial.set_user_attr("run", dict(
             folder=os.path.relpath(run.folder, self.out), settings=run.settings, flops=run.flops,
             params=start.get("params"), ms_per_iter=launcher.speed(run)[1]))

@@ -1,18 +1,26 @@
-"""bench.py: what it counts and writes, never how fast anything is."""
+"""experiments.bench: what it counts and writes, never how fast anything is."""
+import importlib
 import json
+import sys
 
 import pytest
 
-import structured
+NAMES = ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "einsum", "dyad", "btt_moe"]
 
 
-def test_bench(run, tmp_path):
-    told = run("experiments.bench", "--widths=32,64", "--tokens=96", "--turns=2", "--steps=2", "--n_embd=32", "--head_size=16",
-                   "--n_layer=1", "--block_size=16", "--batch_size=2", f"--out={tmp_path}/results/b")
-    assert told.returncode == 0, told.stderr
-    result = json.loads((tmp_path / "results" / "b.json").read_text())
-    names = ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "einsum", "dyad", "btt_moe"]
-    assert [(r["width"], r["layer"]) for r in result["layers"]] == [(d, n) for d in (32, 64) for n in ["nn.Linear", *names]]
+def test_bench_writes_a_row_for_each_layer_and_config(run, tmp_path):
+    done = run("experiments.bench", "--widths=32,64", "--tokens=96", "--turns=2", "--steps=2", "--n_embd=32",
+               "--head_size=16",
+               "--n_layer=1", "--block_size=16", "--batch_size=2", f"--out={tmp_path}/b")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "b" / "bench.json").read_text())
+    assert [(r["width"], r["layer"]) for r in result["layers"]] == [(d, n) for d in (32, 64)
+                                                                    for n in ["nn.Linear", *NAMES]]
+    assert [r["config"] for r in result["steps"]] == [*NAMES, "moe"]
+    for row in result["layers"]:
+        low, high = row["quartiles"]
+        assert low <= row["ratio"] <= high and row["ms"] > 0
+        assert f"| {row['width']} | {row['layer']} | " in done.stdout
     rows = {(r["width"], r["layer"]): r for r in result["layers"]}
     for d in (32, 64):
         linear, dense = rows[d, "nn.Linear"], rows[d, "dense"]
@@ -20,27 +28,58 @@ def test_bench(run, tmp_path):
         # output, its gradient in x, and the gradient of the weight: nothing else is alive at the peak
         assert linear["peak_bytes"] == pytest.approx(4 * (2 * 96 * d + d * d), rel=0.05)
         assert dense["peak_bytes"] == pytest.approx(linear["peak_bytes"], rel=0.05)
-        # the output, and for two factors z; no scratch
-        assert linear["kept_bytes"] == dense["kept_bytes"] == 4 * 96 * d
-        sizes = structured.linear("monarch", d, d).sizes
-        assert rows[d, "monarch"]["kept_bytes"] == pytest.approx(4 * 96 * (d + sizes.gamma * sizes.phi), rel=0.2)
-        # output, z, gradient in x, and two pieces of scratch, of which later runs have the memory already
-        assert d == 32 or rows[d, "monarch"]["peak_bytes"] > 4 * 4.9 * 96 * d
-        assert rows[d, "dyad"]["flops"] == 0.5 and rows[d, "btt_moe"]["flops"] > rows[d, "monarch"]["flops"]
-    for row in result["layers"]:
-        low, high = row["quartiles"]
-        assert low <= row["ratio"] <= high and row["ms"] > 0 and row["peak_bytes"] > 0
-        assert row["time_per_flop"] == pytest.approx(row["ratio"] / row["flops"])
-        assert f"| {row['width']} | {row['layer']} | " in told.stdout
-    assert [r["config"] for r in result["steps"]] == [*names, "moe"]
-    assert all(r["tokens_per_s"] == pytest.approx(32 / r["ms"] * 1e3) for r in result["steps"])
+        assert linear["kept_bytes"] == dense["kept_bytes"] == 4 * 96 * d    # the output
+    # at 64 Monarch is 8 blocks of 8 x 8, twice: the output and z, of 64 numbers a token each; no scratch
+    assert rows[64, "monarch"]["kept_bytes"] == pytest.approx(4 * 96 * (64 + 64), rel=0.2)
+    # output, z, gradient in x, and two pieces of scratch, of which later runs have the memory already
+    assert rows[64, "monarch"]["peak_bytes"] > 4 * 4.9 * 96 * 64
+    assert rows[64, "dyad"]["flops"] == 0.5         # two matrices of 4 blocks of 16 x 16: 2048 of 4096
+    assert rows[64, "monarch"]["flops"] == 0.25     # 8 · 8 · 8, twice: 1024
+    assert rows[64, "btt_moe"]["flops"] == 0.625    # two experts of Monarch's, and a router of 64 x 8: 2560
     assert result["steps"][0]["speed"] == result["steps"][0]["flops"] == 1
     assert result["machine"]["threads"] == 1 and result["config"]["tokens"] == 96
 
 
-@pytest.mark.parametrize("flags, word", [(["--structs=bt"], "'bt'"), (["--turns=0"], "turns"), (["--device=nothing"], "nothing"),
-                                         (["--widths=97,", "--structs=btt"], "97"), (["--dtype=int8"], "int8")])
-def test_bench_refuses(run, tmp_path, flags, word):
-    told = run("experiments.bench", *flags, "--tokens=8", "--step=False", f"--out={tmp_path}/b")
-    assert told.returncode == 1 and told.stderr.startswith("error: ") and word in told.stderr
-    assert told.stderr.count("\n") == 1 and not (tmp_path / "b.json").exists()
+@pytest.fixture
+def bench(monkeypatch):
+    """The module, small, with known times of three turns instead of measured ones."""
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    module = importlib.import_module("experiments.bench")
+    for key, value in dict(tokens=8, n_embd=32, head_size=16, n_layer=1, block_size=16, batch_size=2,
+                           structures={"dense": {}, "low_rank": dict(struct="low_rank")}).items():
+        monkeypatch.setattr(module, key, value)
+    times = {"nn.Linear": [1.0, 2.0, 4.0], "dense": [1.0, 4.0, 8.0], "low_rank": [2.0, 2.0, 2.0]}
+    monkeypatch.setattr(module, "take_turns", lambda runs, count: {name: times[name] for name in runs})
+    return module
+
+
+def test_ratios_are_taken_turn_by_turn(bench):
+    linear, dense, low_rank = bench.bench_layers(64)
+    assert linear["ratio"] == 1 and dense["ratio"] == 2 and dense["quartiles"] == [1.5, 2.0]
+    assert low_rank["ratio"] == 1 and low_rank["quartiles"] == [0.75, 1.5] and low_rank["ms"] == 2
+    assert low_rank["flops"] == 0.25    # rank 8: 64 · 8, twice, of 64 · 64
+    assert low_rank["time_per_flop"] == 4
+
+
+def test_steps_are_compared_with_dense(bench):
+    dense, low_rank = bench.bench_steps()
+    # 2 x 16 tokens in 4 ms and 2 ms
+    assert dense["tokens_per_s"] == 8000 and low_rank["tokens_per_s"] == 16_000
+    assert low_rank["speed"] == 2 and low_rank["quartiles"] == [1.25, 3.0]
+
+
+def test_the_first_two_turns_are_not_timed(bench, monkeypatch):
+    monkeypatch.undo()
+    calls = []
+    times = bench.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 5 and [len(times[name]) for name in "ab"] == [3, 3]
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--structs=bt"], "'bt'"), (["--turns=0"], "turns"), (["--device=nothing"], "nothing"),
+    (["--dtype=int8"], "int8"),
+    (["--widths=97,", "--structs=btt"], "97")])
+def test_mistakes_are_one_sentence(run, tmp_path, flags, word):
+    done = run("experiments.bench", *flags, "--tokens=8", "--step=False", f"--out={tmp_path}/b")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and word in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "b").exists()

@@ -1,8 +1,9 @@
-"""scaling.py fit and plot: laws of runs whose truth is known."""
+"""python -m experiments.scaling fit and plot: laws of runs whose truth is known."""
 import csv
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,47 +11,56 @@ import pytest
 from experiments.scaling import fit as scaling_fit
 from experiments.scaling import plot as scaling_plot
 from experiments.scaling import report as scaling_report
-from experiments.scaling.fit import Law, Points, Run
+from experiments.scaling.fit import Law, MeasuredRun, Points
+from tests.conftest import ROOT
+from tests.experiments.logs import write_log
 
-
-# ---- Frontiers and laws ---------------------------------------------------------------------------------------------
 
 def chinchilla(params, tokens, m=1.0):
     """Loss of a model of so many parameters after so many tokens, where each token counts m times."""
     return 1.0 + 60 * params ** -0.35 + 500 * (m * tokens) ** -0.4
 
 
-EXPONENT = 0.35 * 0.4 / (0.35 + 0.4)     # of the compute-optimal frontier, at 6 · params · tokens FLOPs (Hoffmann et al., 2022)
+# of the compute-optimal frontier, at 6 · params · tokens FLOPs (Hoffmann et al., 2022)
+EXPONENT = 0.35 * 0.4 / (0.35 + 0.4)
 GROWTH = 0.4 / (0.35 + 0.4)              # of the best size
 
 
 def best_tokens(params, m):
-    """Tokens after which this size is the best one for what has been spent: both terms of the loss fall at the same rate."""
+    """Tokens after which this size is the best one for what has been spent: both terms of the loss fall at
+    the same rate."""
     return (0.4 * 500 / (0.35 * 60) * params ** 0.35) ** 2.5 / m
 
 
 def synthetic(label, m, seed, noise=0.004, sizes=np.geomspace(1e5, 3e6, 5)):
-    """Runs of a structure that needs 1 / m of dense's compute for every loss, with noise between runs and within them."""
+    """Runs of a structure that needs 1 / m of dense's compute for every loss, with noise between runs and
+    within them."""
     rng, found = np.random.default_rng(seed), []
     for params in sizes:
         tokens = np.arange(1, 41) / 40 * 12 * best_tokens(params, m)
-        losses = chinchilla(params, tokens, m) * (1 + noise * rng.standard_normal() + 0.001 * rng.standard_normal(40))
+        off = noise * rng.standard_normal() + 0.001 * rng.standard_normal(40)
+        losses = chinchilla(params, tokens, m) * (1 + off)
         config = dict(n_embd=int(params), n_layer=3, seed=1, learning_rate=3e-3, decay_lr=False, max_iters=40)
         per_token = {"flops": 6 * params, "flops_without_output_layer": 5 * params, "seconds": 1e-9 * params}
-        found.append(Run(f"{label}-{params:.0f}", label, config, int(params), int(params), per_token, Points(tokens, losses), 1.0))
+        found.append(MeasuredRun(f"{label}-{params:.0f}", label, config, int(params), int(params), per_token,
+                                 Points(tokens, losses), 1.0))
     return found
 
 
 def test_laws_are_recovered_within_their_intervals():
-    """90 % intervals of a, L∞ and the multiplier hold the truth in nearly 90 % of all cases; 12 seeds, at least 8 of each."""
+    """90 % intervals of a, L∞ and the multiplier hold the truth in nearly 90 % of all cases; 12 seeds, at
+    least 8 of each."""
     hits = dict(a=0, floor=0, multiplier=0)
     for seed in range(12):
         rng = np.random.default_rng(seed)
-        base = scaling_fit.fit_structure("dense", synthetic("dense", 1, seed), "flops", samples=40, noise=0.004, rng=rng)
-        better = scaling_fit.fit_structure("btt", synthetic("btt", 3, 100 + seed), "flops", samples=40, noise=0.004, rng=rng)
+        base = scaling_fit.fit_structure("dense", synthetic("dense", 1, seed), "flops", samples=40,
+                                         noise=0.004, rng=rng)
+        better = scaling_fit.fit_structure("btt", synthetic("btt", 3, 100 + seed), "flops", samples=40,
+                                           noise=0.004, rng=rng)
         low, high = scaling_fit.interval([law.exponent for law in base.samples], 0.9)
         hits["a"] += low <= EXPONENT <= high
-        assert abs(base.law.exponent / EXPONENT - 1) < 0.25 and high - low < EXPONENT  # no interval that holds everything
+        assert abs(base.law.exponent / EXPONENT - 1) < 0.25
+        assert high - low < EXPONENT  # no interval that holds everything
         low, high = scaling_fit.interval([law.floor for law in base.samples], 0.9)
         hits["floor"] += low <= 1 <= high
         (value, low, high), = scaling_fit.multipliers(better, base, [math.sqrt(math.prod(better.range))], 0.9)
@@ -77,42 +87,28 @@ def test_a_law_without_noise_is_exact():
 
 def test_frontier_is_the_least_of_all_curves():
     """Against the least of all curves at every budget, computed by hand; single points are ends of runs."""
-    curves = [(x, 1 + k * x ** -a) for k, a, x in ((3e2, 0.5, np.geomspace(1e4, 1e7, 30)), (6e4, 0.8, np.geomspace(1e5, 1e8, 30)),
+    curves = [(x, 1 + k * x ** -a) for k, a, x in ((3e2, 0.5, np.geomspace(1e4, 1e7, 30)),
+                                                   (6e4, 0.8, np.geomspace(1e5, 1e8, 30)),
                                                    (1, 0.0001, np.geomspace(1e5, 1e8, 30)))]
     frontier = scaling_fit.frontier_of(curves)
     expected = []
     for x in 10 ** (np.arange(4 * 12, 8 * 12 + 1) / 12):
-        there = [np.interp(np.log(x), np.log(c), l) if c[0] * 0.999 <= x <= c[-1] * 1.001 else np.inf for c, l in curves]
+        there = [np.interp(np.log(x), np.log(c), l) if c[0] * 0.999 <= x <= c[-1] * 1.001 else np.inf
+                 for c, l in curves]
         if not expected or min(there) < expected[-1][1]:    # else an earlier budget already has as much
             expected.append((x, min(there), int(np.argmin(there))))
     assert set(frontier.owners) == {0, 1} and len(expected) < 49
     assert [tuple(point) for point in zip(*frontier)] == [pytest.approx(point) for point in expected]
-    ends = scaling_fit.frontier_of([(np.array([x]), np.array([l])) for x, l in ((1, 5), (2, 4), (3, 4.5), (4, 3), (4, 3.5))])
-    assert ends.x.tolist() == [1, 2, 4] and ends.losses.tolist() == [5, 4, 3] and ends.owners.tolist() == [0, 1, 3]
-
-
-# ---- fit and plot, from logs to figures ------------------------------------------------------------------------------
-
-def write_log(folder, label, config, per_token, tokens, losses, ms=10.0, skipped=0, max_iters=None):
-    """A log as train.py writes it, 1,000 tokens an iteration, the last ones skipped."""
-    folder.mkdir(parents=True)
-    config = dict(struct="dense", dataset="d", block_size=8, eval_iters=2, batch_size=4, decay_lr=False, learning_rate=1e-3, seed=1,
-                  n_layer=3, n_head=1, max_iters=max_iters or int(tokens[-1] // 1000)) | config
-    lines = [dict(type="run", config=config, model_args=dict(vocab_size=96), params=config["n_embd"] ** 2,
-                  active_params=config["n_embd"], flops_per_token=per_token, tokens_per_iter=1000,
-                  flops_per_token_without_output_layer=per_token * 0.9),
-             dict(type="eval", iter=0, tokens=0, val_loss=4.6)]
-    for t, loss in zip(tokens, losses):
-        lines.append(dict(type="train", iter=int(t // 1000) - 1, tokens=t, loss=loss, ms_per_iter=ms))
-        lines.append(dict(type="eval", iter=int(t // 1000), tokens=t, val_loss=loss))
-    lines += [dict(type="skip", iter=int(tokens[-1] // 1000) + i, tokens=0, loss=None) for i in range(skipped)]
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"type": "eval", "it')    # a half line
-    (folder / "settings.json").write_text(json.dumps(dict(label=label)))
+    points = (1, 5), (2, 4), (3, 4.5), (4, 3), (4, 3.5)
+    ends = scaling_fit.frontier_of([(np.array([x]), np.array([loss])) for x, loss in points])
+    assert ends.x.tolist() == [1, 2, 4] and ends.losses.tolist() == [5, 4, 3]
+    assert ends.owners.tolist() == [0, 1, 3]
 
 
 @pytest.fixture(scope="module")
 def fitted(run, tmp_path_factory):
-    """Runs of two structures, one of which needs a third of the compute and four thirds of the time, and of some bad ones."""
+    """Runs of two structures, one of which needs a third of the compute and four thirds of the time, and of
+    some bad ones."""
     folder = tmp_path_factory.mktemp("fit")
     tokens = np.arange(1, 41) * 1e6
     for m, label in ((1.0, "dense"), (3.0, "btt")):
@@ -120,15 +116,20 @@ def fitted(run, tmp_path_factory):
             mine = tokens / 40e6 * 12 * best_tokens(params, m) // 1000 * 1000
             write_log(folder / "runs" / f"{label}{i}", label, dict(n_embd=int(params)), 6 * params, mine,
                       chinchilla(params, mine, m), ms=params * m * 4 / 3 if m > 1 else params)
-    for seed, factor in ((1, 1.01), (2, 0.99)):     # worse than the same size above, and far from the frontier
-        write_log(folder / "runs" / f"seed{seed}", "dense", dict(n_embd=7, seed=seed, learning_rate=2e-3), 6e6, tokens,
+    # worse than the same size above, and far from the frontier
+    for seed, factor in ((1, 1.01), (2, 0.99)):
+        write_log(folder / "runs" / f"seed{seed}", "dense", dict(n_embd=7, seed=seed, learning_rate=2e-3),
+                  6e6, tokens,
                   2 * factor * chinchilla(1e6, tokens), ms=1e9)
     flat = np.full(40, 2.0)
-    write_log(folder / "runs" / "skips", "dense", dict(n_embd=8), 6e5, tokens, flat, skipped=25, max_iters=10 ** 6)
+    write_log(folder / "runs" / "skips", "dense", dict(n_embd=8), 6e5, tokens, flat, skipped=25,
+              max_iters=10 ** 6)
     write_log(folder / "runs" / "nan", "dense", dict(n_embd=8), 6e5, tokens, np.r_[flat[:39], math.nan])
     write_log(folder / "runs" / "rises", "dense", dict(n_embd=8), 6e5, tokens, np.linspace(2, 4, 40))
-    write_log(folder / "runs" / "decays", "dense", dict(n_embd=8, decay_lr=True), 6e5, tokens, flat, max_iters=10 ** 6)
-    write_log(folder / "runs" / "short", "dense", dict(n_embd=8), 6e9, tokens, flat + 2, ms=1e9, max_iters=10 ** 6)
+    write_log(folder / "runs" / "decays", "dense", dict(n_embd=8, decay_lr=True), 6e5, tokens, flat,
+              max_iters=10 ** 6)
+    write_log(folder / "runs" / "short", "dense", dict(n_embd=8), 6e9, tokens, flat + 2, ms=1e9,
+              max_iters=10 ** 6)
     write_log(folder / "runs" / "some", "dense", dict(n_embd=9), 6e9, tokens, flat + 2, ms=1e9, skipped=3)
     for name, change in (("lacks", '"flops_per_token": '), ("unset", '"n_head": '), ("list", '"config": ')):
         write_log(folder / "runs" / name, "dense", dict(n_embd=8), 6e5, tokens, flat)
@@ -146,7 +147,8 @@ def test_fit_finds_the_multiplier_in_logs(fitted):
     with open(folder / "frontier.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     for axis, truth in (("flops", 3.0), ("flops_without_output_layer", 3.0), ("seconds", 3.0 / 4)):
-        gains = [float(r["multiplier"]) for r in rows if r["axis"] == axis and r["structure"] == "btt" and r["multiplier"]]
+        gains = [float(r["multiplier"]) for r in rows if r["axis"] == axis and r["structure"] == "btt"
+                 and r["multiplier"]]
         assert len(gains) > 10 and gains == pytest.approx([truth] * len(gains), rel=0.06), axis
         measured = [float(r["measured_multiplier"]) for r in rows
                     if r["axis"] == axis and r["structure"] == "btt" and r["measured_multiplier"]]
@@ -154,30 +156,38 @@ def test_fit_finds_the_multiplier_in_logs(fitted):
     law = json.loads((folder / "fit.json").read_text())["axes"]["flops"]["dense"]["law"]
     assert law["exponent"] == pytest.approx(EXPONENT, rel=0.1) and law["floor"] == pytest.approx(1, abs=0.1)
     with open(folder / "runs.csv", newline="") as f:
-        assert {r["run"] for r in csv.DictReader(f)} == {*(f"{s}{i}" for s in ("dense", "btt") for i in range(5)), "seed1", "seed2",
+        assert {r["run"] for r in csv.DictReader(f)} == {*(f"{s}{i}" for s in ("dense", "btt")
+                                                           for i in range(5)), "seed1", "seed2",
                                                          "short", "some"}
 
 
 def test_remarks_on_frontiers_that_are_not_known():
-    """The larger of two sizes gets ahead at 1e12 FLOPs. If the smaller ends before, or the larger has no evaluation so early,
-    there is a hole."""
+    """The larger of two sizes gets ahead at 1e12 FLOPs. If the smaller ends before, or the larger has no
+    evaluation so early, there is a hole."""
     def remarks_of(end=1e13, begin=1e10):
         x = np.geomspace(1e10, 1e14, 200)
-        small, large = 3 - np.log10(x / 1e10) + 0.7 * np.log10(np.maximum(x, 1e11) / 1e11), 3.3 - 0.8 * np.log10(x / 1e10)
+        small = 3 - np.log10(x / 1e10) + 0.7 * np.log10(np.maximum(x, 1e11) / 1e11)
+        large = 3.3 - 0.8 * np.log10(x / 1e10)
         shape = dict(n_layer=3, learning_rate=3e-3, seed=1, decay_lr=False, max_iters=40)
-        runs = [Run(name, "btt", shape | dict(n_embd=n), n, n, {"flops": float(n)}, Points(x[part] / n, losses[part]), 1.0)
-                for name, n, losses, part in (("small", 64, small, x <= end), ("large", 128, large, x >= begin))]
-        return [n for n in scaling_report.remarks(scaling_fit.fit_structure("btt", runs, "flops", samples=0)) if "passes" in n
+        runs = [MeasuredRun(name, "btt", shape | dict(n_embd=n), n, n, {"flops": float(n)},
+                            Points(x[part] / n, losses[part]), 1.0)
+                for name, n, losses, part in (("small", 64, small, x <= end),
+                                              ("large", 128, large, x >= begin))]
+        return [n for n in scaling_report.remarks(scaling_fit.fit_structure("btt", runs, "flops", samples=0))
+                if "passes" in n
                 or "ended before" in n]
     assert remarks_of() == []
-    assert remarks_of(end=1.1e11) == ["btt: small has ended before large gets ahead of it, and the frontier between 1e+11 and 4.6e+11 "
+    assert remarks_of(end=1.1e11) == ["btt: small has ended before large gets ahead of it, and the frontier "
+                                      "between 1e+11 and 4.6e+11 "
                                     "FLOPs is not known; a longer run would tell"]
-    assert remarks_of(begin=2.9e12) == ["btt: the frontier passes to large at its first evaluation, and may be lower before; "
+    assert remarks_of(begin=2.9e12) == ["btt: the frontier passes to large at its first evaluation, and may "
+                                        "be lower before; "
                                         "more evaluations would tell"]
 
 
 def test_laws_go_through_their_points():
-    """Whatever the noise does to the Huber weights: no residual of a law is far above the noise, 0.5 %, and the outlier's alone."""
+    """Whatever the noise does to the Huber weights: no residual of a law is far above the noise, 0.5 %, and
+    the outlier's alone."""
     x = np.geomspace(1e12, 1.2e13, 14)
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -188,8 +198,10 @@ def test_laws_go_through_their_points():
 
 
 def test_measured_multipliers_are_those_between_frontiers():
-    """No law, no noise: base passes 3 nats at 1, 2 at 10 and 1 at 100, the other at 4, 10 and 20; nothing is known beyond."""
-    found = [scaling_fit.Fit(label, "flops", [], scaling_fit.Frontier(np.array(x), np.array(losses), None), None, None, None)
+    """No law, no noise: base passes 3 nats at 1, 2 at 10 and 1 at 100, the other at 4, 10 and 20; nothing is
+    known beyond."""
+    found = [scaling_fit.Fit(label, "flops", [], scaling_fit.Frontier(np.array(x), np.array(losses), None),
+                             None, None, None)
              for label, x, losses in (("base", [1.0, 10, 100], [3.0, 2, 1]),
                                       ("fit", [2.0, 4, 10, 20, 40], [3.1, 3, 2, math.sqrt(2), 0.9]))]
     gains = scaling_fit.measured_multipliers(found[1], found[0])
@@ -200,16 +212,19 @@ def test_fit_names_what_it_leaves_out(fitted):
     folder, told = fitted
     text = (folder / "table.md").read_text()
     assert text in told.stdout
-    for line in ("nan: left out, diverged: its validation loss is not finite", "some: 3 iterations skipped, whose",
+    for line in ("nan: left out, diverged: its validation loss is not finite",
+                 "some: 3 iterations skipped, whose",
                  "skips: left out, diverged: its loss or gradient is not finite at its end, iteration 40024",
                  "lacks: left out, its log is none of train.py's (KeyError: 'flops_per_token')",
-                 "unset: left out, its log is none of train.py's (KeyError: 'n_head')", "list: left out, its log is none",
-                 "rises: left out, diverged: its validation loss ends", "short: unfinished, at iteration 40000 of 1000000\n",
+                 "unset: left out, its log is none of train.py's (KeyError: 'n_head')",
+                 "list: left out, its log is none",
+                 "rises: left out, diverged: its validation loss ends",
+                 "short: unfinished, at iteration 40000 of 1000000\n",
                  "decays: unfinished, at iteration 40000 of 1000000; left out",
                  "short: outlier"):
         assert f"- {line}" in text
     # 1 ± 0.01: the standard deviation of two, one degree of freedom
-    assert "noise of a run, relative, is 1.41% between seeds" in text
+    assert "a run's relative noise is 1.41% between seeds" in text
     rows = [line.split("|") for line in text.splitlines() if line.startswith(("| dense |", "| btt |"))]
     noise = [float(row[-2].strip().rstrip("%")) for row in rows if row[-2].strip().endswith("%")]
     assert len(noise) == 6 and min(noise) == 1.41 and max(noise) < 2     # of each structure along each axis
@@ -228,26 +243,39 @@ def test_figures(fitted, run):
     assert {name: (folder / name).read_bytes() for name in names} == made   # nothing of the day in them
 
 
-def test_plot_refuses_a_fit_of_another_version(fitted, run, tmp_path):
-    """One that lacks something, or holds a number where there should be more; the figures beside it stay."""
-    text = (fitted[0] / "fit.json").read_text()
-    without = json.loads(text)
-    for curve in without["axes"]["flops"].values():
+def lacks_a_curves_key(found):
+    for curve in found["axes"]["flops"].values():
         del curve["measured_multipliers"]
-    numbers = dict.fromkeys(json.loads(text)["axes"], 3)
-    for found in (without, {"axes": {}}, json.loads(text) | dict(axes=numbers), json.loads(text) | dict(axes=3), [], 3):
-        (tmp_path / "fit.json").write_text(json.dumps(found))
-        (tmp_path / "frontier.svg").touch()
-        told = run("experiments.scaling", "plot", f"--out={tmp_path}")
-        assert told.returncode == 1 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1, told.stderr
-        assert "fit.json" in told.stderr and "scaling.py fit" in told.stderr and (tmp_path / "frontier.svg").exists()
+    return found
+
+
+@pytest.mark.parametrize("change", [
+    lacks_a_curves_key, lambda found: {"axes": {}},
+    lambda found: found | dict(axes=dict.fromkeys(found["axes"], 3)),
+    lambda found: found | dict(axes=3), lambda found: [], lambda found: 3])
+def test_plot_refuses_a_fit_of_another_version(fitted, tmp_path, change):
+    """One that lacks something, or holds a number where there should be more; the figures beside it stay."""
+    found = json.loads((fitted[0] / "fit.json").read_text())
+    (tmp_path / "fit.json").write_text(json.dumps(change(found)))
+    (tmp_path / "frontier.svg").touch()
+    with pytest.raises(ValueError, match="fit.json.*python -m experiments.scaling fit"):
+        scaling_plot.plot(str(tmp_path))
+    assert (tmp_path / "frontier.svg").exists()
+
+
+def test_the_published_fit_can_be_drawn(tmp_path):
+    shutil.copy(ROOT / "results" / "scaling" / "fit.json", tmp_path)
+    scaling_plot.plot(str(tmp_path))
+    assert {f.stem for f in tmp_path.glob("*.svg")} == set(scaling_plot.FIGURES)
 
 
 def test_fit_refuses_different_losses(run, tmp_path):
     for name, dataset in (("a", "one"), ("b", "other")):
-        write_log(tmp_path / "runs" / name, "dense", dict(n_embd=8, dataset=dataset), 6e5, np.arange(1, 6) * 1e6, np.linspace(3, 2, 5))
+        write_log(tmp_path / "runs" / name, "dense", dict(n_embd=8, dataset=dataset), 6e5,
+                  np.arange(1, 6) * 1e6, np.linspace(3, 2, 5))
     told = run("experiments.scaling", "fit", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out")
-    assert told.returncode == 1 and told.stderr.count("\n") == 1 and "dataset is one in a and other in b" in told.stderr
+    assert told.returncode == 1 and told.stderr.count("\n") == 1
+    assert "dataset is one in a and other in b" in told.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -255,15 +283,18 @@ def test_fit_refuses_different_losses(run, tmp_path):
     ("--base=dnse", ("dnse", "btt, dense")), ("--floor=-1", ("floor", "-1")), ("--floor=3", ("floor", "3")),
     ("--min_flops=1e30", ("min_flops",))])
 def test_fit_refuses(fitted, run, tmp_path, flag, words):
-    told = run("experiments.scaling", "fit", f"--runs={fitted[0].parent}/runs", f"--out={tmp_path}/out", "--samples=10", flag)
-    assert told.returncode == 1 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1, told.stderr
+    told = run("experiments.scaling", "fit", f"--runs={fitted[0].parent}/runs", f"--out={tmp_path}/out",
+               "--samples=10", flag)
+    assert told.returncode == 1 and told.stderr.startswith("error: "), told.stderr
+    assert told.stderr.count("\n") == 1, told.stderr
     assert all(word in told.stderr for word in words) and not (tmp_path / "out").exists()
 
 
 def report(folder, base=None):
     """The page about the runs in a folder."""
-    scaling_report.fit([str(folder / "runs")], str(folder / "out"), base=base, floor=None, window=(None, None), samples=10,
-                       level=0.9)
+    scaling_report.write_report([str(folder / "runs")], str(folder / "out"), base=base, floor=None,
+                                window=(None, None),
+                                samples=10, level=0.9)
     return (folder / "out" / "table.md").read_text()
 
 
@@ -271,12 +302,15 @@ def test_without_a_base_there_are_no_multipliers(tmp_path):
     """Nor the figure of some before, and a structure without a single budget is skipped by name."""
     tokens = np.arange(1, 11) * 1e6
     write_log(tmp_path / "runs" / "a", "btt", dict(n_embd=8), 6e5, tokens, 3 - tokens / 1e7)
-    write_log(tmp_path / "runs" / "b", "tt", dict(n_embd=8), 6e5, np.array([1.01, 1.02]) * 10 ** 6.1, [3, 2.9])
+    write_log(tmp_path / "runs" / "b", "tt", dict(n_embd=8), 6e5, np.array([1.01, 1.02]) * 10 ** 6.1,
+              [3, 2.9])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "multiplier.svg").touch()
     text = report(tmp_path)
-    assert "- no multipliers, since there are no runs of dense" in text and "needs for the same loss" not in text
-    assert "- tt: left out along training FLOPs, no point of its frontier" in text and "| btt | 1e+12 | 3 x 8" in text
+    assert "- no multipliers, since there are no runs of dense" in text
+    assert "needs for the same loss" not in text
+    assert "- tt: left out along training FLOPs, no point of its frontier" in text
+    assert "| btt | 1e+12 | 3 x 8" in text
     scaling_plot.plot(str(tmp_path / "out"))
     assert (tmp_path / "out" / "frontier.svg").exists() and not (tmp_path / "out" / "multiplier.svg").exists()
 
@@ -295,36 +329,78 @@ def test_unlike_runs_of_a_structure_are_named(tmp_path):
     tokens = np.arange(1, 41) * 1e6
     for rate in (1e-3, 2e-3):
         for balance in (0.0, 0.1):
-            config = dict(n_embd=8, learning_rate=rate, router_balance_rate=balance, log_interval=int(rate * 1e3))
+            config = dict(n_embd=8, learning_rate=rate, router_balance_rate=balance,
+                          log_interval=int(rate * 1e3))
             write_log(tmp_path / "runs" / f"r{rate:g}b{balance:g}", "moe", config, 6e5, tokens,
                       3 + balance + rate - tokens / 1e8, ms=10 + balance)
     text = report(tmp_path, base="moe")
-    assert "- moe: its runs differ in router_balance_rate, 0.0 in r0.002b0, 0.1 in r0.002b0.1; its frontier" in text
+    assert "- moe: its runs differ in router_balance_rate, 0.0 in r0.002b0, 0.1 in r0.002b0.1; " in text
     assert "differ in log_interval" not in text and "differ in learning_rate" not in text
     with open(tmp_path / "out" / "runs.csv", newline="") as f:
-        assert [float(r["seconds"]) for r in csv.DictReader(f)] == pytest.approx([40_000 * 10.05e-3] * 4)   # the median
+        seconds = [float(r["seconds"]) for r in csv.DictReader(f)]
+    assert seconds == pytest.approx([40_000 * 10.05e-3] * 4)   # the median
     for balance, loss in ((0, 2.6), (0.1, 2.7)):
-        assert (f"- moe, 3 x 8: **0.001: {loss + 0.001:.3f}**, 0.002: {loss + 0.002:.3f} after 40,000,000 tokens (at the edge "
+        assert (f"- moe, 3 x 8: **0.001: {loss + 0.001:.3f}**, 0.002: {loss + 0.002:.3f} after 40,000,000 "
+                "tokens (at the edge "
                 f"of the rates tried); the best is r0.001b{balance}\n") in text
 
 
 def test_rates_are_compared_at_the_same_tokens():
-    """Of runs whose rate decays only the end is known, and only those of the same length have the same end."""
+    """Of runs whose rate decays only the end is known, and only those of the same length have the same
+    end."""
     def ended(rate, its, decays=True):
         config = dict(n_embd=8, n_layer=3, seed=1, learning_rate=rate, decay_lr=decays, max_iters=its)
         points = Points(np.array([its]), np.array([3 - rate]))
-        return Run(f"{rate}-{its}", "dense", config, 1, 1, {"flops": 1.0}, points, 1.0)
+        return MeasuredRun(f"{rate}-{its}", "dense", config, 1, 1, {"flops": 1.0}, points, 1.0)
 
-    line, = scaling_report.best_rates([ended(rate, its) for rate, its in ((0.1, 100), (0.2, 100), (0.3, 500))])
+    runs = [ended(rate, its) for rate, its in ((0.1, 100), (0.2, 100), (0.3, 500))]
+    line, = scaling_report.best_rates(runs)
     assert line.startswith("dense, 3 x 8: 0.1: 2.900, **0.2: 2.800** after 100 tokens")
     assert not scaling_report.best_rates([ended(0.1, 100, False), ended(0.2, 500, False)])
 
 
+# what an earlier train.py put into a log, and what it is since
+UNRESOLVED = dict.fromkeys(("lr_decay_iters", "min_lr", "device", "dtype", "compile", "out_dir", "backend"))
+RESOLVED = dict(lr_decay_iters=40, min_lr=1e-4, device="cpu", dtype="float32", compile=False, out_dir="there",
+                backend="gloo")
+
+
+@pytest.mark.parametrize("decays, change, copies", [
+    (True, {}, True), (True, dict(min_lr=2e-4), False), (True, dict(lr_decay_iters=30), False),
+    (False, dict(min_lr=3e-4, lr_decay_iters=7), True), (True, dict(device="cuda:1", backend="nccl"), True)])
+def test_logs_that_hold_none_are_compared_by_what_was_used(tmp_path, decays, change, copies):
+    for name, settings in (("old", UNRESOLVED), ("new", RESOLVED | change)):
+        write_log(tmp_path / name, "btt", dict(n_embd=8, decay_lr=decays) | settings, 6e5, [2e4, 4e4], [3, 2],
+                  dtype="float32", compile=False)
+    runs, notes = scaling_fit.read_runs([str(tmp_path)])
+    assert len(runs) == (1 if copies else 2)
+    assert any("another run of the same settings" in note for note in notes) == copies
+
+
+def test_another_dtype_is_another_run(tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        write_log(tmp_path / dtype, "btt", dict(n_embd=8) | UNRESOLVED, 6e5, [2e4, 4e4], [3, 2], dtype=dtype,
+                  compile=False)
+    runs, notes = scaling_fit.read_runs([str(tmp_path)])
+    assert len(runs) == 2 and not notes
+
+
+def test_rates_are_compared_though_each_has_its_own_min_lr(tmp_path):
+    for rate in (1e-3, 2e-3):
+        config = dict(n_embd=8, decay_lr=True, learning_rate=rate) | RESOLVED | dict(min_lr=rate / 10)
+        write_log(tmp_path / f"{rate}", "btt", config, 6e5, [4e4], [3 - rate])
+    runs, notes = scaling_fit.read_runs([str(tmp_path)])
+    line, = scaling_report.best_rates(runs)
+    assert "0.001: 2.999, **0.002: 2.998**" in line and not notes
+
+
 def test_a_copy_is_no_second_run(tmp_path):
-    """The same settings and seed in another folder: the longer one counts, and there is no noise to be had from both."""
+    """The same settings and seed in another folder: the longer one counts, and there is no noise to be had
+    from both."""
     tokens = np.arange(1, 41) * 1e6
     for place, n in (("here", 40), ("there", 30)):
-        write_log(tmp_path / "runs" / place / f"run{n}", "dense", dict(n_embd=8), 6e5, tokens[:n], 3 - tokens[:n] / 1e8)
+        write_log(tmp_path / "runs" / place / f"run{n}", "dense", dict(n_embd=8), 6e5, tokens[:n],
+                  3 - tokens[:n] / 1e8)
     text = report(tmp_path)
     assert "- run30: left out, another run of the same settings and seed is as long or longer, run40" in text
     assert text.startswith("1 runs of 1 structures") and "none differ in their seed alone" in text
@@ -347,7 +423,8 @@ def test_seeds_count_as_their_mean():
     assert len(scaling_fit.same_but_seed([one, other])[0]) == 2
 
 
-@pytest.mark.parametrize("points, late", [(slice(20), slice(None)), (slice(1), slice(1, None)), (slice(1), slice(None)),
+@pytest.mark.parametrize("points, late", [(slice(20), slice(None)), (slice(1), slice(1, None)),
+                                          (slice(1), slice(None)),
                                           (slice(39), slice(39, None))])
 def test_a_seed_that_ends_early_is_left_out(points, late):
     """Of the mean, which would end there, and of the noise; also where the other one begins after its end."""
@@ -355,21 +432,25 @@ def test_a_seed_that_ends_early_is_left_out(points, late):
     one, short = with_seed(whole, 1, late), with_seed(whole, 2, points, 1.0)
     groups, note = scaling_fit.same_but_seed([short, one])
     mean, = scaling_fit.mean_of_seeds(groups)
-    assert np.array_equal(mean.points.tokens, one.points.tokens) and np.array_equal(mean.points.losses, one.points.losses)
+    assert np.array_equal(mean.points.tokens, one.points.tokens)
+    assert np.array_equal(mean.points.losses, one.points.losses)
     assert scaling_fit.seed_noise(groups) == (None, [])
     assert len(note) == 1 and note[0].startswith("seed 2: left out of its seeds' mean")
 
 
 def test_seeds_are_compared_where_all_of_them_are_known():
-    """Of a seed that begins late, or has one point alone, with the other's losses there, not with earlier ones."""
+    """Of a seed that begins late, or has one point alone, with the other's losses there, not with earlier
+    ones."""
     one, = synthetic("dense", 1, 0, sizes=[1e5])
-    groups, _ = scaling_fit.same_but_seed([with_seed(one, 2, slice(30, None)), with_seed(one, 1, slice(39), 1.0)])
+    groups, _ = scaling_fit.same_but_seed([with_seed(one, 2, slice(30, None)),
+                                           with_seed(one, 1, slice(39), 1.0)])
     mean, = scaling_fit.mean_of_seeds(groups)
     assert np.array_equal(mean.points.tokens, one.points.tokens[30:39])
     assert mean.points.losses == pytest.approx(one.points.losses[30:39] + 0.5)
     groups, _ = scaling_fit.same_but_seed([with_seed(one, 2, slice(38, 39)), one])
     mean, = scaling_fit.mean_of_seeds(groups)
-    assert mean.points.tokens == one.points.tokens[38] and mean.points.losses == pytest.approx(one.points.losses[38])
+    assert mean.points.tokens == one.points.tokens[38]
+    assert mean.points.losses == pytest.approx(one.points.losses[38])
     assert scaling_fit.seed_noise(groups)[0] == 0
 
 
@@ -377,11 +458,11 @@ def test_a_size_has_one_time():
     """Runs of a structure and size differ in their time by chance; their median is the size."""
     runs = synthetic("dense", 1, 0, sizes=[1e5, 1e5, 1e5, 2e5])
     for run, seconds in zip(runs, (1.0, 1.01, 1.5, 7.0)):
-        run.flops_per_token["seconds"] = seconds
-    del runs[3].flops_per_token["flops"]
-    runs.append(dataclasses.replace(runs[0], flops_per_token={}))
+        run.per_token["seconds"] = seconds
+    del runs[3].per_token["flops"]
+    runs.append(dataclasses.replace(runs[0], per_token={}))
     scaling_fit.share_seconds(runs)
-    assert [run.flops_per_token.get("seconds") for run in runs] == [1.01, 1.01, 1.01, 7.0, None]
+    assert [run.per_token.get("seconds") for run in runs] == [1.01, 1.01, 1.01, 7.0, None]
 
 
 def test_seconds_of_bench(tmp_path):
@@ -393,11 +474,11 @@ def test_seconds_of_bench(tmp_path):
     config = dict(n_embd=64, n_layer=3, head_size=32, block_size=16, batch_size=4)
     (tmp_path / "bench.json").write_text(json.dumps(dict(config=config, steps=steps)))
     notes = scaling_fit.take_seconds([small, large], [tmp_path / "bench.json"])
-    assert small.flops_per_token["seconds"] == 1 / 5000 and "seconds" not in large.flops_per_token
+    assert small.per_token["seconds"] == 1 / 5000 and "seconds" not in large.per_token
     assert len(notes) == 1 and large.name in notes[0]
     for key in ("n_layer", "head_size", "block_size", "batch_size"):
         (tmp_path / "bench.json").write_text(json.dumps(dict(config=config | {key: 8}, steps=steps)))
         assert len(scaling_fit.take_seconds([small, large], [tmp_path / "bench.json"])) == 2
     (tmp_path / "bench.json").write_text('{"steps": 3}')
-    with pytest.raises(ValueError, match="bench.json is no output of bench.py"):
+    with pytest.raises(ValueError, match="bench.json is no output of experiments.bench"):
         scaling_fit.take_seconds([small], [tmp_path / "bench.json"])

@@ -1,10 +1,16 @@
-"""The commands that prove µP: coordinate_check.py and lr_transfer.py, their figures read back from what they write."""
+"""The two checks of µP: activations over widths (coordinate_check.py), learning rates over widths (scaling
+transfer)."""
 import csv
-import itertools
-import json
+import importlib
 import math
+import sys
 
 import pytest
+import torch
+
+from experiments.scaling import transfer
+from model import GPT, GPTConfig
+from tests.experiments.logs import write_log
 
 
 def read(path):
@@ -12,103 +18,153 @@ def read(path):
         return list(csv.DictReader(f))
 
 
-def spread(rows):
-    """{quantity: largest ÷ smallest size over the widths}."""
-    key = lambda row: row["quantity"]  # noqa: E731
-    groups = itertools.groupby(sorted(rows, key=key), key)
-    return {q: max(sizes) / min(sizes) for q, group in groups if (sizes := [float(row["rms"]) for row in group])}
+# Eight times the width, which makes exponents that are wrong by 1/2 a factor 2.8; four times for the standard
+# MoE, which takes as long as all others. Half the tokens where that is enough.
+SMALL, LONG = ["--widths=128,1024", "--seeds=1"], ["--widths=128,1024", "--seeds=2"]
+SHORT = [*SMALL, "--block_size=32"]
 
 
-@pytest.mark.parametrize("struct", ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "einsum", "dyad", "btt_moe", "moe"])
-def test_coordinates_do_not_depend_on_width(run, python_text, tmp_path, struct):
-    widths = ["128", "256", "512"] if struct == "moe" else ["128", "256", "512", "1024"]  # it takes as long as all others
-    told = run("experiments.coordinate_check", f"--structs={struct}", f"--widths={','.join(widths)}", f"--dataset={python_text}",
-               "--batch_size=4", "--seeds=1", f"--out={tmp_path}/c")
-    assert told.returncode == 0, told.stdout + told.stderr
-    rows = read(tmp_path / "c.csv")
-    assert [row["width"] for row in rows[::5]] == widths and {row["struct"] for row in rows} == {struct}
-    found = spread(rows)
-    assert found.keys() == {"block 0", "block 1", "block 2", "attention logits", "output logits"}
-    assert max(found.values()) < 2
-    assert (tmp_path / "c.png").stat().st_size > 10_000
+@pytest.mark.parametrize("struct, flags", [
+    ("dense", SHORT), ("low_rank", SMALL), ("kronecker", SMALL), ("monarch", SMALL), ("tt", SHORT),
+    ("btt", SMALL),
+    ("einsum", SMALL), ("dyad", SHORT), ("btt_moe", LONG),
+    ("moe", ["--widths=128,512", "--seeds=1", "--block_size=32"])])
+def test_coordinates_do_not_depend_on_width(run, python_text, tmp_path, struct, flags):
+    done = run("experiments.coordinate_check", f"--structs={struct}", f"--dataset={python_text}",
+               "--batch_size=4",
+               f"--out={tmp_path}", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read(tmp_path / "coordinate_check.csv")
+    quantities = ["block 0", "block 1", "block 2", "attention logits", "output logits"]
+    assert [(row["struct"], row["width"], row["quantity"]) for row in rows] == [
+        (struct, width, quantity) for width in flags[0].removeprefix("--widths=").split(",")
+        for quantity in quantities]
+    assert (tmp_path / "coordinate_check.png").stat().st_size > 10_000
 
 
 def test_coordinates_grow_without_mup(run, python_text, tmp_path):
-    told = run("experiments.coordinate_check", "--structs=dense", "--mup=False", f"--dataset={python_text}", "--batch_size=4", "--seeds=1",
-               f"--out={tmp_path}/c")
-    assert told.returncode == 1 and "not below 2" in told.stdout
-    assert max(spread(read(tmp_path / "c.csv")).values()) > 4
-
-
-@pytest.mark.parametrize("flags, word", [
-    (["--structs=dense,bt"], "'bt'"), (["--structs=quickstart"], "sets dataset"), (["--widths=128,"], "widths"),
-    (["--widths=100,200"], "widths"), (["--steps=1"], "steps"), (["--seeds=0"], "seeds"),
-    (["--learning_rate=-1"], "learning_rate"), (["--dataset=nowhere"], "nowhere")])
-def test_coordinate_check_refuses(run, tmp_path, flags, word):
-    told = run("experiments.coordinate_check", *flags, f"--out={tmp_path}/c/c")
-    assert told.returncode == 1 and told.stderr.startswith("error: ") and word in told.stderr
-    assert told.stderr.count("\n") == 1 and not (tmp_path / "c").exists()
+    done = run("experiments.coordinate_check", "--structs=dense", "--mup=False", "--widths=128,512",
+               f"--dataset={python_text}",
+               "--batch_size=4", "--seeds=1", f"--out={tmp_path}")
+    assert done.returncode == 1 and "not below 2" in done.stdout
+    narrow, wide = (float(row["rms"]) for row in read(tmp_path / "coordinate_check.csv")
+                    if row["quantity"] == "block 0")
+    assert wide > 4 * narrow
 
 
 def test_coordinates_that_diverge_fail(run, python_text, tmp_path):
     """At a rate where nothing stays finite: not a number is no ratio below 2."""
-    told = run("experiments.coordinate_check", "--structs=dense", "--widths=32,64", "--learning_rate=1e30", f"--dataset={python_text}",
-               f"--out={tmp_path}/c")
-    assert told.returncode == 1 and "inf" in told.stdout and "not below 2" in told.stdout
+    done = run("experiments.coordinate_check", "--structs=dense", "--widths=32,64", "--learning_rate=1e30",
+               f"--dataset={python_text}", f"--out={tmp_path}")
+    assert done.returncode == 1 and "inf" in done.stdout and "not below 2" in done.stdout
 
 
-SHORT = ["--structs=btt", "--widths=32,64", "--rates=1e-4,1e-3,1e-1", "--max_iters=20", "--jobs=2"]
+@pytest.fixture
+def coordinate_check(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["coordinate_check"])
+    return importlib.import_module("experiments.coordinate_check")
 
 
-def test_lr_transfer(run, python_text, tmp_path):
-    """Rates of which the middle one is best: 20 steps at 1e-4 learn nothing, and at 0.1 nothing holds."""
-    places = [f"--dataset={python_text}", f"--runs={tmp_path}/runs", f"--out={tmp_path}/t"]
-    told = run("experiments.lr_transfer", *SHORT, *places)
-    rows = read(tmp_path / "t.csv")
-    assert len(rows) == 6 and len({(r["struct"], r["width"], r["learning_rate"]) for r in rows}) == 6
-    losses = {(r["struct"], r["width"], float(r["learning_rate"])): float(r["val_loss"]) for r in rows}
-    for log in (tmp_path / "runs").rglob("log.jsonl"):  # what was asked for is what was run
-        points = [json.loads(line) for line in log.read_text().splitlines()]
-        config = points[0]["config"]
-        row = config["struct"], str(config["n_embd"]), config["learning_rate"]
-        assert losses.pop(row) == points[-1]["val_loss"] and config["max_iters"] == points[-1]["iter"] == 20
-    assert not losses
-    losses = {(r["struct"], r["width"], float(r["learning_rate"])): float(r["val_loss"]) for r in rows}
-    minima = []
-    for width in ("32", "64"):
-        best = min((1e-4, 1e-3, 1e-1), key=lambda rate: losses["btt", width, rate])
-        low, middle, high = (losses["btt", width, rate] for rate in (1e-4, 1e-3, 1e-1))
-        rise, fall = (high - middle) / 2, (middle - low) / 1  # per factor 10; through three points, by divided differences
-        curvature = (rise - fall) / 3
-        minima.append(10 ** ((-4 - 3) / 2 - fall / (2 * curvature)) if curvature > 0 else math.nan)
-        assert f"{losses['btt', width, best]:.4f} at {best:g}, parabola's minimum at {minima[-1]:.2g}" in told.stdout
-    stays = all(1e-4 <= m <= 1e-1 for m in minima) and max(minima) <= 1000 ** 0.5 * min(minima)
-    assert told.returncode == (not stays) and (tmp_path / "t.png").stat().st_size > 10_000
-    made = {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("log.jsonl")}
-    again = run("experiments.lr_transfer", *SHORT, *places)
-    assert again.returncode == told.returncode and read(tmp_path / "t.csv") == rows
-    assert made == {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("log.jsonl")} and len(made) == 6
-    log = next(iter(made))
-    log.write_text(log.read_text().replace('"eval_iters": 100', '"eval_iters": 1'))  # another run, of the same name
-    assert run("experiments.lr_transfer", *SHORT, *places).returncode == told.returncode and read(tmp_path / "t.csv") == rows
-    assert {f for f in made if f.stat().st_mtime_ns != made[f]} == {log} and '"eval_iters": 100' in log.read_text()
-    # losses whose parabola has its minimum at 10^v: within one step, √1000, and beyond
-    for v32, v64, moves in ((-3, -2, False), (-3.8, -1.2, True), (-5, -4.5, True)):
-        for log in made:
-            *points, last = [json.loads(line) for line in log.read_text().splitlines()]
-            config = points[0]["config"]
-            last["val_loss"] = 2 + (math.log10(config["learning_rate"]) - {32: v32, 64: v64}[config["n_embd"]]) ** 2
-            log.write_text("".join(json.dumps(point) + "\n" for point in (*points, last)))
-        told = run("experiments.lr_transfer", *SHORT, *places)
-        assert told.returncode == moves == ("<- moves" in told.stdout)
-        assert f"minimum at {10 ** v32:.2g}" in told.stdout and f"minimum at {10 ** v64:.2g}" in told.stdout
+def test_spread_is_the_largest_over_the_smallest(coordinate_check):
+    sizes = dict(narrow=(0.5, 0.2, 0.4), late=(1.0, 1.0, 3.0), zero=(0.0, 1.0, 1.0),
+                 lost=(1.0, math.nan, 1.0))
+    rows = [dict(quantity=quantity, rms=rms) for i in range(3) for quantity,
+            values in sizes.items() for rms in values[i:i + 1]]
+    assert coordinate_check.spread(rows) == dict(narrow=2.5, late=3.0, zero=math.inf, lost=math.inf)
+
+
+def test_measured_sizes_are_those_of_known_activations(coordinate_check):
+    """A block that adds 3 to the residual stream, queries and keys whose product is known, and logits that
+    are all 5."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=4, vocab_size=7, n_layer=1, n_head=2, n_embd=32, qk_norm=True))
+    block = model.blocks[0]
+    block.register_forward_hook(lambda module, inputs, output: inputs[0] + 3)
+    for norm, value in ((block.attn.q_norm, 2.0), (block.attn.k_norm,
+                                                   0.5)):    # heads of 16: 16 · 2 · 0.5 · 8 / 16
+        norm.register_forward_hook(lambda module, inputs, output, value=value: torch.full_like(output, value))
+    model.lm_head.register_forward_hook(lambda module, inputs, output: torch.full_like(output, 5.0))
+    x = torch.randint(7, (2, 4))
+    found = coordinate_check.measure(model, x, x)
+    assert found == pytest.approx({"block 0": 9, "attention logits": 64, "output logits": 25}, rel=1e-5)
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--structs=dense,bt"], "'bt'"), (["--rates=0,1,2"], "rates"), (["--rates=1,2"], "rates"), (["--widths=100,"], "widths"), (["--jobs=0"], "jobs"),
-    (["--rates=1e-3,1e-2,1e-3"], "twice"), (["--structs=btt,btt"], "twice"), (["--widths=64,64"], "twice"),
-    (["--dataset=nowhere"], "nowhere")])
-def test_lr_transfer_refuses(run, tmp_path, flags, word):
-    told = run("experiments.lr_transfer", *flags, f"--runs={tmp_path}/runs", f"--out={tmp_path}/t")
-    assert told.returncode == 1 and told.stderr.startswith("error: ") and word in told.stderr
-    assert told.stderr.count("\n") == 1 and not (tmp_path / "t.csv").exists()
+    (["--structs=dense,bt"], "'bt'"), (["--structs=quickstart"], "sets dataset"),
+    (["--widths=128,"], "widths"),
+    (["--widths=100,200"], "widths"), (["--steps=1"], "steps"), (["--seeds=0"], "seeds"),
+    (["--learning_rate=-1"], "learning_rate"), (["--dataset=nowhere"], "nowhere")])
+def test_mistakes_in_a_coordinate_check_are_one_sentence(run, tmp_path, flags, word):
+    done = run("experiments.coordinate_check", *flags, f"--out={tmp_path}/c")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and word in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "c").exists()
+
+
+RATES = (1e-4, 1e-3, 1e-2, 1e-1)     # a step is a factor 10
+
+
+def write_rates(folder, label, width, loss, rates=RATES, seed=1, its=20, **config):
+    """Finished runs, one for each rate."""
+    for rate in rates:
+        config = dict(n_embd=width, n_head=width // 32, learning_rate=rate, seed=seed, decay_lr=True,
+                      mup=True) | config
+        config["learning_rate"] = rate
+        write_log(folder / f"{label}-{width}-{rate}-{seed}", label, config, 6.0, [1000.0 * its],
+                  [loss(math.log10(rate))])
+
+
+@pytest.mark.parametrize("narrow, wide, stays", [
+    (-3.0, -2.2, True), (-2.2, -3.0, True), (-3.4, -2.2, False), (-4.5, -4.2, False), (-1.5, -0.9, False)])
+def test_the_minimum_may_move_by_one_step_within_the_grid(run, tmp_path, narrow, wide, stays):
+    """Losses on a parabola over the logarithm of the rate, whose minimum is at 10^narrow and 10^wide."""
+    for width, minimum in ((32, narrow), (64, wide)):
+        write_rates(tmp_path / "runs", "btt", width, lambda u: 2 + (u - minimum) ** 2)
+    done = run("experiments.scaling", "transfer", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out")
+    assert done.returncode == (0 if stays else 1) and ("<- moves" in done.stdout) == (not stays), done.stderr
+    for width, minimum in ((32, narrow), (64, wide)):
+        assert f"width {width}: " in done.stdout
+        assert f"parabola's minimum at {10 ** minimum:.2g}" in done.stdout
+    rows = read(tmp_path / "out" / "lr_transfer.csv")
+    assert [(row["struct"], int(row["width"]), float(row["learning_rate"])) for row in rows] == [
+        ("btt", width, rate) for width in (32, 64) for rate in RATES]
+    assert float(rows[0]["val_loss"]) == pytest.approx(2 + (-4 - narrow) ** 2) and rows[0]["iters"] == "20"
+    assert (tmp_path / "out" / "lr_transfer.png").stat().st_size > 10_000
+
+
+def test_a_parabola_is_fitted_to_all_seeds(tmp_path, capsys):
+    """3, 2 and 2.5 at 10^-4, 10^-3 and 10^-2: curvature 0.75, slope -0.25 at the middle, so that the minimum
+    is 1/6 above it. Two seeds lie as much above as below; the best rate is that of the least mean."""
+    middle = {-4: 3.0, -3: 2.0, -2: 2.5}
+    for seed, off in ((1, 0.2), (2, -0.2)):
+        write_rates(tmp_path, "tt", 32, lambda u: middle[round(u)] + off, rates=RATES[:3], seed=seed)
+    assert transfer.transfer([str(tmp_path)], str(tmp_path / "out"))
+    told = capsys.readouterr().out
+    assert f"width 32: 2.0000 at 0.001, parabola's minimum at {10 ** (-3 + 1 / 6):.2g}" in told
+
+
+def test_runs_that_do_not_count_are_named(tmp_path, capsys):
+    """A diverged one, one that is shorter, and points of the grid that are missing."""
+    write_rates(tmp_path, "btt", 32, lambda u: 2 + (u + 3) ** 2, decay_lr=False)
+    write_rates(tmp_path, "btt", 64, lambda u: 2 + (u + 3) ** 2, rates=RATES[:3], decay_lr=False)
+    write_rates(tmp_path, "btt", 64, lambda u: math.nan, rates=RATES[3:], decay_lr=False)
+    write_rates(tmp_path, "btt", 64, lambda u: 0.0, rates=RATES[:1], seed=2, its=10, decay_lr=False,
+                max_iters=20)
+    assert transfer.transfer([str(tmp_path)], str(tmp_path / "out"))
+    text = capsys.readouterr().out
+    assert "btt-64-0.1-1: left out, diverged" in text
+    assert "btt: there is no run of width 64 at learning rate 0.1" in text
+    assert "btt-64-0.0001-2: left out, it ends before others" in text
+    assert len(read(tmp_path / "out" / "lr_transfer.csv")) == 7
+
+
+def test_two_rates_have_no_minimum(tmp_path, capsys):
+    write_rates(tmp_path, "btt", 32, lambda u: 2 + (u + 3) ** 2, rates=RATES[:2])
+    assert not transfer.transfer([str(tmp_path)],
+                                 str(tmp_path / "out")) and "minimum at nan" in capsys.readouterr().out
+
+
+def test_runs_that_differ_in_more_than_the_rate_are_refused(tmp_path):
+    write_rates(tmp_path, "btt", 32, lambda u: 2 + u ** 2)
+    write_rates(tmp_path, "btt", 64, lambda u: 2 + u ** 2, mup=False)
+    with pytest.raises(ValueError, match="runs of btt differ in more than width, rate, seed: mup is "):
+        transfer.transfer([str(tmp_path)], str(tmp_path / "out"))

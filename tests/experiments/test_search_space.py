@@ -1,5 +1,4 @@
 """The points of a search, how they are sampled, and what its study keeps."""
-import math
 import random
 import threading
 from collections import Counter
