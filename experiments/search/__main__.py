@@ -18,9 +18,10 @@ a database server (--storage): SQLite is for one machine. Trials of a dead proce
 It needs optuna: pip install -r requirements-search.txt
 """
 import sys
+from typing import Literal
 
 import configurator
-from configurator import fail
+from configurator import NonNegativeInt, PositiveFloat, PositiveInt, Seed, fail
 from experiments import launcher
 
 for stream in (sys.stdout, sys.stderr):
@@ -30,35 +31,35 @@ for stream in (sys.stdout, sys.stderr):
 out: str = "out-search"         # folder of the study and of its runs
 storage: str | None = None      # a database URL that Optuna takes; None: the SQLite file study.db in `out`
 study: str = "search"           # name of the study in its database
-jobs: int = 1                   # trials at a time in this process
-gpus: int = 0                   # GPUs of each run, the next ones for each job; 0: all runs see all devices
+jobs: PositiveInt = 1           # trials at a time in this process
+gpus: NonNegativeInt = 0        # GPUs of each run, the next ones for each job; 0: all runs see all devices
 program: str = "train.py"       # what is launched
-expiry: int = 120               # seconds without a sign of life until a process counts as dead
-max_failures: int = 5           # end after so many failed trials in a row
+expiry: PositiveInt = 120       # seconds without a sign of life until a process counts as dead
+max_failures: PositiveInt = 5   # end after so many failed trials in a row
 dry_run: bool = False           # print what would be searched, and end
 # search
-trials: int = 40                # trials that are trained, pruned ones included, by all processes
+trials: PositiveInt = 40        # trials that are trained, pruned ones included, by all processes
 named: bool = True              # the named structures come first, and are not pruned
-sampler: str = "tpe"            # 'tpe' or 'random'
-sampler_seed: int | None = None  # for jobs=1; None: a different one each time. Each process needs its own
-pruner: str = "halving"         # 'halving' (successive halving), 'hyperband' or 'none'
-first_rung: int = 2             # evaluations before the pruner's first decision
-reduction: int = 2              # one trial in so many goes on at first_rung · reduction^k evaluations
+sampler: Literal["tpe", "random"] = "tpe"
+sampler_seed: Seed | None = None  # for jobs=1; None: a different one each time. Each process needs its own
+pruner: Literal["halving", "hyperband", "none"] = "halving"  # halving: successive halving
+first_rung: PositiveInt = 2     # evaluations before the pruner's first decision
+reduction: PositiveInt = 2      # one trial in so many goes on at first_rung · reduction^k evaluations
 # equal compute
-dense_width: int = 96           # a dense model of this width has the FLOPs per token of all trials
-flops: float = 3e12             # training FLOPs of a trial
-tolerance: float = 0.05         # of the FLOPs per token, relative
+dense_width: PositiveInt = 96   # a dense model of this width has the FLOPs per token of all trials
+flops: PositiveFloat = 3e12     # training FLOPs of a trial
+tolerance: PositiveFloat = 0.05  # of the FLOPs per token, relative
 widths: tuple | None = None     # to choose from; None: multiples of 4 and n_head, 1/3 to 6 times dense_width
 learning_rates: tuple = (3e-3,)  # a run for each of them in every trial: the best counts
 experts: tuple = (0,)           # numbers of experts to choose from; 0: none
 top_ks: tuple = (2,)            # experts per token to choose from
-max_nu: float = 1.0             # θ above this compute intensity are left out: they cost more than dense
-evals: int = 8                  # evaluations of a run
+max_nu: PositiveFloat = 1.0     # θ above this compute intensity are left out: they cost more than dense
+evals: PositiveInt = 8          # evaluations of a run
 # report
 results: str | None = None      # folder of the report; None: report in `out`
 dense: str | None = None        # dense to compare with, fit.json or a folder of runs; None: the study's own
-top: int = 3                    # structures in follow.py, besides dense
-times: float = 4.0              # FLOPs of a run there, in those of a trial
+top: PositiveInt = 3            # structures in follow.py, besides dense
+times: PositiveFloat = 4.0      # FLOPs of a run there, in those of a trial
 seeds: tuple = (1, 2)           # of each
 
 
@@ -94,15 +95,8 @@ from experiments.search.study import TrialState, optuna
 
 def check_keys() -> None:
     """Exit with one sentence if a key of this program has a value of no use."""
-    for key in ("jobs", "expiry", "max_failures", "trials", "first_rung", "dense_width", "flops", "tolerance",
-                "evals", "max_nu", "top", "times"):
-        if config[key] <= 0:
-            fail(f"{key} must be positive; got {config[key]}")
     if reduction < 2:
         fail(f"reduction must be at least 2; got {reduction}")
-    for key, options in dict(sampler=("tpe", "random"), pruner=("halving", "hyperband", "none")).items():
-        if config[key] not in options:
-            fail(f"{key} must be one of {', '.join(options)}; got {config[key]!r}")
     for key, least in dict(widths=1, experts=0, top_ks=1, seeds=0).items():
         values = config[key]
         if values is not None and (not values or any(v < least or v != int(v) for v in values)):
@@ -123,13 +117,11 @@ def shared_settings() -> dict:
     for key in points.CHOSEN:
         if key in flags or key in points.STRUCTURAL and settings[key] != defaults[key]:
             fail(f"{key} is what the search chooses: python -m experiments.search --help lists its keys")
-    sizes = ("n_layer", "n_head", "block_size", "batch_size", "gradient_accumulation_steps")
-    for key in sizes:
-        if settings[key] < 1:
-            fail(f"{key} must be at least 1; got {settings[key]}")
     shared = {k: v for k, v in settings.items() if k not in points.CHOSEN and v != defaults[k]}
     # a later change of train.py's defaults must not change a study
-    return shared | {key: settings[key] for key in (*sizes, "dataset", "seed", "decay_lr")}
+    always = ("n_layer", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "dataset", "seed",
+              "decay_lr")
+    return shared | {key: settings[key] for key in always}
 
 
 def make_space() -> Space:

@@ -128,15 +128,12 @@ def write_report(study: optuna.Study, out: str, results: str, *, dense: str | No
     files = {"table.md": text, "best.py": config_text(complete[0], settings[complete[0]["trial"]]),
              "follow.py": f"# The best of a search and dense, {times:g} times the FLOPs of a trial:\n"
                           f"#     {command}\n{plan}"}
-    os.makedirs(results, exist_ok=True)
+    write_csv(os.path.join(results, "trials.csv"), round_all(rows))
     for name, contents in files.items():
         with open(os.path.join(results, name), "w", encoding="utf-8") as f:
             f.write(contents)
-    write_csv(os.path.join(results, "trials.csv"), round_all(rows))
-    try:
+    with scaling_plot.optional_figures():
         draw(rows, early, results)
-    except ImportError:
-        print("no figure: it needs matplotlib (pip install -r requirements-dev.txt)")
     print(text)
 
 
@@ -204,8 +201,8 @@ def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, early:
                  "whether a trial is among the best tenth. alpha and delta are the shares of what θγ and θφ "
                  "leave.",
                  markdown_table(["loss at", "trials", *names],
-                       [[at, str(len(losses[at])), *(f"{found.get(name, 0):.2f}" for name in names)]
-                        for at, found in shares.items()])]
+                                [[at, str(len(losses[at])), *(f"{found.get(name, 0):.2f}" for name in names)]
+                                 for at, found in shares.items()])]
     return "\n\n".join(text) + "\n"
 
 
@@ -236,7 +233,6 @@ def draw(rows: list[dict], early: str, folder: str) -> None:
     if any(r["state"] != "complete" for r in at_first_rung):
         parts.append(("first_loss", at_first_rung, early))
     fig, grid = scaling_plot.axes(plt, len(PANELS), rows=len(parts), sharey="row", sharex="col")
-    grid = np.atleast_2d(grid)
     names = sorted({r["name"] for r in rows} - {""}, key=lambda name: (name != "dense", name))
     looks = {name: scaling_plot.style(i) for i, name in enumerate(names)}
     looks = {"": dict(color="#bbbbbb", marker=".")} | looks

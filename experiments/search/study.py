@@ -43,7 +43,6 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 ATTEMPTS = 2000     # θ in a row that the sampler may ask for in vain
 SKIPPED = {"rejected", "same_as", "surplus"}
-LOCKED = "another run writes into"  # what train.py says of a folder in which another process trains
 DIVERGED = "diverged, its validation loss is not finite"
 
 queue_copy = RetryHeartbeatStaleTrialCallback()     # (study, trial) -> None
@@ -172,11 +171,10 @@ class Training:
     losses   {evaluation: validation loss}, from the first after the start; inf if it was not finite
     error    why the run has failed, or ''
     """
-    def __init__(self, run: launcher.Run, evals: int, expiry: float):
-        self.run, self.evals, self.expiry = run, evals, expiry
+    def __init__(self, run: launcher.Run, evals: int):
+        self.run, self.evals, self.error = run, evals, ""
         self.losses: dict[int, float] = {}
         self.process: subprocess.Popen | None = None
-        self.error, self.launch_at = "", -math.inf
 
     def read(self) -> None:
         """Read the log, and find out whether the run has failed."""
@@ -188,17 +186,16 @@ class Training:
         if math.inf in self.losses.values():
             self.error = DIVERGED
         elif status is not None and self.evals not in self.losses:
-            words = launcher.last_words(self.run)
-            if LOCKED in words:  # by a process that has outlived its search: follow its log, and try later
-                self.process, self.launch_at = None, time.monotonic() + self.expiry
-            else:
-                how = f"with status {status}" if status else f"before iteration {self.run.max_iters}"
-                self.error = f"ended {how}: {words}"
+            how = f"with status {status}" if status else f"before iteration {self.run.max_iters}"
+            self.error = f"ended {how}: {launcher.last_words(self.run)}"
 
     def launch(self, job: int, **options) -> None:
-        """Start train.py, unless it runs or need not run. Arguments: see launcher.launch."""
+        """Start train.py, unless it is at work or need not be. Arguments: see launcher.launch.
+
+        A train.py that has outlived its search may still write into the folder: its log is followed then.
+        """
         is_over = self.error or self.evals in self.losses
-        if self.process is None and not is_over and time.monotonic() >= self.launch_at:
+        if self.process is None and not is_over and not launcher.is_training(self.run.folder):
             self.process = launcher.launch(self.run, job, **options)
 
     def is_running(self) -> bool:
@@ -305,7 +302,7 @@ class Search:
             runs = self.space.runs(point, os.path.join(self.root, point.name))
         except ValueError as error:
             end(trial, why=str(error))
-        trainings = [Training(run, self.space.evals, self.expiry) for run in runs]
+        trainings = [Training(run, self.space.evals) for run in runs]
         job = self.free_jobs.get()
         try:
             return self.follow(trial, trainings, job)
