@@ -35,8 +35,8 @@ def lock_out_dir(out_dir: str) -> None:
         for folder in parents[:-1]:  # those that did not exist
             with contextlib.suppress(OSError, UnicodeError):
                 os.rmdir(folder)
-        reason = getattr(e, "strerror", None) or e
-        raise ValueError(f"out_dir {ascii(out_dir)} cannot be written: {reason}") from None
+        shown, reason = ascii(out_dir)[:120], getattr(e, "strerror", None) or e
+        raise ValueError(f"out_dir {shown} cannot be written: {reason}") from None
     for name in ("ckpt.pt.tmp", "ckpt_best.pt.tmp", "log.jsonl.tmp"):  # of a killed run
         remove(os.path.join(out_dir, name))
 
