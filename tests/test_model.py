@@ -1,4 +1,5 @@
 """model.py: what a GPT of structured projections must hold, whatever the structure."""
+import json
 import math
 import os
 import shutil
@@ -7,19 +8,21 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
-from structured import STRUCTURES
+from structured import STRUCTURES, MoE, Structured
+from tests.conftest import ROOT
+from tests.structures import counted_flops, randomize
 
 SMALL = dict(block_size=12, vocab_size=40, n_layer=2, n_head=2, n_embd=16)
 KINDS = {name: dict(struct=name) for name in STRUCTURES if name != "einsum"}
 KINDS |= {f"dyad_{v}": dict(struct="dyad", dyad_variant=v) for v in ("ot", "dt")}
-KINDS |= {"einsum": dict(struct="einsum", theta=(0.75, 0, 0.25, 0, 0.25, 0.75, 0)),
-          "btt_moe": dict(struct="btt", num_experts=4), "low_rank_moe": dict(struct="low_rank", num_experts=4),
-          "dense_moe": dict(struct="dense", num_experts=4), "moe": dict(ffn_experts=4),
-          "moe of btt": dict(struct="btt", ffn_experts=4), "attn": dict(struct="btt", layers="attn", num_experts=4),
-          "mlp": dict(struct="btt", layers="mlp", num_experts=4)}
+KINDS |= {
+    "einsum": dict(struct="einsum", theta=(0.75, 0, 0.25, 0, 0.25, 0.75, 0)),
+    "btt_moe": dict(struct="btt", num_experts=4), "low_rank_moe": dict(struct="low_rank", num_experts=4),
+    "dense_moe": dict(struct="dense", num_experts=4), "moe": dict(ffn_experts=4),
+    "moe of btt": dict(struct="btt", ffn_experts=4), "attn": dict(struct="btt", layers="attn", num_experts=4),
+    "mlp": dict(struct="btt", layers="mlp", num_experts=4)}
 all_kinds = pytest.mark.parametrize("kind", KINDS)
 some_kinds = pytest.mark.parametrize("kind", ["dense", "btt", "btt_moe", "moe", "dyad"])
 
@@ -33,8 +36,8 @@ def build(kind="dense", **options):
     return GPT(GPTConfig(**SMALL | KINDS[kind] | options))
 
 
-def awake(kind="dense", **options):
-    """A model in float64 with nothing at its init: an output of zeros would hide what it computes."""
+def random_model(kind="dense", **options):
+    """A model in float64 with random weights: at its init, an output of zeros would hide what it computes."""
     model = build(kind, **options).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -47,11 +50,13 @@ def tokens(*shape, vocab_size=SMALL["vocab_size"]):
 
 
 def projections(model):
-    return {f"{i}.{name}": getattr(part, name) for i, block in enumerate(model.blocks)
-            for part, names in ((block.attn, "qkvo"), (block.mlp, ("up", "down"))) for name in names if hasattr(part, name)}
+    """{"0.q": layer, ...}: the projections of every block, but for the MLPs of a standard MoE."""
+    parts = [(i, part, name) for i, block in enumerate(model.blocks)
+             for part, names in ((block.attn, "qkvo"), (block.mlp, ("up", "down"))) for name in names]
+    return {f"{i}.{name}": getattr(part, name) for i, part, name in parts if hasattr(part, name)}
 
 
-# ---- Forward --------------------------------------------------------------------------------------------------------
+# ---- Forward -----------------------------------------------------------------------------------------------
 
 @all_kinds
 @pytest.mark.parametrize("qk_norm, bias", [(True, False), (False, True)])
@@ -65,7 +70,7 @@ def test_first_loss_is_that_of_the_uniform_guess(kind, qk_norm, bias):
 
 @some_kinds
 def test_loss_is_the_mean_negative_log_likelihood(kind):
-    model, idx, targets = awake(kind), tokens(2, 12), tokens(2, 12)
+    model, idx, targets = random_model(kind), tokens(2, 12), tokens(2, 12)
     targets[0, :3] = -1  # ignored
     logits, loss = model(idx, targets)
     p = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
@@ -76,7 +81,7 @@ def test_loss_is_the_mean_negative_log_likelihood(kind):
 
 @all_kinds
 def test_later_tokens_do_not_change_earlier_logits(kind):
-    model, idx = awake(kind), tokens(2, 12)
+    model, idx = random_model(kind), tokens(2, 12)
     before = model(idx, idx)[0]
     for t in (1, 7, 11):
         other = idx.clone()
@@ -87,7 +92,7 @@ def test_later_tokens_do_not_change_earlier_logits(kind):
 
 
 def test_attention_sees_what_came_before():
-    model, idx = awake(), tokens(2, 12)
+    model, idx = random_model(), tokens(2, 12)
     other = idx.clone()
     other[:, 0] = (other[:, 0] + 1) % 40
     assert ((model(idx, idx)[0] - model(other, idx)[0]).abs().amax(-1) > 1e-4).all()
@@ -96,14 +101,15 @@ def test_attention_sees_what_came_before():
 @pytest.mark.parametrize("kind", ["dense", "btt"])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_forward_is_gpt2(kind, qk_norm):
-    """The whole model written out with matrices: pre-norm blocks, µP's 8/hs logits, branches times √(3/n_layer)."""
+    """The whole model written out with matrices: pre-norm blocks, µP's 8/hs logits, branches times
+    √(3/n_layer)."""
     def norm(x, layer):
         x = x - x.mean(-1, keepdim=True)
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
 
     def linear(x, layer):
         return x @ layer.to_dense().T + layer.bias
-    model, idx = awake(kind, n_layer=4, bias=True, qk_norm=qk_norm), tokens(12)
+    model, idx = random_model(kind, n_layer=4, bias=True, qk_norm=qk_norm), tokens(12)
     x = model.wte.weight[idx] + model.wpe.weight[:12]
     scale = math.sqrt(3 / 4)
     for block in model.blocks:
@@ -127,7 +133,7 @@ def test_forward_is_gpt2(kind, qk_norm):
 @pytest.mark.parametrize("n_embd, n_head", [(16, 4), (32, 1)])
 def test_attention_logits_scale_with_8_over_head_size(n_embd, n_head):
     """Unlike 1 / √hs: seen in the weights on the first of two tokens."""
-    model = awake(n_layer=1, n_embd=n_embd, n_head=n_head, qk_norm=False)
+    model = random_model(n_layer=1, n_embd=n_embd, n_head=n_head, qk_norm=False)
     attn, x, seen = model.blocks[0].attn, torch.randn(1, 2, n_embd, dtype=torch.float64), []
     attn.o.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     attn(x, [])
@@ -138,50 +144,52 @@ def test_attention_logits_scale_with_8_over_head_size(n_embd, n_head):
     torch.testing.assert_close(seen[0][0, 1], expected)
 
 
-@pytest.mark.parametrize("kind, routers", [("dense", 0), ("btt_moe", 12), ("moe", 2), ("attn", 8), ("mlp", 4)])
-def test_routers_report(kind, routers):
-    model = awake(kind)
+@pytest.mark.parametrize("kind, routers", [("dense", 0), ("btt_moe", 12), ("moe", 2), ("attn", 8),
+                                           ("mlp", 4)])
+def test_aux_is_the_mean_of_what_the_routers_report(kind, routers):
+    model = random_model(kind)
     reports = []
     for module in model.modules():
-        if type(module).__name__ == "MoE":
+        if isinstance(module, MoE):
             module.register_forward_hook(lambda module, args, out: reports.append(out[1]))
     _, loss, aux = model(tokens(3, 12), tokens(3, 12), return_aux=True)
     assert len(reports) == routers and aux.load.shape == (routers, 4 if routers else 0)
     torch.testing.assert_close(aux.load.sum(1), torch.ones(routers, dtype=torch.float64))
-    expected = sum(r.switch + 0.1 * r.z for r in reports) / routers if routers else torch.zeros(()).double()
-    torch.testing.assert_close(aux.loss, expected)
+    zero = torch.zeros((), dtype=torch.float64)
+    torch.testing.assert_close(aux.loss, sum((r.switch + 0.1 * r.z for r in reports), zero) / max(1, routers))
     if routers:  # cross-entropy alone is the loss; the routers' own gradient comes from aux.loss
-        assert set(torch.autograd.grad(aux.loss, [m.router for m in model.modules() if hasattr(m, "router")]))
+        assert set(torch.autograd.grad(aux.loss, [m.router for m in model.modules() if isinstance(m, MoE)]))
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "btt_moe"])
 def test_dropout(kind):
-    model, idx = awake(kind, dropout=0.5), tokens(2, 12)
+    model, idx = random_model(kind, dropout=0.5), tokens(2, 12)
     torch.testing.assert_close(model(idx, idx)[0], model(idx, idx)[0], rtol=0, atol=0)
     model.train()
     assert not torch.allclose(model(idx, idx)[0], model(idx, idx)[0])
-    plain = awake(kind).train()
+    plain = random_model(kind).train()
     torch.testing.assert_close(plain(idx, idx)[0], plain(idx, idx)[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("site", ["embeddings", "attention", "attention branch", "mlp branch"])
-def test_every_place_of_dropout(site):
+@pytest.mark.parametrize("place", ["embeddings", "attention", "attention branch", "mlp branch"])
+def test_every_place_of_dropout(place):
     """Each place drops by itself, when the others let everything through."""
-    model, idx = awake(dropout=0.5, n_layer=1), tokens(2, 12)
+    model, idx = random_model(dropout=0.5, n_layer=1), tokens(2, 12)
     block = model.blocks[0]
-    places = {"embeddings": model.dropout, "attention branch": block.attn.resid_dropout, "mlp branch": block.dropout}
     model.train()
-    for name, place in places.items():
-        if name != site:
-            place.p = 0.0
-    if site != "attention":
+    modules = {"embeddings": model.dropout, "attention branch": block.attn.resid_dropout,
+               "mlp branch": block.dropout}
+    for name, module in modules.items():
+        if name != place:
+            module.p = 0.0
+    if place != "attention":
         block.attn.dropout = 0.0
     assert not torch.allclose(model(idx, idx)[0], model(idx, idx)[0])
 
 
 @all_kinds
 def test_bias(kind):
-    model, idx = awake(kind, bias=True), tokens(2, 12)
+    model, idx = random_model(kind, bias=True), tokens(2, 12)
     names = {name for name, _ in model.named_parameters() if name.endswith("bias")}
     for layer in projections(model):
         assert sum(name.startswith(f"blocks.{layer[0]}.") and f".{layer[2:]}." in name for name in names) == 1
@@ -189,14 +197,14 @@ def test_bias(kind):
     assert not any(name.endswith("bias") for name, _ in build(kind).named_parameters())
     logits = model(idx, idx)[0]
     for name, p in model.named_parameters():
-        if name in names and "k_norm" not in name:  # one vector more on every key moves a query's logits alike
+        if name in names and "k_norm" not in name:  # a vector added to every key moves a query's logits alike
             with torch.no_grad():
                 p += torch.randn_like(p)
                 assert not torch.equal(logits, changed := model(idx, idx)[0]), name
             logits = changed
 
 
-# ---- Initialization and parameters ----------------------------------------------------------------------------------
+# ---- Initialization and parameters -------------------------------------------------------------------------
 
 @all_kinds
 def test_branches_and_head_start_at_zero(kind):
@@ -217,7 +225,7 @@ def test_every_parameter_gets_a_gradient(kind):
     model = build(kind, bias=True, top_k=1)
     model(tokens(1, 1), tokens(1, 1))[1].backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
-    model = awake(kind, bias=True).train()
+    model = random_model(kind, bias=True).train()
     model(tokens(4, 12), tokens(4, 12))[1].backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "k_norm.bias" not in name)
@@ -256,9 +264,16 @@ def test_num_params():
     assert build(n_layer=1, qk_norm=False).num_params() == rest + attn + mlp - 2 * 8
 
 
+@all_kinds
+def test_parameters_are_counted_without_making_the_model(kind):
+    config = GPTConfig(**SMALL | KINDS[kind] | dict(n_layer=3))
+    assert GPT.count_params(config) == sum(p.numel() for p in GPT(config).parameters())
+
+
 def test_layers_choose_what_is_structured():
     def cores(model):
-        return {name: sum(p.numel() for p in layer.parameters()) for name, layer in projections(model).items()}
+        layers = projections(model)
+        return {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()}
     dense, every = cores(build("dense")), cores(build("btt_moe"))
     for part, kind in (("qkvo", "attn"), (("up", "down"), "mlp")):
         expected = {name: (every if name[2:] in part else dense)[name] for name in dense}
@@ -270,63 +285,66 @@ def test_options_reach_the_projections():
     assert all(layer.sizes.rho == 3 for layer in projections(model).values())
     assert all(layer.blocks == 2 and layer.variant == "dt" for layer in
                projections(build("dyad", dyad_blocks=2, dyad_variant="dt")).values())
-    assert all(layer.top_k == 3 and layer.num_experts == 4 for layer in projections(build("btt_moe", top_k=3)).values())
+    mixtures = projections(build("btt_moe", top_k=3)).values()
+    assert all(layer.top_k == 3 and layer.num_experts == 4 for layer in mixtures)
     assert not any("gain" in name for name, _ in build("btt", weight_norm=False).named_parameters())
     gains = [name for name, _ in build("btt").named_parameters() if "gain" in name]
     assert gains and not any(".q." in name or ".k." in name for name in gains)  # a norm would undo them
     assert any(".q." in name for name, _ in build("btt", qk_norm=False).named_parameters() if "gain" in name)
 
 
-# ---- Cost -----------------------------------------------------------------------------------------------------------
+# ---- Cost --------------------------------------------------------------------------------------------------
 
 @all_kinds
 def test_flops_are_those_executed(kind):
-    model, idx = awake(kind), tokens(3, 12)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(idx, idx)
-    assert counter.get_total_flops() == 3 * 12 * model.flops_per_token()
-    forward = counter.get_total_flops()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(idx, idx)[1].backward()
+    model, idx = random_model(kind), tokens(3, 12)
+    with sdpa_kernel(SDPBackend.MATH):
+        forward = counted_flops(lambda: model(idx, idx))
+        both = counted_flops(lambda: model(idx, idx)[1].backward())
+    assert forward == 3 * 12 * model.flops_per_token()
     # recomputed or not, attention's backward is twice its forward; embeddings have no products
-    assert counter.get_total_flops() - forward == pytest.approx(2 * forward, rel=0.01)
+    assert both - forward == pytest.approx(2 * forward, rel=0.01)
     assert model.flops_per_token() - model.flops_per_token(output_layer=False) == 2 * 16 * 40
 
 
-# ---- torch.compile --------------------------------------------------------------------------------------------------
+# ---- torch.compile -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, backend", [("btt_moe", "aot_eager"), ("moe", "inductor")])
 def test_compiled_model(kind, backend):
-    """One graph, never made again while the routing changes; loss, load and gradients as without. moe by C++ code, since
-    only there a gradient has been wrong (see structured.MoE._dispatch)."""
+    """One graph, never made again while the routing changes; loss, load and gradients as in eager mode.
+
+    moe runs as C++ code, which once had a wrong gradient: see structured.MoE._dispatch.
+    """
     if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
     torch._dynamo.reset()
-    model, counter = awake(kind, n_layer=1).train(), CompileCounterWithBackend(backend)
+    model, counter = random_model(kind, n_layer=1).train(), CompileCounterWithBackend(backend)
     compiled, loads = torch.compile(model, fullgraph=True, backend=counter), []
     for _ in range(3):
         idx, targets = torch.randint(40, (2, 3, 12))
         results = []
         for run in (model, compiled):
             _, loss, aux = run(idx, targets, return_aux=True)
-            results.append([loss, aux.load, *torch.autograd.grad(loss + 0.01 * aux.loss, model.parameters())])
-        for got, expected in zip(results[1], results[0]):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)  # logits are float32
+            total = loss + 0.01 * aux.loss
+            results.append([loss, aux.load, *torch.autograd.grad(total, model.parameters())])
+        for got, expected in zip(results[1], results[0]):  # the logits are float32, all else float64
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
         loads.append(aux.load.flatten().tolist())
         model.rebalance(aux.load, aux.variance, 1.0)
     assert loads[0] != loads[1] != loads[2] and counter.frame_count == 1
 
 
-# ---- Heads -----------------------------------------------------------------------------------------------------------
+# ---- Heads -------------------------------------------------------------------------------------------------
 
 def test_head_aligned_projections_see_heads():
-    """A head is one φ of q, k, v and one γ of the output projection: between it and a block of the other side, γ or φ,
-    there is a product of ρ columns. Blocks of a projection that is not aligned have a greater rank."""
+    """A head is one φ of q, k, v and one γ of the output projection: between it and a block of the other
+    side, γ or φ, there is a product of ρ columns. Blocks of a projection that is not aligned have a greater
+    rank."""
     def ranks(layer, rows, columns):
         blocks = layer.to_dense().detach().reshape(rows, 64 // rows, columns, 64 // columns).transpose(1, 2)
         return set(torch.linalg.matrix_rank(blocks).flatten().tolist())
     for aligned, options in ((True, {}), (True, dict(head_aligned=True)), (False, dict(head_aligned=False))):
-        attn = awake("btt", n_embd=64, n_head=4, rank=2, **options).blocks[0].attn
+        attn = random_model("btt", n_embd=64, n_head=4, rank=2, **options).blocks[0].attn
         for layer in (attn.q, attn.k, attn.v):
             assert layer.sizes.phi == (4 if aligned else 8)
             assert ranks(layer, 4, layer.sizes.gamma) == ({2} if aligned else {4})
@@ -334,74 +352,111 @@ def test_head_aligned_projections_see_heads():
         assert ranks(attn.o, attn.o.sizes.phi, 4) == ({2} if aligned else {4})
 
 
-@all_kinds
-def test_what_is_head_aligned_unless_told(kind):
-    attn, config = build(kind, n_head=4, n_embd=64).blocks[0].attn, KINDS[kind]  # 64 is 8·8 where it is not
-    aligned = config.get("struct") in ("monarch", "btt") and config.get("layers") != "mlp" and "num_experts" not in config
-    for layer, size in ((attn.q, "phi"), (attn.k, "phi"), (attn.v, "phi"), (attn.o, "gamma")):
+@pytest.mark.parametrize("options, aligned", [
+    *((KINDS[kind], kind in ("monarch", "btt", "moe of btt")) for kind in KINDS),
+    (dict(struct="btt", layers="attn"), True), (dict(struct="btt", layers="mlp"), False)], ids=str)
+def test_monarch_and_btt_without_experts_are_head_aligned_by_default(options, aligned):
+    """φ or γ is 8 of a width of 64 = 8·8 where it is not, and the number of heads, 4, where it is."""
+    attn = GPT(GPTConfig(**SMALL | dict(n_head=4, n_embd=64) | options)).blocks[0].attn
+    for layer, index in ((attn.q, "phi"), (attn.k, "phi"), (attn.v, "phi"), (attn.o, "gamma")):
         sizes = getattr(getattr(layer, "experts", layer), "sizes", None)
-        assert aligned == (sizes is not None and getattr(sizes, size) == 4)
+        assert (sizes is not None and getattr(sizes, index) == 4) == aligned
 
 
 @pytest.mark.parametrize("options, word", [(dict(struct="dense"), "'dense'"), (dict(struct="tt"), "'tt'"),
-                                           (dict(struct="dyad"), "'dyad'"), (dict(struct="btt", layers="mlp"), "'mlp'"),
-                                           (dict(struct="einsum", theta=(0.5, 0.5, 0, 0.5, 0.5, 0, 0)), "phi")])
+                                           (dict(struct="dyad"), "'dyad'"),
+                                           (dict(struct="btt", layers="mlp"), "layers"),
+                                           (dict(struct="einsum", theta=(.5, .5, 0, .5, .5, 0, 0)), "phi")])
 def test_head_aligned_needs_heads(options, word):
     with pytest.raises(ValueError, match=word):
         GPT(GPTConfig(**SMALL | options, head_aligned=True))
 
 
-# ---- Optimizer ------------------------------------------------------------------------------------------------------
+# ---- Optimizer ---------------------------------------------------------------------------------------------
+
+def groups_of(model, decay=0.1, lr=0.01, base_width=128):
+    """{parameter name: its group of the optimizer}."""
+    optimizer = model.configure_optimizers(decay, lr, (0.9, 0.95), "cpu", base_width=base_width)
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups)
+    return {name: groups[p] for name, p in model.named_parameters()}
+
 
 def test_without_mup_every_learning_rate_is_the_same():
-    optimizer = build("btt_moe").configure_optimizers(0.1, 0.01, (0.9, 0.95), "cpu", base_width=None)
-    assert {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.01, 0.1), (0.01, 0.0)}
+    groups = groups_of(build("btt_moe"), base_width=None).values()
+    assert {(g["lr"], g["weight_decay"]) for g in groups} == {(0.01, 0.1), (0.01, 0.0)}
+
+
+def is_no_matrix(name):
+    """Whether a parameter is a gain, a bias, or a norm's."""
+    return name.endswith("bias") or any(part in name for part in ("gain", "ln_", "_norm"))
 
 
 @all_kinds
 @pytest.mark.parametrize("base_width", [16, 128])
-def test_learning_rates_are_those_of_mup(kind, base_width):
-    """DESIGN 4, parameter by parameter; one group for each learning rate and decay."""
-    model, lr, decay = build(kind, bias=True), 0.01, 0.1
-    optimizer = model.configure_optimizers(decay, lr, (0.9, 0.95), "cpu", base_width=base_width)
-    expected, modules = {}, dict(model.named_modules())
-    for name, p in model.named_parameters():
-        parent, leaf = name.rpartition(".")[::2]
-        layer, factor = modules[parent], 1.0
-        if leaf == "router":
-            factor = base_width / p.shape[1]
-        elif leaf in ("wl", "wu"):
-            factor, fans = base_width / (2 * p.shape[-1]), [(p.shape[-1], p.shape[-2])]
-        elif leaf in ("A", "B"):
-            a, b, g, d, e, f, r = layer.sizes
-            first, width = leaf == layer.order[0], (layer.d_in if leaf == layer.order[0] else layer.d_out)
-            if layer.order == ("A",):
-                factor, fans = base_width / layer.d_in, [(layer.d_in, layer.d_out)]
-            else:
-                fan_in, uses = {"A": (a, b if first else e), "B": (b, a if first else d)}[leaf]
-                factor = base_width / 2 / (fan_in if first else fan_in * g * r)
-                factor *= math.sqrt(uses / base_width ** (math.log(uses) / math.log(width)))  # cores that are shared
-                fans = [(a, d * f * r), (b * g * r, e)] if layer.order[0] == "A" else [(b, e * f * r), (a * g * r, d)]
-        else:
-            assert "gain" in leaf or leaf == "bias" or isinstance(layer, (torch.nn.Embedding, torch.nn.LayerNorm))
-        if (".q." in name or ".k." in name) and leaf in ("wl", "wu", "A", "B"):  # relative to the output's size at the start
-            factor *= math.prod(math.sqrt(min(fan_in, fan_out) / fan_in) for fan_in, fan_out in fans)
-        decays = not ("gain" in leaf or leaf == "bias" or isinstance(layer, torch.nn.LayerNorm))
-        expected[p] = lr * factor, decay / factor * decays
-    seen = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(seen) == len(set(seen)) == len(expected)
-    for group in optimizer.param_groups:
-        assert group["lr"] == pytest.approx(lr * group["lr_multiplier"])
-        for p in group["params"]:
-            assert (group["lr"], group["weight_decay"]) == pytest.approx(expected[p])
-            if group["weight_decay"]:  # a step shrinks every matrix alike
-                assert group["lr"] * group["weight_decay"] == pytest.approx(lr * decay)
-    kinds = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    assert len(kinds) == len(set(kinds))
-    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+def test_learning_rates_are_those_of_the_layers(kind, base_width):
+    """Each layer answers for its cores and its router (see test_structured.py); all else has the plain
+    rate."""
+    model = build(kind, bias=True)
+    groups = groups_of(model, base_width=base_width)
+    for prefix, module in model.named_modules():
+        if isinstance(module, (Structured, MoE)):
+            for name, multiplier in module.lr_multipliers(base_width).items():
+                assert groups[f"{prefix}.{name}"]["lr"] == pytest.approx(0.01 * multiplier)
+    plain = [name for name in groups if is_no_matrix(name) or name in ("wte.weight", "wpe.weight")]
+    assert len(plain) > 20 and all(groups[name]["lr"] == 0.01 for name in plain)
+    assert all(group["lr"] == pytest.approx(0.01 * group["lr_multiplier"]) for group in groups.values())
 
 
-# ---- Generation -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("base_width", [16, 128])
+def test_learning_rates_of_a_dense_model(base_width):
+    """DESIGN 4: base width / fan_in for every matrix, the output layer included, and the embeddings' as
+    given."""
+    groups = groups_of(build("dense", n_embd=32, qk_norm=False), base_width=base_width)
+    for name in ("blocks.1.attn.q.A", "blocks.1.attn.k.A", "blocks.1.attn.v.A", "blocks.1.attn.o.A",
+                 "blocks.1.mlp.up.A", "lm_head.A"):
+        assert groups[name]["lr"] == pytest.approx(0.01 * base_width / 32)
+    assert groups["blocks.1.mlp.down.A"]["lr"] == pytest.approx(0.01 * base_width / 128)
+    assert groups["wte.weight"]["lr"] == groups["wpe.weight"]["lr"] == groups["ln_f.weight"]["lr"] == 0.01
+
+
+@all_kinds
+def test_a_step_shrinks_every_matrix_alike(kind):
+    """Cores, routers and embeddings decay by learning rate · weight decay; gains, biases and norms do not.
+
+    There is one group for each learning rate and decay.
+    """
+    groups = groups_of(build(kind, bias=True))
+    for name, group in groups.items():
+        shrinks = 0 if is_no_matrix(name) else 0.01 * 0.1
+        assert group["lr"] * group["weight_decay"] == pytest.approx(shrinks), name
+        assert group["betas"] == (0.9, 0.95)
+    distinct = {id(group): (group["lr"], group["weight_decay"]) for group in groups.values()}
+    assert len(set(distinct.values())) == len(distinct)
+
+
+# ---- Old checkpoints ---------------------------------------------------------------------------------------
+
+MODELS_V1 = json.loads((ROOT / "tests" / "fixtures" / "models_v1.json").read_text())
+
+
+@pytest.mark.parametrize("kind", MODELS_V1)
+def test_weights_of_the_first_version_mean_what_they_meant(kind):
+    """Their names, their shapes, and the loss of a model with weights sin(0.7 i^1.1 + n), for the n-th by
+    name."""
+    options, loss, shapes = (MODELS_V1[kind][key] for key in ("options", "loss", "shapes"))
+    config = GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=2, n_embd=16, **options)
+    model = GPT(config).double().eval()
+    weights = dict(sorted(model.state_dict().items()))
+    assert {name: list(w.shape) for name, w in weights.items()} == shapes
+    for n, w in enumerate(weights.values()):
+        w.copy_(torch.sin(0.7 * torch.arange(w.numel(), dtype=torch.float64) ** 1.1 + n).view_as(w))
+    idx = torch.arange(16).view(2, 8) * 5 % 12
+    with torch.no_grad():
+        assert model(idx, (idx + 1) % 12)[1].item() == pytest.approx(loss, abs=1e-5)
+
+
+# ---- Generation --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("vocab_size", [1030, 1088, 500])
 def test_no_token_outside_the_vocabulary(vocab_size):
@@ -422,20 +477,24 @@ def test_no_token_outside_the_vocabulary(vocab_size):
 @all_kinds
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=1.3, top_k=20)])
 def test_cache_changes_no_token(kind, options):
-    """Within the window and past block_size, where it slides more than once; also from a prompt that is too long."""
-    model = awake(kind)
+    """Within the window and past block_size, where it slides more than once; also from a prompt that is too
+    long."""
+    model = random_model(kind)
     for prompt, new in ((3, 22), (12, 5), (20, 5)):
         idx = tokens(2, prompt)
-        runs = [model.generate(idx, new, use_cache=use_cache, generator=torch.Generator().manual_seed(1), **options)
-                for use_cache in (True, False)]
-        assert torch.equal(*runs) and runs[0].shape == (2, prompt + new) and torch.equal(runs[0][:, :prompt], idx)
-        assert len(set(runs[0][0].tolist())) > 3  # not one token over and over
+        with_cache, without = (model.generate(idx, new, use_cache=use_cache,
+                                              generator=torch.Generator().manual_seed(1), **options)
+                               for use_cache in (True, False))
+        assert torch.equal(with_cache, without)
+        assert with_cache.shape == (2, prompt + new) and torch.equal(with_cache[:, :prompt], idx)
+        assert len(set(with_cache[0].tolist())) > 3  # not one token over and over
 
 
 @pytest.mark.parametrize("kind", ["dense", "btt_moe", "moe"])
 def test_cache_reads_each_token_once(kind):
-    """Positions run through the model for each new token: the prompt, then one at a time while the window has room."""
-    model, read = awake(kind), []
+    """Positions run through the model for each new token: the prompt, then one at a time while the window has
+    room."""
+    model, read = random_model(kind), []
     model.wte.register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
     model.generate(tokens(2, 4), 9)
     assert read == [4] + [1] * 8
@@ -448,7 +507,7 @@ def test_cache_reads_each_token_once(kind):
 
 
 def test_greedy_tokens_are_the_likeliest():
-    model, idx = awake(), tokens(2, 3)
+    model, idx = random_model(), tokens(2, 3)
     for token in model.stream(idx, 9, temperature=0):
         torch.testing.assert_close(token, model(idx)[0][:, -1].argmax(-1, keepdim=True))
         idx = torch.cat([idx, token], dim=1)
@@ -456,7 +515,7 @@ def test_greedy_tokens_are_the_likeliest():
 
 def test_sampling_follows_temperature_and_top_k():
     """Frequencies over many draws of one token, against the softmax by hand."""
-    model, idx = awake(), tokens(1, 3)
+    model, idx = random_model(), tokens(1, 3)
     with torch.no_grad():
         model.lm_head.A *= 1.5 / model(idx)[0].std()  # neither flat nor certain
     logits = model(idx)[0][0, -1]
@@ -480,12 +539,14 @@ def test_more_tokens_than_block_size():
         build()(tokens(1, 13))
 
 
-# ---- Configuration --------------------------------------------------------------------------------------------------
+# ---- Configuration -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, message", [
-    (dict(n_head=5), "n_head = 5 must divide n_embd = 16"), (dict(layers="ffn"), "'ffn'"), (dict(dropout=1.0), "dropout.*1.0"),
+    (dict(n_head=5), "n_head = 5 must divide n_embd = 16"), (dict(layers="ffn"), "'ffn'"),
+    (dict(dropout=1.0), "dropout.*1.0"),
     (dict(dropout=-0.1), "dropout.*-0.1"), (dict(num_experts=4, ffn_experts=4), "num_experts.*ffn_experts"),
-    (dict(num_experts=1), "num_experts.*1"), (dict(ffn_experts=-2), "ffn_experts.*-2"), (dict(num_experts=4, top_k=5), "top_k.*5"),
+    (dict(num_experts=1), "num_experts.*1"), (dict(ffn_experts=-2), "ffn_experts.*-2"),
+    (dict(num_experts=4, top_k=5), "top_k.*5"),
     (dict(ffn_experts=4, top_k=0), "top_k.*0"), *((dict([(name, 0)]), f"{name}.*0") for name in SMALL)])
 def test_config_errors(options, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -494,7 +555,8 @@ def test_config_errors(options, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(struct="lowrank"), "'lowrank'"), (dict(struct="einsum"), "theta"), (dict(struct="btt", n_embd=17, n_head=1), "17"),
+    (dict(struct="lowrank"), "'lowrank'"), (dict(struct="einsum"), "theta"),
+    (dict(struct="btt", n_embd=17, n_head=1), "17"),
     (dict(struct="btt", theta=(1, 0, 0, 1, 0, 0, 0)), "theta"), (dict(struct="dyad", dyad_blocks=3), "3")])
 def test_structure_errors(options, message):
     with pytest.raises(ValueError, match=message):

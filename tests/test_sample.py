@@ -1,5 +1,4 @@
 """sample.py from the outside: what it prints of small checkpoints, and what it says when it cannot."""
-import os
 import pickle
 import shutil
 
@@ -8,19 +7,21 @@ import torch
 
 import model
 from tests.conftest import Hostile
+from tests.runs import assert_one_sentence, in_float64
 
 CHARACTERS = "\n" + bytes(range(32, 127)).decode("ascii")
-SETTINGS = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=8, gradient_accumulation_steps=1, max_iters=50,
-                warmup_iters=5, eval_interval=50, eval_iters=1, sample_tokens=0, dropout=0.2, device="cpu")
+SETTINGS = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=8, gradient_accumulation_steps=1,
+                max_iters=30, warmup_iters=5, eval_interval=30, eval_iters=1, sample_tokens=0, dropout=0.2,
+                device="cpu")
 
 
 @pytest.fixture(scope="module")
 def out(run, python_text, tmp_path_factory):
-    """The out_dir of a small model of which the dataset is gone."""
+    """The out_dir of a small mixture, in float64, whose dataset is gone."""
     folder = tmp_path_factory.mktemp("sample")
     dataset = shutil.copytree(python_text, folder / "data")
     flags = [f"--{k}={v}" for k, v in (SETTINGS | {"dataset": dataset, "out_dir": folder / "out"}).items()]
-    done = run("train.py", "config/btt_moe.py", *flags)
+    done = run("train.py", "config/btt_moe.py", *flags, before=in_float64)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(dataset)
     return folder / "out"
@@ -28,10 +29,14 @@ def out(run, python_text, tmp_path_factory):
 
 @pytest.fixture
 def sample(run, out):
-    """sample(start="def ", ...) -> what is printed."""
+    """sample(start="def ", ...) -> what sample.py prints.
+
+    It computes in float64: in float32 the rounding of the cache's other order of summation may choose other
+    experts, and then another token.
+    """
     def sample(**settings):
-        flags = [f"--{k}={v}" for k, v in ({"out_dir": out, "device": "cpu", "max_new_tokens": 30} | settings).items()]
-        done = run("sample.py", *flags)
+        settings = {"out_dir": out, "device": "cpu", "max_new_tokens": 20} | settings
+        done = run("sample.py", *(f"--{k}={v}" for k, v in settings.items()), before=in_float64)
         assert done.returncode == 0 and done.stderr == "", done.stderr
         return done.stdout
     return sample
@@ -41,17 +46,19 @@ def sample(run, out):
 def refused(run, out):
     """refused(start="", ...) -> the one sentence on stderr."""
     def refused(**settings):
-        done = run("sample.py", *[f"--{k}={v}" for k, v in ({"out_dir": out, "device": "cpu"} | settings).items()])
-        assert done.returncode not in (0, None) and done.stdout == ""
-        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+        settings = {"out_dir": out, "device": "cpu"} | settings
+        done = run("sample.py", *[f"--{k}={v}" for k, v in settings.items()])
+        assert_one_sentence(done)
+        assert done.stdout == ""
         return done.stderr
     return refused
 
 
 def likeliest(path, text, count):
-    """`text` and the `count` characters that the model finds likeliest, one whole forward pass for each."""
+    """`text` and the `count` characters that the model finds likeliest, by one whole forward pass for
+    each."""
     checkpoint = torch.load(path, weights_only=True)
-    gpt = model.GPT(model.GPTConfig(**checkpoint["model_args"])).eval()
+    gpt = model.GPT(model.GPTConfig(**checkpoint["model_args"])).double().eval()
     gpt.load_state_dict(checkpoint["model"])
     for _ in range(count):
         with torch.no_grad():
@@ -63,17 +70,18 @@ def likeliest(path, text, count):
 def test_temperature_zero_takes_the_likeliest(sample, out):
     """From the out_dir and from a file, whatever the seed."""
     expected = likeliest(out / "ckpt.pt", "def ", 12) + "\n"
-    assert sample(start="def ", temperature=0, max_new_tokens=12) == expected
-    assert sample(start="def ", temperature=0, max_new_tokens=12, seed=5, out_dir=out / "ckpt_best.pt") == expected
-    assert sample(start="def ", top_k=1, max_new_tokens=12) == expected
+    best = out / "ckpt_best.pt"
+    for settings in (dict(temperature=0), dict(temperature=0, seed=5, out_dir=best), dict(top_k=1)):
+        assert sample(start="def ", max_new_tokens=12, **settings) == expected
 
 
 def test_a_prompt_longer_than_the_block(sample, out):
     """Its last block_size characters are what counts; it is printed whole."""
     prompt = "    for name in sorted(self._names):\n        "
-    assert sample(start=prompt, temperature=0, max_new_tokens=1) == likeliest(out / "ckpt.pt", prompt, 1) + "\n"
+    expected = likeliest(out / "ckpt.pt", prompt, 1) + "\n"
+    assert sample(start=prompt, temperature=0, max_new_tokens=1) == expected
     long, short = (sample(start=p, temperature=0)[len(p):] for p in (prompt, prompt[-16:]))
-    assert long == short and len(long) == 30 + 1
+    assert long == short and len(long) == 20 + 1
 
 
 def test_seed_and_number_of_samples(sample):
@@ -83,7 +91,7 @@ def test_seed_and_number_of_samples(sample):
     places = [text.index(header) for header in headers] + [len(text)]
     texts = [text[a + len(h):b] for h, a, b in zip(headers, places, places[1:])]
     assert places[0] == 0 and len(set(texts)) == 3
-    assert all(t.startswith("import ") and len(t) == 7 + 30 + 1 and t[-1] == "\n" for t in texts)
+    assert all(t.startswith("import ") and len(t) == 7 + 20 + 1 and t[-1] == "\n" for t in texts)
     assert "----" not in sample(start="import ", top_k=5) and set(text) <= set(CHARACTERS)
 
 
@@ -98,13 +106,15 @@ def test_top_k_and_temperature(run, tmp_path):
     weights["wte.weight"][:] = torch.tensor([1.0, -1.0, 1.0, -1.0])  # its layer norm is itself
     [head] = [name for name in weights if name.startswith("lm_head")]
     odds = torch.tensor([4.0, 3.0, 2.0, 1.0, 1e-6])
-    weights[head] = (odds.log()[:, None] / 4 * torch.tensor([1.0, -1.0, 1.0, -1.0])).reshape(weights[head].shape)
+    rows = odds.log()[:, None] / 4 * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    weights[head] = rows.reshape(weights[head].shape)
     torch.save({"model": weights, "model_args": config, "tokenizer": {"name": "char", "characters": "abcde"}},
                tmp_path / "ckpt.pt")
 
     def shares(**settings):
-        flags = [f"--{k}={v}" for k, v in ({"temperature": 1, "top_k": None} | settings).items()]
-        done = run("sample.py", f"--out_dir={tmp_path}", "--start=a", "--max_new_tokens=3000", "--device=cpu", *flags)
+        settings = dict(out_dir=tmp_path, start="a", max_new_tokens=3000, device="cpu", temperature=1,
+                        top_k=None) | settings
+        done = run("sample.py", *(f"--{k}={v}" for k, v in settings.items()))
         assert done.returncode == 0, done.stderr
         return [done.stdout[1:].count(c) / 3000 for c in "abcd"]
 
@@ -121,39 +131,59 @@ def test_prompt_from_a_file(sample, tmp_path):
 
 # What a user can get wrong
 
-def test_a_bad_prompt_is_one_sentence(refused, tmp_path):
-    assert "'é'" in refused(start="café") or "\\xe9" in refused(start="café")
-    assert "\\t" in refused(start="\tx")
-    assert "empty" in refused(start="")
-    (tmp_path / "empty.txt").write_text("")
-    assert "empty" in refused(start=f"FILE:{tmp_path / 'empty.txt'}")
-    assert str(tmp_path / "none.txt") in refused(start=f"FILE:{tmp_path / 'none.txt'}")
-    assert str(tmp_path) in refused(start=f"FILE:{tmp_path}")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert str(tmp_path / "latin.txt") in refused(start=f"FILE:{tmp_path / 'latin.txt'}")
+@pytest.mark.parametrize("start, word", [("café", "'é'"), ("\tx", "\\t"), ("", "empty")],
+                         ids=["é", "tab", "empty"])
+def test_a_prompt_outside_the_vocabulary_is_one_sentence(start, word, refused):
+    assert word in refused(start=start)
 
 
-@pytest.mark.parametrize("key, value", [("temperature", -1), ("top_k", 0), ("num_samples", 0), ("max_new_tokens", 0),
-                                        ("dtype", "float8"), ("device", "abacus"), ("num_sample", 3)])
-def test_a_bad_setting_is_one_sentence(key, value, refused):
+@pytest.mark.parametrize("contents", ["missing", "a folder", "not UTF-8"])
+def test_a_prompt_file_that_cannot_be_read_is_one_sentence(contents, refused, tmp_path):
+    file = tmp_path / "prompt.txt"
+    if contents == "a folder":
+        file.mkdir()
+    elif contents == "not UTF-8":
+        file.write_bytes(b"caf\xe9")
+    assert str(file) in refused(start=f"FILE:{file}")
+
+
+def test_an_empty_prompt_file_is_one_sentence(refused, tmp_path):
+    (tmp_path / "prompt.txt").write_text("")
+    assert "empty" in refused(start=f"FILE:{tmp_path / 'prompt.txt'}")
+
+
+@pytest.mark.parametrize("key, value, word", [
+    ("temperature", -1, "-1"), ("top_k", 0, "0"), ("num_samples", 0, "0"), ("max_new_tokens", 0, "0"),
+    ("dtype", "float8", "float8"), ("device", "abacus", "abacus"), ("num_sample", 3, "num_samples")])
+def test_a_bad_setting_is_one_sentence(key, value, word, refused):
     sentence = refused(**{key: value})
-    assert key in sentence and (str(value) in sentence or key == "num_sample")
+    assert key in sentence and word in sentence
 
 
-def test_a_bad_checkpoint_is_one_sentence(refused, out, tmp_path):
+@pytest.mark.parametrize("place", ["nowhere", "nowhere/ckpt.pt", "."])
+def test_no_checkpoint_is_one_sentence(place, refused, tmp_path):
+    assert str(tmp_path / place) in refused(out_dir=tmp_path / place)
+
+
+@pytest.mark.parametrize("contents", ["empty", "garbage", "half", "pickle"])
+def test_a_file_that_is_no_checkpoint_is_one_sentence(contents, refused, out, tmp_path):
+    """And nothing that it brings along is run."""
+    whole, made = (out / "ckpt.pt").read_bytes(), tmp_path / "made"
+    hostile = pickle.dumps(Hostile(str(made)))
+    (tmp_path / "ckpt.pt").write_bytes(dict(
+        empty=b"", garbage=b"garbage", half=whole[:len(whole) // 2], pickle=hostile)[contents])
     assert str(tmp_path / "ckpt.pt") in refused(out_dir=tmp_path)
-    assert str(tmp_path / "nowhere") in refused(out_dir=tmp_path / "nowhere")
+    assert not made.exists()
 
-    whole, ckpt = (out / "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt"
-    bad = [b"", b"garbage", whole[:len(whole) // 2], pickle.dumps(Hostile(str(tmp_path / "made")))]
-    for contents in bad:
-        ckpt.write_bytes(contents)
-        assert str(ckpt) in refused(out_dir=tmp_path)
-    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
-    for changes in ({"model": {}}, {"tokenizer": {"name": "runes"}}, {"model_args": {"width": 8}},
-                    {"config": Hostile(str(tmp_path / "made"))}):
-        torch.save(checkpoint | changes, ckpt)
-        assert str(ckpt) in refused(out_dir=ckpt)
-    torch.save([1, 2], ckpt)
+
+@pytest.mark.parametrize("changes", [
+    {"model": {}}, {"tokenizer": {"name": "runes"}}, {"model_args": {"width": 8}}, {"config": "hostile"},
+    None], ids=str)
+def test_a_checkpoint_that_does_not_fit_is_one_sentence(changes, refused, out, tmp_path):
+    ckpt, made = tmp_path / "ckpt.pt", tmp_path / "made"
+    if changes == {"config": "hostile"}:
+        changes = {"config": Hostile(str(made))}
+    contents = [1, 2] if changes is None else torch.load(out / "ckpt.pt", weights_only=True) | changes
+    torch.save(contents, ckpt)
     assert str(ckpt) in refused(out_dir=ckpt)
-    assert not os.path.exists(tmp_path / "made")
+    assert not made.exists()

@@ -1,9 +1,8 @@
 """OpenWebText in GPT-2's byte-pair encoding, an end-of-text token after each document.
 
-python data/openwebtext/prepare.py                      about 24 GB to download, 18 GB of tokens
-python data/openwebtext/prepare.py --source my.jsonl    local files in its place
+    python data/openwebtext/prepare.py                      about 24 GB to download, 18 GB of tokens
+    python data/openwebtext/prepare.py --source my.jsonl    local files in its place
 """
-
 import sys
 from pathlib import Path
 
@@ -24,11 +23,7 @@ def main():
     tokenizer = Gpt2Tokenizer()  # before the documents: without a vocabulary there is no use in loading them
     with common.work_folder(args.out_dir) as work:
         documents, source = common.load_documents(args, work)
-        splits = common.split_documents(documents, args.val_fraction)
-        encoded = common.encode_documents(splits, encode, "uint16", args.num_proc)
-        shards = {split: common.token_shards(ids, f"writing {split}.bin") for split, ids in encoded.items()}
-        source |= {"documents": len(documents), "val_fraction": args.val_fraction}
-        common.write_dataset(args.out_dir, work, tokenizer, "uint16", shards, source)
+        common.write_documents(args, work, documents, tokenizer, encode, source)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Documents with any other character are left out; a newline follows each document
     python data/openwebtext_char/prepare.py                      about 24 GB to download
     python data/openwebtext_char/prepare.py --source my.jsonl    local files in its place
 """
-
 import sys
 from pathlib import Path
 
@@ -30,17 +29,14 @@ def main():
     args = common.parse_arguments(__doc__, HERE, val_fraction=0.0005, num_proc=True)
     with common.work_folder(args.out_dir) as work:
         documents, source = common.load_documents(args, work)
-        num_proc = common.processes(args.num_proc, documents)
-        kept = documents.filter(is_plain, batched=True, num_proc=num_proc, desc="leaving out other characters")
-        left_out = len(documents) - len(kept)
+        plain = documents.filter(is_plain, batched=True, num_proc=args.num_proc,
+                                 desc="leaving out other characters")
+        left_out = len(documents) - len(plain)
         print(f"{len(documents):,} documents, {left_out:,} left out for a character outside the 96")
-        if not kept:
-            raise ValueError("every document of the source has a character outside the newline and printable ASCII")
-        splits = common.split_documents(kept, args.val_fraction)
-        encoded = common.encode_documents(splits, encode, "uint8", args.num_proc)
-        shards = {split: common.token_shards(ids, f"writing {split}.bin") for split, ids in encoded.items()}
-        source |= {"documents": len(kept), "left_out": left_out, "val_fraction": args.val_fraction}
-        common.write_dataset(args.out_dir, work, CharTokenizer(CHARACTERS), "uint8", shards, source)
+        if not plain:
+            raise ValueError("every document has a character outside the newline and printable ASCII")
+        tokenizer = CharTokenizer(CHARACTERS)
+        common.write_documents(args, work, plain, tokenizer, encode, source | {"left_out": left_out})
 
 
 if __name__ == "__main__":

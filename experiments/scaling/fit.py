@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.launcher import NO_EFFECT, read_log
+from experiments.launcher import NO_EFFECT
+from lib.log import read_log
 
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
         "seconds": "training seconds"}

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import filelock
 
-from experiments.launcher import Run, clock, final_loss, is_training, last_words, launch, speed, stop
+from experiments.launcher import Run, final_loss, is_training, last_words, launch, speed, stop
+from lib.log import format_duration
 
 
 class Job(NamedTuple):
@@ -81,7 +82,8 @@ class Sweep:
         run, status, loss = job.run, job.process.returncode, final_loss(job.run)
         if status == 0 and loss is not None:
             _, ms = speed(run)
-            self.settle(run, self.finished, f"val loss {loss:.4f}, {clock((ms or 0) * run.max_iters / 1e3)}")
+            duration = format_duration((ms or 0) * run.max_iters / 1e3)
+            self.settle(run, self.finished, f"val loss {loss:.4f}, {duration}")
         elif not is_training(run.folder):   # else a train.py whose sweep had been killed was there first
             reason = f"with status {status}" if status else f"without reaching iteration {run.max_iters}"
             self.settle(run, self.failed, f"FAILED, ended {reason}: {last_words(run)}")
@@ -138,7 +140,7 @@ class Sweep:
             left = flops_left(self.pending)
             rate = (self.flops_before - left) / (time.monotonic() - self.started)
             print("  running: " + (", ".join(shares) or "others' runs")
-                  + (f" | left about {clock(left / rate)}" if rate > 0 else ""), flush=True)
+                  + (f" | left about {format_duration(left / rate)}" if rate > 0 else ""), flush=True)
 
     def sleep(self) -> None:
         """Until a job ends, or for the pause between two looks."""

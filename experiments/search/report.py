@@ -1,69 +1,59 @@
-"""What a search has found, for search.py: ranked table, csv, figure, importances, the best θ as a config and a plan.
+"""What a search has found: a ranked table, csv, a figure, importances, the best θ as a config, and a plan.
 
-Losses are compared at equal budgets alone: trials that came to their end with each other, and all trials at the first
-evaluation at which the pruner decided.
+Losses are compared at equal budgets only: those of complete trials with each other, and those of all trials
+at the first evaluation at which the pruner decided.
 """
 import json
 import math
 import os
 
 import numpy as np
-import optuna
-from optuna.trial import TrialState
 
-import configurator
-from experiments import launcher
+from experiments.launcher import train_defaults
 from experiments.scaling import fit as scaling_fit
-from experiments.launcher import read_log
-from experiments.scaling.report import number, round_all, table, write_csv
-from experiments.search.space import LEVELS, text_of
-from experiments.search.study import trained
+from experiments.scaling import plot as scaling_plot
+from experiments.scaling.report import markdown_table, number, round_all, write_csv
+from experiments.search.space import LEVELS, theta_text
+from experiments.search.study import counted, optuna
+from lib.log import read_log
 from structured import Theta
 
-PANELS = (("omega", "ω, parameter sharing"), ("psi", "ψ, rank"), ("nu", "ν, compute intensity"))
+PANELS = dict(omega="ω, parameter sharing", psi="ψ, rank", nu="ν, compute intensity")
+STATES = ("complete", "pruned", "running", "waiting", "fail")
+# what a structure of follow.py sets itself
+OWN_KEYS = ("struct", "theta", "rank", "n_embd", "num_experts", "top_k", "learning_rate")
 
 
 def rows_of(study: optuna.Study) -> list[dict]:
-    """A row for each trial of the budget, those of the full budget first, by loss; then those pruned latest."""
-    rows = []
-    for trial in trained(study):
-        facts, theta = trial.user_attrs, Theta(*trial.user_attrs["theta"])
-        steps, evals = trial.intermediate_values, study.user_attrs["request"]["evals"]
-        last = evals if trial.state == TrialState.COMPLETE else trial.last_step or 0
-        loss = trial.value if trial.state == TrialState.COMPLETE else steps.get(last, math.nan)
-        rows.append(dict(trial=trial.number, state=trial.state.name.lower(), structure=facts["label"],
-                         name=facts["structure"], theta=text_of(theta), omega=theta.omega, psi=theta.psi, nu=theta.nu,
-                         loss=loss, share_of_budget=last / evals,
-                         first_loss=steps.get(study.user_attrs["first_rung"], math.nan),
-                         flops=facts.get("flops", math.nan) * last / evals, width=facts.get("width", ""),
-                         rank=facts.get("rank", ""), sizes="; ".join(facts.get("sizes", ())),
-                         params=facts.get("params") or "", flops_per_token=facts.get("flops_per_token", ""),
-                         ms_per_iter=facts.get("ms_per_iter") or "",
-                         learning_rate=facts.get("settings", {}).get("learning_rate", ""), run=facts.get("run", ""),
-                         why=facts.get("why", "")))
-    order = dict(complete=0, pruned=1, running=2, fail=3)
-    return sorted(rows, key=lambda r: (order[r["state"]], -r["share_of_budget"], r["loss"]))
+    """A row of trials.csv for each trial: complete ones first, by loss; then those that were pruned last."""
+    rows, first_rung, evals = [], study.user_attrs["first_rung"], study.user_attrs["request"]["evals"]
+    for trial in counted(study):
+        model, losses, state = trial.user_attrs["model"], trial.intermediate_values, trial.state.name.lower()
+        run = trial.user_attrs.get("run") or dict(flops=math.nan, settings={})
+        theta, share = Theta(*model["theta"]), (trial.last_step or 0) / evals
+        rows.append(dict(
+            trial=trial.number, state=state, structure=model["label"], name=model["structure"],
+            theta=theta_text(theta), omega=theta.omega, psi=theta.psi, nu=theta.nu,
+            loss=losses.get(trial.last_step, math.nan), share_of_budget=share,
+            first_loss=losses.get(first_rung, math.nan), flops=run["flops"] * share, width=model["width"],
+            rank=model["rank"], sizes="; ".join(model["sizes"]), params=run.get("params") or "",
+            flops_per_token=model["flops_per_token"], ms_per_iter=run.get("ms_per_iter") or "",
+            learning_rate=run["settings"].get("learning_rate", ""), run=run.get("folder", ""),
+            why=trial.user_attrs.get("why", "") if state == "fail" else ""))
+    return sorted(rows, key=lambda r: (STATES.index(r["state"]), -r["share_of_budget"], r["loss"]))
 
 
-def taxonomy(row: dict) -> list[str]:
-    return [f"{row[axis]:.3g}" for axis, _ in PANELS]
-
-
-# ---- Against dense --------------------------------------------------------------------------------------------------
+# ---- Against dense -----------------------------------------------------------------------------------------
 
 class DenseCurve:
-    """Compute that dense needs for a loss: between its measured points, by interpolation in logarithms."""
-
+    """The FLOPs that dense needs for a loss: between measured points by interpolation in logarithms."""
     def __init__(self, flops, losses, source: str):
-        order = np.argsort(flops)
-        flops, losses = np.asarray(flops, float)[order], np.asarray(losses, float)[order]
-        best = np.minimum.accumulate(losses)
-        keep = np.r_[True, losses[1:] < best[:-1]]
-        self.flops, self.losses, self.source = flops[keep], losses[keep], source
+        flops, losses = np.asarray(flops, float), np.asarray(losses, float)
+        lower = scaling_fit.lower_envelope(flops, losses)
+        self.flops, self.losses, self.source = flops[lower], losses[lower], source
 
     def share(self, flops: float, loss: float) -> str:
-        """FLOPs spent ÷ those of dense for the same loss, a bound where dense has not come so far, — where it began
-        below."""
+        """FLOPs ÷ those of dense for the same loss; a bound below dense's last loss, — above its first."""
         if not math.isfinite(loss) or loss > self.losses[0]:
             return "—"
         if loss < self.losses[-1]:
@@ -71,183 +61,188 @@ class DenseCurve:
         return number(flops / scaling_fit.Frontier(self.flops, self.losses, ()).x_for(loss))
 
 
-def refuse_other_losses(measured: dict, settings: dict, dense: str) -> None:
-    """Raises ValueError where the runs of dense have another dataset, batch ... than the search."""
-    defaults = {k.name: k.default for k in configurator.read_keys(launcher.TRAIN).values()}
-    for key in (k for k in scaling_fit.COMPARABLE if k in measured and k in defaults):
-        if measured[key] != settings.get(key, defaults[key]):
-            raise ValueError(f"the runs in {dense!r} do not measure the same loss: {key} is {measured[key]} there and "
-                             f"{settings.get(key, defaults[key])} in the search")
-
-
 def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -> DenseCurve | None:
-    """From scaling.py's fit.json, from a folder of runs, or from the study's own dense trial; None without the last.
-    settings: what all trials of the search share. Raises ValueError, in one sentence, where what was named has no dense."""
+    """From a fit.json of experiments.scaling, a folder of runs, or the study's own dense trial if it has one.
+
+    settings: keys of train.py that all trials share. Raises ValueError if `dense` holds no dense curve, or
+    one of another loss.
+    """
     if dense is None:
-        mine = [r for r in rows if r["name"] == "dense" and r["run"]]
-        if not mine:
-            return None
-        points = [p for p in read_log(os.path.join(out, mine[0]["run"]))
-                  if p.get("type") == "eval" and p["iter"] and p["val_loss"] is not None]
-        return DenseCurve([p["flops"] for p in points], [p["val_loss"] for p in points],
-                          f"the study's own, trial {mine[0]['trial']}, one width along its training") if points else None
+        return own_dense_curve([r for r in rows if r["name"] == "dense" and r["run"]], out)
     if os.path.isdir(dense):
         runs, _ = scaling_fit.read_runs([dense])
         runs = scaling_fit.mean_of_seeds([run for run in runs if run.label == "dense"])
         if not runs:
             raise ValueError(f"there is no run of dense below {dense!r}")
-        refuse_other_losses(runs[0].config, settings, dense)
-        frontier = scaling_fit.frontier_of(scaling_fit.curves_of(runs, "flops"))
-        return DenseCurve(frontier.x, frontier.losses, f"the frontier of {len(runs)} runs in {dense}")
-    try:
-        with open(dense, encoding="utf-8") as f:
-            whole = json.load(f)
-        found, measure = whole["axes"]["flops"]["dense"], whole["measure"]
-        curve = DenseCurve(found["x"], found["loss"], f"the frontier in {dense}")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of scaling.py, or a folder of runs") from e
-    refuse_other_losses(measure, settings, dense)
+        measure, frontier = runs[0].config, scaling_fit.frontier_of(scaling_fit.curves_of(runs, "flops"))
+        curve = DenseCurve(frontier.x, frontier.losses, f"the frontier of {len(runs)} runs in {dense}")
+    else:
+        try:
+            with open(dense, encoding="utf-8") as f:
+                found = json.load(f)
+            measure, frontier = found["measure"], found["axes"]["flops"]["dense"]
+            curve = DenseCurve(frontier["x"], frontier["loss"], f"the frontier in {dense}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of experiments.scaling, or a "
+                             "folder of runs") from error
+    here = train_defaults() | settings
+    for key in scaling_fit.COMPARABLE:
+        if key in measure and key in here and measure[key] != here[key]:
+            raise ValueError(f"the runs in {dense!r} do not measure the same loss: {key} is {measure[key]} "
+                             f"there and {here[key]} in the search")
     return curve
 
 
-# ---- Importances ----------------------------------------------------------------------------------------------------
-
-def importances(study: optuna.Study, losses: dict[int, float]) -> dict[str, float]:
-    """{parameter: share} by PED-ANOVA, which needs no other package, of these trials' losses; empty for less than 8."""
-    trials = [t for t in study.get_trials(deepcopy=False) if math.isfinite(losses.get(t.number, math.nan))]
-    if len(trials) < 8:
-        return {}
-    copy = optuna.create_study()
-    copy.add_trials([optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=losses[t.number])
-                     for t in trials])
-    return optuna.importance.get_param_importances(copy, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+def own_dense_curve(rows: list[dict], out: str) -> DenseCurve | None:
+    """The evaluations of the first row's run."""
+    points = [(p["flops"], p["val_loss"]) for row in rows[:1]
+              for p in read_log(os.path.join(out, row["run"]))
+              if p.get("type") == "eval" and p["iter"] and p["val_loss"] is not None]
+    source = "the study's own, trial {trial}, one width along its training"
+    return DenseCurve(*zip(*points), source.format(**rows[0])) if points else None
 
 
-# ---- Figure ---------------------------------------------------------------------------------------------------------
+# ---- Files -------------------------------------------------------------------------------------------------
 
-def draw(rows: list[dict], first_rung: int, evals: int, folder: str) -> None:
-    """taxonomy.svg and .png: loss over ω, ψ and ν, of the trials with the full budget and of all at the first rung."""
-    from experiments.scaling import plot as scaling_plot
-    plt = scaling_plot.pyplot("search")
-    parts = [("loss", [r for r in rows if r["state"] == "complete"], "full budget")]
-    if any(r["state"] != "complete" and math.isfinite(r["first_loss"]) for r in rows):
-        early = [r for r in rows if math.isfinite(r["first_loss"])]
-        parts.append(("first_loss", early, f"{first_rung / evals:.0%} of the budget"))
-    fig, grid = scaling_plot.axes(plt, len(PANELS), rows=len(parts), sharey="row", sharex="col")
-    grid = np.atleast_2d(grid)
-    names = sorted({r["name"] for r in rows if r["name"]}, key=lambda name: (name != "dense", name))
-    for line, (key, mine, budget) in zip(grid, parts):
-        for ax, (axis, _) in zip(line, PANELS):
-            for i, name in enumerate(["", *names]):
-                look = scaling_plot.style(i - 1) if name else dict(color="#bbbbbb", marker=".")
-                points = [(r[axis], r[key]) for r in mine if r["name"] == name]
-                ax.plot([x for x, _ in points], [y for _, y in points], label=name or "no name", markersize=6,
-                        **look | dict(linestyle="none"))
-        line[0].set_ylabel(f"validation loss, nats per token\n({budget})")
-    for ax, (_, what) in zip(grid[-1], PANELS):
-        ax.set_xlabel(what)
-    scaling_plot.save(plt, fig, grid[0][0], folder, "taxonomy")
+def write_report(study: optuna.Study, out: str, results: str, *, dense: str | None, top: int, times: float,
+                 seeds: tuple) -> None:
+    """Write table.md, trials.csv, taxonomy.svg, taxonomy.png, best.py and follow.py; print the table.
 
-
-# ---- Files that other programs run ----------------------------------------------------------------------------------
-
-def config_text(row: dict, settings: dict) -> str:
-    """A config file of train.py: all settings of the trial's run."""
-    lines = [f"# Trial {row['trial']} of a search: {row['structure']}, "
-             f"ω {row['omega']:g}, ψ {row['psi']:g}, ν {row['nu']:g},",
-             f"# validation loss {row['loss']:.4f} after {number(row['flops'])} training FLOPs.",
-             *(f"{key} = {value!r}" for key, value in settings.items())]
-    return "\n".join(lines) + "\n"
-
-
-def plan_text(best: list[dict], settings: dict, dense: dict | None, request: dict, times: float, seeds: tuple,
-              command: str) -> str:
-    """A plan of scaling.py: the best θ's and dense, each at its width and rate, with more budget and several seeds."""
-    own = ("struct", "theta", "rank", "n_embd", "num_experts", "top_k", "learning_rate")
-    shared = {k: v for k, v in request["settings"].items() if k != "seed"}
-    lines = [f"# The best of a search and dense, {times:g} times the budget of a trial:",
-             f"#     {command}", "structures = {"]
-    for row in best:
-        chosen = settings[row["trial"]]
-        lines.append(f"    {row['structure']!r}: {({k: v for k, v in chosen.items() if k in own})!r},")
-    rates = dense["learning_rate"] if dense else list(request["learning_rates"])
-    lines += [f"    'dense': {dict(n_embd=request['dense_width'], learning_rate=rates)!r},", "}",
-              f"flops = {times * request['flops']!r}", f"seed = {[int(s) for s in seeds]!r}",
-              f"evals = {4 * request['evals']}", *(f"{k} = {v!r}" for k, v in shared.items())]
-    return "\n".join(lines) + "\n"
-
-
-# ---- All of it ------------------------------------------------------------------------------------------------------
-
-def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, first_rung: int) -> str:
-    """The report as markdown."""
-    request, attempts = study.user_attrs["request"], study.get_trials(deepcopy=False)
-    complete, pruned, failed = ([r for r in rows if r["state"] == state] for state in ("complete", "pruned", "fail"))
-    rejected, same = (sum(key in t.user_attrs for t in attempts) for key in ("rejected", "same_as"))
-    early = f"{first_rung / request['evals']:.0%}"
-    text = [f"{len(complete)} trials with the full budget of {number(request['flops'])} training FLOPs, "
-            f"{number(request['flops_per_token'])} per token (within {request['tolerance']:.0%}), {len(pruned)} pruned, "
-            f"{len(failed)} failed. The sampler asked for {rejected} θ that were not trained, having no model or too large "
-            f"a ν, and for {same} whose matrices a trial had before. Losses are validation cross-entropy in nats per "
-            "token. Sizes are of the maps d → d, d → 4d, 4d → d. Dense is train.py's own, without weight norm; btt and "
-            "monarch are plain einsums, not aligned with heads."]
-    if curve:
-        text.append(f"Share of dense's compute: FLOPs ÷ those that dense needs for the same loss; dense is {curve.source}.")
-    head = ["", "structure, θ (α β γ δ ε φ ρ)", "width", "sizes", "ω", "ψ", "ν", "parameters", "loss"]
-    text.append(table(head + ["share of dense's compute"] * bool(curve),
-                      [[str(i), r["structure"], str(r["width"]), r["sizes"], *taxonomy(r), f"{r['params'] or 0:,}",
-                        f"{r['loss']:.4f}", *([r["share_of_dense"]] if curve else [])] for i, r in enumerate(complete, 1)]))
-    if pruned:
-        text += ["## Pruned", "At the budget that they had, in shares of the full one; losses at different budgets do not "
-                 "compare.",
-                 table(["structure, θ", "width", "ω", "ψ", "ν", "budget", "loss", f"loss at {early}"],
-                       [[r["structure"], str(r["width"]), *taxonomy(r), f"{r['share_of_budget']:.0%}", f"{r['loss']:.4f}",
-                         f"{r['first_loss']:.4f}"] for r in pruned])]
-    if failed:
-        text += ["## Failed", "\n".join(f"- trial {r['trial']}, {r['structure']}: {r['why']}" for r in failed)]
-    return "\n\n".join(text + importance_section(study, rows, complete, early)) + "\n"
-
-
-def importance_section(study: optuna.Study, rows: list[dict], complete: list[dict], early: str) -> list[str]:
-    """Paragraphs on the importances by the losses at the full budget, and of all trials at the first rung."""
-    measures = {"full budget": {r["trial"]: r["loss"] for r in complete},
-                f"{early} of the budget": {r["trial"]: r["first_loss"] for r in rows}}
-    found = [(what, sum(map(math.isfinite, losses.values())), importances(study, losses))
-             for what, losses in measures.items()]
-    names = list(dict.fromkeys(name for *_, shares in found for name in (*LEVELS, *shares) if shares))
-    lines = [[what, str(n), *(f"{shares.get(name, 0):.2f}" for name in names)] for what, n, shares in found if shares]
-    return ["## Importance of the parameters", "PED-ANOVA, Optuna's: how much a parameter decides whether a trial is among "
-            "the best tenth. alpha and delta are the shares of what θγ and θφ leave.",
-            table(["loss at", "trials", *names], lines)] if lines else []
-
-
-def report(study: optuna.Study, out: str, results: str, *, dense: str | None, top: int, times: float, seeds: tuple) -> None:
-    """Writes table.md, trials.csv, taxonomy.svg and .png, best.py and follow.py into `results`. Raises ValueError, in one
-    sentence, where no trial has come to its end."""
-    rows = rows_of(study)
+    Raises ValueError, one sentence, if no trial has come to its end.
+    """
+    rows, request = rows_of(study), study.user_attrs["request"]
     complete = [r for r in rows if r["state"] == "complete"]
     if not complete:
         raise ValueError("no trial of this study has come to its end yet")
-    request, first_rung = (study.user_attrs[key] for key in ("request", "first_rung"))
     curve = dense_curve(dense, rows, out, request["settings"])
     for row in rows:
         row["share_of_dense"] = curve.share(row["flops"], row["loss"]) if curve else ""
-    trials = study.get_trials(deepcopy=False)
-    settings = {r["trial"]: {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()} for r in rows
-                if (found := trials[r["trial"]].user_attrs.get("settings"))}
-    dense_settings = next((settings[r["trial"]] for r in rows if r["name"] == "dense" and r["trial"] in settings), None)
-    best = [r for r in complete if r["name"] != "dense"][:top]
-    os.makedirs(results, exist_ok=True)
-    text = page(study, rows, curve, first_rung)
-    command = f"python scaling.py sweep {os.path.join(results, 'follow.py')} --runs={os.path.join(out, 'follow')} --jobs=2"
+    settings = {t.number: {k: tuple(v) if isinstance(v, list) else v
+                           for k, v in t.user_attrs["run"]["settings"].items()}
+                for t in counted(study) if "run" in t.user_attrs}
+    early = f"{study.user_attrs['first_rung'] / request['evals']:.0%} of the budget"
+    text = page(study, rows, curve, early)
+    command = (f"python -m experiments.scaling sweep {os.path.join(results, 'follow.py')} "
+               f"--runs={os.path.join(out, 'follow')} --jobs=2")
+    plan = plan_text(rows, settings, request, top, seeds, times)
     files = {"table.md": text, "best.py": config_text(complete[0], settings[complete[0]["trial"]]),
-             "follow.py": plan_text(best, settings, dense_settings, request, times, seeds, command)}
+             "follow.py": f"# The best of a search and dense, {times:g} times the FLOPs of a trial:\n"
+                          f"#     {command}\n{plan}"}
+    write_csv(os.path.join(results, "trials.csv"), round_all(rows))
     for name, contents in files.items():
         with open(os.path.join(results, name), "w", encoding="utf-8") as f:
             f.write(contents)
-    write_csv(os.path.join(results, "trials.csv"), round_all(rows))
-    try:
-        draw(rows, first_rung, request["evals"], results)
-    except ImportError:
-        print("no figure: it needs matplotlib (pip install -r requirements-dev.txt)")
+    with scaling_plot.optional_figures():
+        draw(rows, early, results)
     print(text)
+
+
+def config_text(row: dict, settings: dict) -> str:
+    """A config file of train.py: all settings of the trial's run."""
+    lines = [f"# Trial {row['trial']} of a search: {row['structure']}, ω {row['omega']:g}, ψ {row['psi']:g}, "
+             f"ν {row['nu']:g}.",
+             f"# Validation loss {row['loss']:.4f} after {number(row['flops'])} training FLOPs."]
+    return "\n".join([*lines, *(f"{key} = {value!r}" for key, value in settings.items())]) + "\n"
+
+
+def plan_text(rows: list[dict], settings: dict, request: dict, top: int, seeds: tuple, times: float) -> str:
+    """A plan for experiments.scaling: the best structures and dense, each at its width and rate."""
+    best = [r for r in rows if r["state"] == "complete" and r["name"] != "dense"][:top]
+    structures = {r["structure"]: {k: v for k, v in settings[r["trial"]].items() if k in OWN_KEYS}
+                  for r in best}
+    rates = [r["learning_rate"] for r in rows if r["name"] == "dense" and r["run"]]
+    structures["dense"] = dict(n_embd=request["dense_width"],
+                               learning_rate=rates[0] if rates else request["learning_rates"])
+    shared = dict(flops=times * request["flops"], seed=[int(s) for s in seeds], evals=4 * request["evals"])
+    shared |= {k: v for k, v in request["settings"].items() if k != "seed"}
+    lines = ["structures = {", *(f"    {label!r}: {own!r}," for label, own in structures.items()), "}"]
+    return "\n".join([*lines, *(f"{key} = {value!r}" for key, value in shared.items())]) + "\n"
+
+
+# ---- Table -------------------------------------------------------------------------------------------------
+
+def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, early: str) -> str:
+    """The report as markdown."""
+    request, attempts = study.user_attrs["request"], study.get_trials(deepcopy=False)
+    complete, pruned, failed = ([r for r in rows if r["state"] == s] for s in ("complete", "pruned", "fail"))
+    rejected, same = (sum(key in t.user_attrs for t in attempts) for key in ("rejected", "same_as"))
+    text = [f"{len(complete)} trials with the full budget of {number(request['flops'])} training FLOPs, "
+            f"{number(request['flops_per_token'])} per token (within {request['tolerance']:.0%}), "
+            f"{len(pruned)} pruned, {len(failed)} failed. The sampler asked for {rejected} θ that were not "
+            f"trained, having no model or too large a ν, and for {same} whose matrices another trial has. "
+            "Losses are validation cross-entropy in nats per token. Sizes are of the maps d → d, d → 4d, "
+            "4d → d. Dense is train.py's own, without weight norm; btt and monarch are plain einsums, not "
+            "aligned with heads."]
+    head = ["", "structure, θ (α β γ δ ε φ ρ)", "width", "sizes", "ω", "ψ", "ν", "parameters", "loss"]
+    cells = [[str(i), r["structure"], str(r["width"]), r["sizes"], *taxonomy(r), f"{r['params'] or 0:,}",
+              f"{r['loss']:.4f}"] for i, r in enumerate(complete, 1)]
+    if curve:
+        text.append("Share of dense's compute: FLOPs ÷ those that dense needs for the same loss; dense is "
+                    f"{curve.source}.")
+        head.append("share of dense's compute")
+        cells = [[*line, r["share_of_dense"]] for line, r in zip(cells, complete)]
+    text.append(markdown_table(head, cells))
+    if pruned:
+        text += ["## Pruned", "At the share of the budget that each had. Losses at different shares do not "
+                 "compare.",
+                 markdown_table(
+                     ["structure, θ", "width", "ω", "ψ", "ν", "budget", "loss", f"loss at {early}"],
+                     [[r["structure"], str(r["width"]), *taxonomy(r), f"{r['share_of_budget']:.0%}",
+                       f"{r['loss']:.4f}", f"{r['first_loss']:.4f}"] for r in pruned])]
+    if failed:
+        lines = [f"- trial {r['trial']}, {r['structure']}: {r['why']}" for r in failed]
+        text += ["## Failed", "\n".join(lines)]
+    losses = {"full budget": {r["trial"]: r["loss"] for r in complete},
+              early: {r["trial"]: r["first_loss"] for r in rows if math.isfinite(r["first_loss"])}}
+    shares = {at: found for at, of in losses.items() if (found := importances(study, of))}
+    if shares:
+        names = list(dict.fromkeys(name for found in shares.values() for name in (*LEVELS, *found)))
+        text += ["## Importance of the parameters", "PED-ANOVA, Optuna's: how much a parameter decides "
+                 "whether a trial is among the best tenth. alpha and delta are the shares of what θγ and θφ "
+                 "leave.",
+                 markdown_table(["loss at", "trials", *names],
+                                [[at, str(len(losses[at])), *(f"{found.get(name, 0):.2f}" for name in names)]
+                                 for at, found in shares.items()])]
+    return "\n\n".join(text) + "\n"
+
+
+def taxonomy(row: dict) -> list[str]:
+    return [f"{row[axis]:.3g}" for axis in PANELS]
+
+
+def importances(study: optuna.Study, losses: dict[int, float]) -> dict[str, float]:
+    """{parameter: share} by PED-ANOVA of the losses of these trials; empty for fewer than 8."""
+    if len(losses) < 8:
+        return {}
+    copy = optuna.create_study()
+    for trial in study.get_trials(deepcopy=False):
+        if trial.number in losses:
+            copy.add_trial(optuna.trial.create_trial(params=trial.params, distributions=trial.distributions,
+                                                     value=losses[trial.number]))
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    return optuna.importance.get_param_importances(copy, evaluator=evaluator)
+
+
+# ---- Figure ------------------------------------------------------------------------------------------------
+
+def draw(rows: list[dict], early: str, folder: str) -> None:
+    """taxonomy.svg and .png: loss over ω, ψ and ν, of complete trials and of all at the first rung."""
+    plt = scaling_plot.pyplot("search")
+    parts = [("loss", [r for r in rows if r["state"] == "complete"], "full budget")]
+    at_first_rung = [r for r in rows if math.isfinite(r["first_loss"])]
+    if any(r["state"] != "complete" for r in at_first_rung):
+        parts.append(("first_loss", at_first_rung, early))
+    fig, grid = scaling_plot.axes(plt, len(PANELS), rows=len(parts), sharey="row", sharex="col")
+    names = sorted({r["name"] for r in rows} - {""}, key=lambda name: (name != "dense", name))
+    looks = {name: scaling_plot.style(i) for i, name in enumerate(names)}
+    looks = {"": dict(color="#bbbbbb", marker=".")} | looks
+    for axes, (key, shown, budget) in zip(grid, parts):
+        for ax, axis in zip(axes, PANELS):
+            for name, look in looks.items():
+                mine = [r for r in shown if r["name"] == name]
+                ax.plot([r[axis] for r in mine], [r[key] for r in mine], label=name or "no name",
+                        **look | dict(linestyle="none", markersize=6))
+        axes[0].set_ylabel(f"validation loss, nats per token\n({budget})")
+    for ax, label in zip(grid[-1], PANELS.values()):
+        ax.set_xlabel(label)
+    scaling_plot.save(plt, fig, grid[0][0], folder, "taxonomy")

@@ -1,3 +1,4 @@
+"""The prepare scripts, as programs, and what they share: documents, datasets, kills, a user's mistakes."""
 import argparse
 import json
 import os
@@ -6,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,9 +24,8 @@ def prepare(name, *arguments, cwd=None, **environment):
     """Runs data/<name>/prepare.py; returns the finished process."""
     command = [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600
-    )
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8",
+                          timeout=600)
 
 
 def prepared(name, *arguments, **options):
@@ -118,13 +117,8 @@ def test_python_char_is_deterministic(python_char, tmp_path):
 def test_python_char_leaves_out_files_and_normalises_line_ends(tmp_path):
     source = tmp_path / "source"
     (source / "deeper").mkdir(parents=True)
-    files = {
-        "a.txt": b"one\r\ntwo",
-        "b.txt": b"tab\there",
-        "deeper/c.txt": b"three",
-        "d.txt": "é".encode(),
-        "e.txt": b"",
-    }
+    files = {"a.txt": b"one\r\ntwo", "b.txt": b"tab\there", "deeper/c.txt": b"three", "d.txt": "é".encode(),
+             "e.txt": b""}
     for name, data in files.items():
         (source / name).write_bytes(data)
     printed = prepared("python_char", "--source", source, "--out-dir", tmp_path / "out")
@@ -160,13 +154,8 @@ def test_python_char_of_a_stripped_python(tmp_path):
 # openwebtext
 
 
-TEXTS = [
-    "Hello world",
-    "naïve 漢字 🙂",
-    "a <|endoftext|> in the text",
-    "line\nline\r\n",
-    *(f"document {i}" for i in range(40)),
-]
+TEXTS = ["Hello world", "naïve 漢字 🙂", "a <|endoftext|> in the text", "line\nline\r\n",
+         *(f"document {i}" for i in range(40))]
 
 
 def held_out(count, documents):
@@ -189,9 +178,8 @@ def documents_of(gpt2, ids):
 def test_openwebtext(tiktoken_cache, tmp_path, num_proc):
     source = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
     out = tmp_path / "out"
-    prepared(
-        "openwebtext", "--source", source, "--out-dir", out, "--num-proc", num_proc, "--val-fraction", 0.1, cwd=tmp_path
-    )
+    arguments = ["--source", source, "--out-dir", out, "--num-proc", num_proc, "--val-fraction", 0.1]
+    prepared("openwebtext", *arguments, cwd=tmp_path)
     meta, splits = read(out)
     assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ({"name": "gpt2"}, 50257, "uint16")
 
@@ -214,24 +202,24 @@ def test_openwebtext_holds_out_a_two_thousandth(tiktoken_cache, tmp_path):
     assert set(val) == {texts[i] for i in held_out(2, 2001)}
 
 
-def test_openwebtext_of_txt_parquet_and_a_folder(tiktoken_cache, tmp_path):
+def test_openwebtext_of_txt_jsonl_parquet_and_a_folder(tiktoken_cache, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
     folder = tmp_path / "folder"
     folder.mkdir()
+    (folder / "empty.txt").write_text("")
     (folder / "one.txt").write_text("one document\n\nof two paragraphs", encoding="utf-8")
     (folder / "ignored.md").write_text("not a source")
     write_jsonl(folder / "two.jsonl", ["second", "third", ""], field="body")
-    pyarrow.parquet.write_table(
-        pyarrow.table({"n": [1, 2, 3], "body": ["fourth", None, "fifth"]}), tmp_path / "three.parquet"
-    )
+    table = pyarrow.table({"n": [1, 2, 3], "body": ["fourth", None, "fifth"]})
+    pyarrow.parquet.write_table(table, tmp_path / "three.parquet")
     out = tmp_path / "out"
     sources = [folder, tmp_path / "three.parquet"]
     prepared("openwebtext", "--source", *sources, "--text-field", "body", "--out-dir", out, "--num-proc", 1)
     meta, splits = read(out)
     found = documents_of(tokenizer.Gpt2Tokenizer(), splits["train"] + splits["val"])
-    assert sorted(found) == sorted(["one document\n\nof two paragraphs", "second", "third", "fourth", "fifth"])
+    assert sorted(found) == ["fifth", "fourth", "one document\n\nof two paragraphs", "second", "third"]
     assert meta["source"]["documents"] == 5
 
 
@@ -249,7 +237,8 @@ def test_one_document_is_cut_in_two(tiktoken_cache, tmp_path, name):
 
 
 def test_openwebtext_char(tmp_path):
-    texts = ["plain", "tab\there", "two\nlines", "café", "carriage\r\n", "all " + PRINTABLE, "", "del\x7f", "last"]
+    texts = ["plain", "tab\there", "two\nlines", "café", "carriage\r\n", "all " + PRINTABLE, "", "del\x7f",
+             "last"]
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
     printed = prepared("openwebtext_char", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 2)
     meta, splits = read(tmp_path / "out")
@@ -283,7 +272,65 @@ def test_the_hub_is_asked_for_one_revision(monkeypatch, tmp_path):
     assert source == {"dataset": asked["name"], "revision": asked["revision"]}
 
 
-# User errors: one sentence, exit code 1, the dataset that was there untouched
+# Documents of local files
+
+
+@pytest.fixture(scope="module")
+def documents_in(tmp_path_factory):
+    """documents_in(paths, text_field="text") -> [(name, text)], read in this process."""
+    work = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("USE_TORCH", "0")
+        yield lambda paths, text_field="text": list(
+            common.read_documents(common.find_files([str(path) for path in paths]), text_field, work))
+
+
+FILES = {
+    "mark.txt": ("\N{BYTE ORDER MARK}one\r\ntwo\n\n".encode(), ["one\ntwo\n\n"]),
+    "accents.txt": ("naïve 漢字 \u2028🙂".encode(), ["naïve 漢字 \u2028🙂"]),
+    "empty.txt": (b"", []),
+    "odd name [1]*?{a,b}.txt": (b"odd", ["odd"]),
+    ".hidden.txt": (b"hidden", ["hidden"]),
+    "mark.jsonl": (b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b\\r\\n"}', ["a", "b\r\n"]),
+    "like_dates.jsonl": (b'{"text": "2020-01-01T00:00:00Z"}\n{"text": "2021-01-01"}\n',
+                         ["2020-01-01T00:00:00Z", "2021-01-01"]),
+    "like_numbers.jsonl": (b'{"text": "007"}\n{"text": "1.50"}\n', ["007", "1.50"]),
+    "rows_differ.jsonl": (b'{"text": "a", "n": 1}\n{"n": {"x": 1}, "text": "b"}\n{"text": "c", "n": "s"}',
+                          ["a", "b", "c"]),
+    "separators.jsonl": ('{"text": "a\u2028b\u0085c"}\n{"text": "d"}'.encode(), ["a\u2028b\u0085c", "d"]),
+    "empty_rows.jsonl": (b'\n{"text": ""}\n \n{"text": "a"}\n', ["a"]),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_documents_are_read_as_they_are(documents_in, tmp_path, file):
+    data, expected = FILES[file]
+    (tmp_path / file).write_bytes(data)
+    (tmp_path / "last.txt").write_text("last")
+    documents = documents_in([tmp_path / file, tmp_path / "last.txt"])
+    assert [text for _, text in documents] == [*expected, "last"]
+
+
+def test_a_long_jsonl_keeps_its_rows_in_order(documents_in, tmp_path):
+    """It is longer than the 10 MB that `datasets` reads at a time."""
+    texts = [f"{i} " * 100 for i in range(40_000)]
+    assert [text for _, text in documents_in([write_jsonl(tmp_path / "long.jsonl", texts)])] == texts
+
+
+def test_names_and_order_do_not_depend_on_the_folder(documents_in, tmp_path):
+    found = []
+    for folder, order in (("one", 1), ("two/deeper", -1)):
+        place = tmp_path / folder
+        (place / "sub").mkdir(parents=True)
+        for name in ["b.txt", "sub/a.txt", "a.txt", "sub.txt"][::order]:
+            (place / name).write_text(f"text of {name}")
+        write_jsonl(place / "rows.jsonl", ["x", "y"])
+        found.append(documents_in([place]))
+    names = ["a.txt:0", "b.txt:0", "rows.jsonl:0", "rows.jsonl:1", "sub.txt:0", "sub/a.txt:0"]
+    assert found[0] == found[1] and [name for name, _ in found[0]] == names
+
+
+# User errors: one sentence, exit status 1, the dataset that was there untouched
 
 
 @pytest.fixture(scope="module")
@@ -303,50 +350,66 @@ def existing(first_dataset, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-BAD_SOURCES = {
-    "missing.txt": (None, "does not exist"),
-    "picture.png": (b"", ".jsonl"),
-    "empty.txt": (b"", "no text"),
-    "latin.txt": (b"caf\xe9", "UTF-8"),
-    "accents.txt": ("é".encode(), "printable ASCII"),
-    "letter.txt": (b"x", "one character"),
-    "empty.jsonl": (b"\n", "no text"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text"\n', "broken.jsonl, line 2"),
-    "field.jsonl": (b'{"body": "a"}\n', "--text-field"),
-    "number.jsonl": (b'{"text": 3}\n', "line 1"),
-    "list.jsonl": (b"[1]\n", "line 1"),
-    "latin.jsonl": (b'{"text": "caf\xe9"}\n', "UTF-8"),
-    "broken.parquet": (b"PAR1 no", "parquet"),
-}
+def parquet(**columns):
+    import io
 
-
-# The reader is the same for all; openwebtext_char's errors also pass through `datasets`.
-@pytest.mark.parametrize(
-    "name, file",
-    [("python_char", file) for file in BAD_SOURCES]
-    + [("openwebtext_char", f) for f in ("empty.txt", "accents.txt", "letter.txt", "broken.jsonl", "broken.parquet")],
-)
-def test_bad_source(existing, tmp_path, name, file):
-    data, reason = BAD_SOURCES[file]
-    if data is not None:
-        (tmp_path / file).write_bytes(data)
-    assert reason in refused(prepare(name, "--source", tmp_path / file, "--out-dir", existing))
-
-
-def test_bad_parquet_columns(existing, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    path = tmp_path / "numbers.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2]}), path)
-    assert "'text'" in refused(prepare("python_char", "--source", path, "--out-dir", existing))
-    arguments = ["--source", path, "--text-field", "n", "--out-dir", existing]
-    assert "int64" in refused(prepare("python_char", *arguments))
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
+BAD_FILES = {
+    "missing.txt": (None, "does not exist"),
+    "picture.png": (b"", ".jsonl"),
+    "empty.txt": (b"", "no text"),
+    "latin.txt": (b"caf\xe9", "latin.txt: 'utf-8' codec"),
+    "empty.jsonl": (b"\n", "no text"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text"\n', "broken.jsonl: line 2 is not JSON"),
+    "deep.jsonl": (b'{"text": "a"}\n' + b"[" * 100_000, "deep.jsonl: line 2 is not JSON"),
+    "field.jsonl": (b'{"body": "a"}\n', "field.jsonl: line 1 has no string field 'text' (see --text-field)"),
+    "number.jsonl": (b'\n{"text": 3}\n', "number.jsonl: line 2"),
+    "null.jsonl": (b'{"text": "a"}\n{"text": null}\n', "null.jsonl: line 2"),
+    "list.jsonl": (b"[1]\n", "list.jsonl: line 1"),
+    "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl: 'utf-8' codec"),
+    "broken.parquet": (b"PAR1 no", "broken.parquet: Parquet file size is 7 bytes"),
+    "cut.parquet": (parquet(text=["a" * 99])[:-9], "cut.parquet: "),
+    "numbers.parquet": (parquet(text=[1, 2]), "numbers.parquet: the column 'text' holds int64, not strings"),
+    "lists.parquet": (parquet(text=[["a"]]), "lists.parquet: the column 'text' holds"),
+    "other.parquet": (parquet(body=["a"]), "other.parquet: there is no column 'text' (see --text-field)"),
+}
+
+
+@pytest.mark.parametrize("file", BAD_FILES)
+def test_a_bad_file_is_one_sentence(documents_in, tmp_path, capfd, file):
+    data, reason = BAD_FILES[file]
+    if data is not None:
+        (tmp_path / file).write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        documents_in([tmp_path / file])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name, file, data, reason", [
+    ("python_char", "accents.txt", "é".encode(), "printable ASCII"),
+    ("python_char", "letter.txt", b"x", "one character"),
+    ("python_char", "broken.jsonl", b'{"text": "a"}\n{"text"\n', "broken.jsonl: line 2"),
+    ("openwebtext_char", "empty.txt", b"", "no text"),
+    ("openwebtext_char", "accents.txt", "é".encode(), "printable ASCII"),
+    ("openwebtext_char", "letter.txt", b"x", "one character"),
+    ("openwebtext_char", "broken.parquet", b"PAR1 no", "broken.parquet: "),
+])
+def test_a_bad_source_leaves_the_dataset_that_was_there(existing, tmp_path, name, file, data, reason):
+    (tmp_path / file).write_bytes(data)
+    assert reason in refused(prepare(name, "--source", tmp_path / file, "--out-dir", existing))
 
 
 def test_folder_without_sources(existing, tmp_path):
     (tmp_path / "none").mkdir()
-    assert "holds no" in refused(prepare("openwebtext_char", "--source", tmp_path / "none", "--out-dir", existing))
+    done = prepare("openwebtext_char", "--source", tmp_path / "none", "--out-dir", existing)
+    assert "holds no" in refused(done)
 
 
 @pytest.mark.parametrize(
@@ -355,8 +418,9 @@ def test_folder_without_sources(existing, tmp_path):
         (["--val-fraction", "1"], "between 0 and 1"),
         (["--val-fraction", "nan"], "between 0 and 1"),
         (["--val-fraction", "some"], "'some'"),
-        (["--num-proc", "0"], "less than 1"),
+        (["--num-proc", "0"], "at least 1; got 0"),
         (["--num-procs", "2"], "--num-procs"),
+        (["--val", "0.5"], "--val"),
         (["--source"], "--source"),
     ],
 )
@@ -373,8 +437,9 @@ def test_out_dir_is_a_file(tmp_path):
 
 def test_no_vocabulary(existing, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "",
-               "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    proxy = "http://127.0.0.1:9"
+    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": proxy, "https_proxy": proxy,
+               "NO_PROXY": "", "no_proxy": ""}
     done = prepare("openwebtext", "--source", tmp_path / "a.txt", "--out-dir", existing, **nowhere)
     assert "TIKTOKEN_CACHE_DIR" in refused(done)
 
@@ -386,10 +451,11 @@ def test_no_hub(existing, tmp_path):
 
 # Kills
 
-
-# Ends the process without cleaning up at its k-th step on the file system, as SIGKILL would.
-KILLED = """
-import os, runpy, sys
+# Writes a dataset, and ends without cleaning up at its k-th step on the file system, as SIGKILL would.
+WRITE_AND_DIE = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.data.test_prepare import write_new
 step, kill_at = 0, int(sys.argv[1])
 def counted(function):
     def call(*args, **kwargs):
@@ -401,56 +467,73 @@ def counted(function):
     return call
 for name in ("replace", "fsync", "unlink"):
     setattr(os, name, counted(getattr(os, name)))
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+write_new(sys.argv[2])
 """
+
+
+def write_new(out):
+    splits = {"train": [np.arange(96)] * 9, "val": [np.arange(9), np.arange(90)]}
+    with common.work_folder(Path(out)) as work:
+        common.write_dataset(Path(out), work, tokenizer.CharTokenizer(PRINTABLE), splits, {"name": "new"})
 
 
 def whole_or_absent(folder):
     """Reads the dataset if it has a meta.json; None if it has none."""
-    if not (folder / "meta.json").exists():
-        return None
-    return read(folder)
+    return read(folder) if (folder / "meta.json").exists() else None
 
 
 def test_a_kill_at_any_step_leaves_no_broken_dataset(first_dataset, tmp_path):
-    (tmp_path / "new.txt").write_text("THE NEW TEXT IS LONGER " * 40)
-    new = ["--source", tmp_path / "new.txt", "--out-dir"]
-    prepared("python_char", *new, tmp_path / "expected")
+    write_new(tmp_path / "expected")
     old, expected = read(first_dataset), read(tmp_path / "expected")
-    script = ROOT / "data" / "python_char" / "prepare.py"
+    assert [len(expected[1][split]) for split in ("train", "val")] == [864, 99]
 
     seen, step, code = [], 0, 9
     while code == 9:
         step += 1
         out = Path(shutil.copytree(first_dataset, tmp_path / f"step{step}"))
-        command = [sys.executable, "-c", KILLED, step, script, *new, out]
-        code = subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, timeout=600).returncode
+        command = [sys.executable, "-c", WRITE_AND_DIE, str(step), str(out)]
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600).returncode
         found = whole_or_absent(out)
         assert found in (None, old, expected)
         seen.append("none" if found is None else "old" if found == old else "new")
-        if code == 9:
-            prepared("python_char", *new, out)
+        write_new(out)
         assert read(out) == expected
         assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     assert code == 0 and {"old", "none", "new"} == set(seen)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+# Runs a script, and ends without cleaning up at the k-th document that it tokenizes.
+TOKENIZE = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from data.tokenizer import Gpt2Tokenizer
+left, encode = int(sys.argv[1]), Gpt2Tokenizer.encode_ordinary
+def encode_ordinary(self, text):
+    global left
+    left -= 1
+    if not left:
+        os._exit(9)
+    return encode(self, text)
+Gpt2Tokenizer.encode_ordinary = encode_ordinary
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_killed_while_it_tokenizes(tiktoken_cache, tmp_path):
-    source = write_jsonl(tmp_path / "texts.jsonl", [f"document {i} " * 30 for i in range(4_000)])
+    source = write_jsonl(tmp_path / "texts.jsonl", [f"document {i} " for i in range(1_500)])
     out = tmp_path / "out"
     script = ROOT / "data" / "openwebtext" / "prepare.py"
-    command = [sys.executable, script, "--source", source, "--out-dir", out, "--num-proc", "1"]
-    for delay in (0.3, 0.8, 1.2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
-        process.kill()
-        process.wait()
-        whole_or_absent(out)
-    prepared("openwebtext", *command[2:])
-    meta, _ = read(out)
-    assert meta["source"]["documents"] == 4_000
+    command = [script, "--source", source, "--out-dir", out, "--num-proc", 1]
+    for kill_at in (1, 1_200):  # in the first batch of documents, and in the second
+        killed = [sys.executable, "-c", TOKENIZE, kill_at, *command]
+        assert subprocess.run([*map(str, killed)], capture_output=True, timeout=600).returncode == 9
+        assert not (out / "meta.json").exists() and (out / "prepare.tmp").exists()
+    write_jsonl(source, [f"text {i} " for i in range(1_300)])  # what the killed runs have read is not used
+    prepared("openwebtext", *command[1:])
+    meta, splits = read(out)
+    assert meta["source"]["documents"] == 1_300
+    assert documents_of(tokenizer.Gpt2Tokenizer(), splits["val"])[0].startswith("text ")
     assert not (out / "prepare.tmp").exists()
 
 
@@ -466,7 +549,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_interrupt(existing, tmp_path):
     (tmp_path / "new.txt").write_text("a new text")
     script = ROOT / "data" / "python_char" / "prepare.py"
-    command = [sys.executable, "-c", INTERRUPTED, script, "--source", tmp_path / "new.txt", "--out-dir", existing]
+    arguments = ["--source", tmp_path / "new.txt", "--out-dir", existing]
+    command = [sys.executable, "-c", INTERRUPTED, script, *arguments]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
@@ -480,35 +564,76 @@ def test_open_dataset(python_char):
     assert meta == expected_meta
     for split in ("train", "val"):
         assert tokens[split].dtype == np.uint8 and tokens[split].tolist() == expected[split]
+        with pytest.raises(ValueError):
+            tokens[split][0] = 1
 
 
-def test_open_dataset_that_is_not_whole(first_dataset, tmp_path):
-    out = Path(shutil.copytree(first_dataset, tmp_path / "out"))
-    whole = {path.name: path.read_bytes() for path in out.iterdir()}
-    meta = json.loads(whole["meta.json"])
-    broken = [
-        ("meta.json", None),
-        ("meta.json", b"{"),
-        ("meta.json", b"[]"),
-        ("meta.json", json.dumps(meta | {"dtype": "float32"}).encode()),
-        ("meta.json", json.dumps({key: meta[key] for key in meta if key != "val_tokens"}).encode()),
-        ("train.bin", None),
-        ("val.bin", b""),
-        ("train.bin", whole["train.bin"][:-1]),
-    ]
-    whole_but_empty = {"meta.json": json.dumps(meta | {"val_tokens": 0}).encode(), "val.bin": b""}
-    for name, data in broken:
-        for file, content in whole.items():
-            (out / file).write_bytes(content)
-        if data is None:
-            (out / name).unlink()
-        else:
-            (out / name).write_bytes(data)
-        with pytest.raises(ValueError, match="prepare.py"):
-            common.open_dataset(out)
-    for file, content in (whole | whole_but_empty).items():
-        (out / file).write_bytes(content)
-    with pytest.raises(ValueError, match="prepare.py"):
-        common.open_dataset(out)
-    with pytest.raises(ValueError, match="nowhere"):
-        common.open_dataset(tmp_path / "nowhere")
+def test_a_dataset_is_a_path_or_a_name_under_data(first_dataset, tmp_path, monkeypatch):
+    assert common.find_dataset("python_char") == str(ROOT / "data" / "python_char")
+    assert common.find_dataset(str(first_dataset)) == str(first_dataset)
+    shutil.copytree(first_dataset, tmp_path / "python_char")
+    monkeypatch.chdir(tmp_path)
+    assert Path(common.find_dataset("python_char")).resolve() == tmp_path / "python_char"  # the path is first
+    assert common.open_dataset("python_char")[0] == read(first_dataset)[0]
+    (tmp_path / "file").write_text("")
+    for name in ("nowhere", "", "file", "a\0b"):
+        with pytest.raises(ValueError, match="there is no dataset .* under data/"):
+            common.find_dataset(name)
+        with pytest.raises(ValueError, match="there is no dataset"):
+            common.open_dataset(name)
+
+
+def test_a_dataset_that_is_not_made_yet_names_its_script(monkeypatch, tmp_path):
+    (tmp_path / "prepare.py").write_text("")
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ValueError, match=re.escape(f"run python {tmp_path.name}/prepare.py")):
+        common.open_dataset(tmp_path)
+
+
+WHOLE = {"tokenizer": {"name": "char", "characters": "abc"}, "vocab_size": 3, "dtype": "uint16",
+         "train_tokens": 4, "val_tokens": 2, "source": {}}
+NOT_WHOLE = {
+    "no meta.json": {"meta.json": None}, "half a meta.json": {"meta.json": b"{"},
+    "a list": {"meta.json": b"[]"}, "deep": {"meta.json": b"[" * 100_000}, "not text": {"meta.json": b"\xff"},
+    "another type": WHOLE | {"dtype": "float32"},
+    "no count": {k: v for k, v in WHOLE.items() if k != "val_tokens"},
+    "count too large": WHOLE | {"val_tokens": 3}, "count too small": WHOLE | {"train_tokens": 3},
+    "count as text": WHOLE | {"val_tokens": "2"}, "vocab_size too large": WHOLE | {"vocab_size": 4},
+    "vocab_size as float": WHOLE | {"vocab_size": 3.0}, "no tokenizer": WHOLE | {"tokenizer": None},
+    "another tokenizer": WHOLE | {"tokenizer": {"name": "bpe"}},
+    "gpt2 of 3 tokens": WHOLE | {"tokenizer": {"name": "gpt2"}},
+    "no train.bin": {"train.bin": None}, "half a token": {"train.bin": b"1234567"}, "cut": {"val.bin": b"12"},
+    "empty val.bin": {"val.bin": b""}, "empty and said so": WHOLE | {"val_tokens": 0, "val.bin": b""},
+}
+
+
+@pytest.mark.parametrize("case", [None, *NOT_WHOLE])
+def test_open_dataset_that_is_not_whole(tmp_path, case):
+    change = NOT_WHOLE.get(case, {})
+    meta = {k: v for k, v in change.items() if "." not in k} or WHOLE
+    files = {"train.bin": b"12345678", "val.bin": b"1234", "meta.json": json.dumps(meta).encode()}
+    files |= {k: v for k, v in change.items() if "." in k}
+    for name, data in files.items():
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+    if case is None:
+        assert common.open_dataset(tmp_path)[0] == WHOLE
+    else:
+        with pytest.raises(ValueError, match=r"there is no whole dataset in .*prepare\.py"):
+            common.open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("split, place", [("train", 0), ("train", 999), ("val", 500)])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_id_outside_the_vocabulary_is_found_by_one_share(split, place, parts):
+    splits = {"train": np.full(1000, 95, np.uint8), "val": np.full(1000, 95, np.uint8)}
+    for part in range(parts):
+        common.check_token_ids(splits, 96, part, parts)
+    splits[split][place] = 96
+    found = []
+    for part in range(parts):
+        try:
+            common.check_token_ids(splits, 96, part, parts)
+        except ValueError as error:
+            found.append(str(error))
+    assert len(found) == 1 and f"{split}.bin holds the token id 96" in found[0] and "ends at 95" in found[0]

@@ -1,4 +1,4 @@
-"""tokenizer.py: characters and GPT-2's vocabulary, there and back."""
+"""data/tokenizer.py: characters and GPT-2's vocabulary, there and back."""
 import json
 import random
 
@@ -65,7 +65,7 @@ def test_gpt2_decoder_never_gives_half_a_character(tiktoken_cache):
     gpt2 = tokenizer.Gpt2Tokenizer()
     text = "naïve 漢字 🙂🏴‍☠️ ok\n"
     ids = gpt2.encode(text)
-    assert any(gpt2.decode([i]).count("\ufffd") for i in ids), "the text must have tokens that end inside a character"
+    assert any("\ufffd" in gpt2.decode([i]) for i in ids)  # some tokens end inside a character
     decode = gpt2.decoder()
     pieces = [decode(i) for i in ids]
     assert "".join(pieces) == text == gpt2.decode(ids)

@@ -1,0 +1,124 @@
+"""Files of an out_dir: its lock, and writes that are whole or absent. Needs no torch.
+
+Errors that a user can fix are ValueError, with one sentence. Failed writes are OSError, and leave the old
+file.
+"""
+import atexit
+import contextlib
+import errno
+import os
+import socket
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# ---- Lock --------------------------------------------------------------------------------------------------
+
+
+def lock_out_dir(out_dir: str) -> None:
+    """Makes out_dir and locks it until this process ends. Raises ValueError if it cannot be written or is
+    locked.
+
+    The lock is a record lock on out_dir/lock: the kernel drops it when its process dies, on NFS too, and the
+    file that is left behind means nothing. On Windows, and where the file system has no such locks, there is
+    no lock.
+    """
+    parents = [out_dir]
+    while parents[-1] and not os.path.exists(parents[-1]):
+        parents.append(os.path.dirname(parents[-1]))
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        _lock(os.path.join(out_dir, "lock"))
+    except (OSError, UnicodeError) as e:
+        for folder in parents[:-1]:  # those that did not exist
+            with contextlib.suppress(OSError, UnicodeError):
+                os.rmdir(folder)
+        shown, reason = ascii(out_dir)[:120], getattr(e, "strerror", None) or e
+        raise ValueError(f"out_dir {shown} cannot be written: {reason}") from None
+    for name in ("ckpt.pt.tmp", "ckpt_best.pt.tmp", "log.jsonl.tmp"):  # of a killed run
+        remove(os.path.join(out_dir, name))
+
+
+def _lock(path: str) -> None:
+    if fcntl is None:
+        return
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+            os.close(descriptor)
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"another run writes into {os.path.dirname(path)} ({owner or 'unknown'}): "
+                                 "wait for its end, or give another --out_dir") from None
+            return  # this file system has no locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # its last owner has just removed the file: the next run would lock another one
+    os.ftruncate(descriptor, 0)
+    with contextlib.suppress(OSError):  # on a full disk, the message to others lacks the name
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    owner = os.getpid()
+    # the descriptor is never closed: the lock lasts as long as the process
+    atexit.register(lambda: remove(path) if os.getpid() == owner else None)
+
+
+def rename_old_files(out_dir: str) -> list[str]:
+    """Renames the files of an earlier run to <name>.old, for a run from scratch. Returns the names.
+
+    A log without a training iteration is of no use to anyone, and stays to be overwritten.
+    """
+    names = ["ckpt.pt", "ckpt_best.pt", "log.jsonl"]
+    names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
+    if names == ["log.jsonl"]:
+        with open(os.path.join(out_dir, "log.jsonl"), "rb") as f:
+            names = names if any(b'"train"' in line for line in f) else []
+    for name in names:
+        os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + ".old"))
+    return names
+
+
+# ---- Atomic writes -----------------------------------------------------------------------------------------
+
+
+def remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.remove(path)
+
+
+def write_temporary(path: str, write) -> None:
+    """The first half of an atomic write: calls write(file) on path + ".tmp" and syncs it. Raises OSError, and
+    removes it, if the disk does not take it."""
+    remove(path + ".tmp")  # never overwritten in place: it may be another name of ckpt_best.pt
+    try:
+        with open(path + ".tmp", "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException as e:
+        remove(path + ".tmp")
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # how torch.save passes it on
+            raise e.__context__ from None
+        raise
+
+
+def replace_file(path: str) -> None:
+    """The second half: path + ".tmp" takes the place of path, in one step and for good."""
+    os.replace(path + ".tmp", path)
+    fsync_folder(os.path.dirname(path) or os.curdir)
+
+
+def fsync_folder(folder: str) -> None:
+    """Brings the names of a folder's files to the disk. Windows cannot open a folder, and needs no sync of
+    one."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

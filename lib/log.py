@@ -1,0 +1,161 @@
+"""What a run prints and logs: log.jsonl, and wandb if it is asked for. Needs no torch."""
+import contextlib
+import json
+import math
+import os
+
+from lib.files import replace_file, write_temporary
+from lib.signals import Stopped
+
+
+def print0(*message) -> None:
+    """Print, on rank 0 only. A closed terminal or a full disk behind stdout is no reason to stop training."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        with contextlib.suppress(OSError, ValueError):
+            print(*message, flush=True)
+
+
+def format_duration(seconds: float) -> str:
+    """3723.4 -> '1:02:03'."""
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+def read_log(folder: str) -> list[dict]:
+    """The points of folder/log.jsonl: [] without one. Half lines and lines that are no JSON object are left
+    out."""
+    points = []
+    with contextlib.suppress(OSError):
+        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    points.append(json.loads(line))
+    return [point for point in points if isinstance(point, dict)]
+
+
+class RunLog:
+    """log.jsonl: one JSON object a line, whole lines only, whatever happens to the disk and the process.
+
+    Opening it drops the points from `iteration` on: the run is about to make them again. Lines that a full
+    disk does not take wait in memory (`waiting`), in order. Raises OSError if the file cannot be written.
+    """
+
+    def __init__(self, path: str, iteration: int):
+        kept = []
+        if os.path.exists(path):
+            with open(path, "rb") as f:
+                for line in f:
+                    with contextlib.suppress(ValueError):  # a half line, or what a power cut left
+                        point = json.loads(line)
+                        if isinstance(point, dict) and point.get("iter", -1) < iteration:
+                            kept.append(line.rstrip(b"\n") + b"\n")
+        write_temporary(path, lambda f: f.writelines(kept))
+        replace_file(path)
+        self.file, self.waiting = open(path, "ab", buffering=0), b""
+
+    def write(self, point: dict) -> None:
+        """Appends a line; numbers that are not finite become null. Raises OSError for the first line that has
+        to wait."""
+        had_to_wait = bool(self.waiting)
+        self.waiting += (json.dumps(_finite(point), allow_nan=False) + "\n").encode()
+        try:
+            self._write_waiting()
+        except OSError:
+            if not had_to_wait:
+                raise
+
+    def sync(self) -> None:
+        """Tries waiting lines once more; lines that are written are on the disk when it returns."""
+        with contextlib.suppress(OSError):
+            self._write_waiting()
+        os.fsync(self.file.fileno())
+
+    def _write_waiting(self) -> None:
+        end = os.fstat(self.file.fileno()).st_size
+        written = 0
+        try:
+            while written < len(self.waiting):  # one write, unless the disk is full
+                written += self.file.write(self.waiting[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file.fileno(), end)
+            raise
+        self.waiting = b""
+
+
+def _finite(x):
+    """x with None in place of every float in it that JSON does not have."""
+    if isinstance(x, dict):
+        return {k: _finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+class Wandb:
+    """A wandb run that cannot stop training: whatever wandb raises is printed once, and switches it off."""
+
+    def __init__(self, **options):
+        self.run = None
+
+        def init():
+            import wandb
+            return wandb.init(**options)
+        self.run = self._attempt(init)
+
+    def log(self, point: dict) -> None:
+        if self.run is not None:
+            self._attempt(lambda: self.run.log(point, step=point["iter"]))
+
+    def finish(self) -> None:
+        if self.run is not None:
+            self._attempt(lambda: self.run.finish())
+
+    def _attempt(self, call):
+        try:
+            return call()
+        except Stopped:
+            raise
+        except (Exception, SystemExit) as e:
+            print0(f"wandb is off: {type(e).__name__}: {e}")
+            self.run = None
+
+
+class Logger:
+    """Both logs of a run. With enabled=False, on all ranks but the first, it does nothing.
+
+    Raises ValueError if log.jsonl cannot be written.
+    """
+
+    def __init__(self, out_dir: str, iteration: int, enabled: bool):
+        self.path, self.run_log, self.wandb = os.path.join(out_dir, "log.jsonl"), None, None
+        if enabled:
+            try:
+                self.run_log = RunLog(self.path, iteration)
+            except OSError as e:
+                raise ValueError(f"{self.path} cannot be written: {e.strerror}") from None
+
+    def start_wandb(self, **options) -> None:
+        if self.run_log is not None:
+            self.wandb = Wandb(**options)
+
+    def log(self, **point) -> None:
+        """One line of log.jsonl; points of an iteration go to wandb too. Lines that find no room wait in
+        memory."""
+        if self.run_log is not None:
+            try:
+                self.run_log.write(point)
+            except OSError as e:
+                print0(f"{self.path} cannot be written ({e.strerror}): its lines wait for the disk")
+        if self.wandb is not None and "iter" in point:
+            self.wandb.log(point)
+
+    def sync(self) -> None:
+        if self.run_log is not None:
+            self.run_log.sync()
+
+    def finish(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def lines_waiting(self) -> bool:
+        return self.run_log is not None and bool(self.run_log.waiting)

@@ -1,0 +1,27 @@
+"""SIGTERM, SIGINT and SIGHUP, handled between the iterations of a training loop."""
+import signal
+
+
+class Stopped(SystemExit):
+    """A signal that ends the program at once."""
+
+
+class DeferredSignals:
+    """Before training a signal exits at once; during training (`deferring`) it is noted and handled between
+    iterations.
+
+    `received` is 0, or the number of the first signal that came while deferring. Further signals change
+    nothing: torchrun and a terminal may both send one.
+    """
+
+    def __init__(self):
+        self.received, self.deferring = 0, False
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if not self.deferring:
+            raise Stopped(128 + number)
+        self.received = self.received or number

@@ -1,0 +1,73 @@
+"""lib/device.py: which device and type a program takes, and how fast the device could be."""
+import pytest
+import torch
+
+from lib import device
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(name) -> torch tells of a GPU of this name, but tensors are made on the CPU."""
+    def gpu(name, bfloat16=True):
+        ones = torch.ones
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+        monkeypatch.setattr(torch, "ones", lambda *shape, device=None: ones(*shape))
+    return gpu
+
+
+def test_the_best_device_there_is(gpu):
+    gpu("a GPU")
+    assert device.choose_device(None) == ("cuda", "cuda")
+    assert device.choose_device(None, local_rank=3) == ("cuda:3", "cuda")
+    assert device.choose_device("cuda:1", local_rank=3) == ("cuda:1", "cuda")
+    assert device.choose_device("cpu", local_rank=3) == ("cpu", "cpu")
+
+
+def test_the_cpu_where_there_is_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device.choose_device(None) == ("cpu", "cpu")
+
+
+@pytest.mark.parametrize("name", ["abacus", "cpu:x", "meta"])
+def test_a_device_that_cannot_be_used_is_one_sentence(name):
+    with pytest.raises(ValueError, match=f"^device '{name}' cannot be used here: ") as error:
+        device.choose_device(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype, device_type, bfloat16, expected", [
+    (None, "cpu", True, "float32"), (None, "cuda", True, "bfloat16"), (None, "cuda", False, "float32"),
+    ("float16", "cuda", True, "float16"), ("float32", "cuda", True, "float32")])
+def test_bfloat16_on_gpus_that_have_it(dtype, device_type, bfloat16, expected, gpu):
+    gpu("a GPU", bfloat16)
+    assert device.choose_dtype(dtype, device_type) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_autocast_computes_in_the_type(dtype):
+    x = torch.randn(4, 4)
+    with device.autocast("cpu", dtype):
+        assert (x @ x).dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("name, flops", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12)])
+def test_peak_of_a_known_gpu_is_that_of_its_data_sheet(name, flops, gpu):
+    """The dense bfloat16 FLOP/s that the maker states; a longer name is not taken for a shorter one."""
+    gpu(name)
+    assert device.peak_flops("cuda", "bfloat16") == (flops, f"{name}'s data sheet")
+
+
+def test_peak_of_a_cpu_is_measured():
+    flops, source = device.peak_flops("cpu", "float32")
+    assert flops > 1e8 and "timed" in source
+
+
+def test_a_model_larger_than_the_memory_is_refused():
+    device.check_memory(10 ** 6, "cpu")
+    with pytest.raises(ValueError, match="a model of 1,000,000,000,000,000 parameters needs .* GB of memory"):
+        device.check_memory(10 ** 15, "cpu")

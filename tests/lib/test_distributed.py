@@ -1,0 +1,97 @@
+"""lib/distributed.py: what ranks agree on, without DDP and with it, and what is printed when one of them is
+lost."""
+import os
+
+import pytest
+import torch
+
+from lib import distributed
+from tests.conftest import PROCESSES, free_port
+
+
+def even_numbers_alone(number):
+    if number % 2:
+        raise ValueError(f"{number} is odd")
+    return number
+
+
+def test_without_ddp_nothing_is_exchanged():
+    assert not distributed.is_connected()
+    x = torch.tensor([1.0, 2.0])
+    assert distributed.all_reduce_mean(x) is x and x.tolist() == [1, 2]
+    assert distributed.all_reduce_max(3.5, "cpu") == 3.5
+    assert distributed.on_all_ranks(even_numbers_alone, 4) == 4
+    with pytest.raises(ValueError, match="^3 is odd$"):
+        distributed.on_all_ranks(even_numbers_alone, 3)
+    distributed.barrier()
+    distributed.disconnect()
+
+
+def exchange(rank, port, results):
+    """One of three ranks. It calls every collective and puts what it gets into `results`."""
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.connect("gloo")
+    mean = distributed.all_reduce_mean(torch.tensor([[float(rank)], [6.0]])).tolist()
+    most = distributed.all_reduce_max(-float(rank), "cpu")
+    same = distributed.on_all_ranks(even_numbers_alone, 2 * rank)
+    try:
+        distributed.on_all_ranks(even_numbers_alone, 4 + rank)
+        error = None
+    except ValueError as e:
+        error = str(e)
+    distributed.barrier()
+    distributed.disconnect()
+    results.put((rank, mean, most, same, error, distributed.is_connected()))
+
+
+def test_three_ranks_agree():
+    """The mean and the maximum are everyone's. An error of one rank is raised on all, in its sentence."""
+    results, port = PROCESSES.Queue(), free_port()
+    ranks = [PROCESSES.Process(target=exchange, args=(rank, port, results)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    found = sorted(results.get(timeout=600) for _ in ranks)
+    for process in ranks:
+        process.join(600)
+    assert found == [(rank, [[1.0], [6.0]], 0.0, 2 * rank, "5 is odd", False) for rank in range(3)]
+
+
+def test_a_group_that_cannot_be_connected_is_one_sentence(monkeypatch):
+    for key, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="port").items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match="the 2 processes cannot be connected by backend 'gloo'") as error:
+        distributed.connect("gloo")
+    assert "\n" not in str(error.value)
+
+
+LOST = [
+    "[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234. This is typical. Look",
+    "[/x/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
+    "NCCL error in: x.cpp:1, remote process exited or there was a network error, NCCL version 2.2"]
+OTHER = [
+    "[/x/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4",
+    "CUDA out of memory. Tried to allocate 2.00 GiB", "the compiler timed out",
+    "mat1 and mat2 shapes cannot be multiplied"]
+
+
+def printed_by_excepthook(error, capsys):
+    try:
+        raise error
+    except Exception as e:
+        distributed.excepthook(type(e), e, e.__traceback__)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("message", LOST)
+def test_a_lost_process_is_one_sentence(message, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    printed = printed_by_excepthook(RuntimeError(message), capsys)
+    assert len(printed.splitlines()) == 1
+    assert printed.startswith("error: rank 3: a process of this run was lost (")
+    assert "gloo" not in printed and "typical" not in printed
+
+
+@pytest.mark.parametrize("error", [*map(RuntimeError, OTHER), *map(ValueError, LOST)], ids=str)
+def test_every_other_error_keeps_its_traceback(error, capsys):
+    printed = printed_by_excepthook(error, capsys)
+    assert "Traceback" in printed and str(error) in printed

@@ -1,0 +1,78 @@
+"""lib/log.py: log.jsonl holds whole lines, whatever the disk takes."""
+import contextlib
+import json
+import os
+import resource
+
+import pytest
+
+from lib.log import RunLog, print0
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file can grow beyond this many bytes."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.parametrize("room", [0, 1, 7, 28, 50, 80])
+def test_a_line_is_whole_or_waits(room, tmp_path):
+    """A line that the disk takes a part of is removed again.
+
+    It is written when there is room, in its place.
+    """
+    path = tmp_path / "log.jsonl"
+    log = RunLog(str(path), -1)
+    log.write({"type": "train", "iter": 0, "loss": 1.5})
+    before = path.read_bytes()
+    with largest_file(len(before) + room), pytest.raises(OSError):
+        log.write({"type": "train", "iter": 1, "loss": float("nan"), "text": "x" * 50})
+    assert path.read_bytes() == before and log.waiting
+    log.sync()
+    assert not log.waiting and b'"iter": 1,' in path.read_bytes()
+    log.write({"type": "train", "iter": 2, "loss": 1.5})
+    points = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(p["iter"], p["loss"]) for p in points] == [(0, 1.5), (1, None), (2, 1.5)]
+
+
+def test_only_the_first_line_that_waits_raises(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = RunLog(str(path), -1)
+    with largest_file(0):
+        with pytest.raises(OSError):
+            log.write({"iter": 1})
+        log.write({"iter": 2})
+        log.sync()
+    log.write({"iter": 3})
+    assert [json.loads(line)["iter"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("tail", [b'{"type": "train", "it', b'{"type": "train", "iter": 3', b"\0\0\0\0",
+                                  b"\xff\xfe\n", b"3\n", b"[1]\n", b"\n"])
+def test_opening_drops_half_lines_and_points_to_be_made_again(tail, tmp_path):
+    """A power cut may have left such a tail; a run that resumes at 2 makes the points from there on again."""
+    path = tmp_path / "log.jsonl"
+    lines = [b'{"type": "run"}\n', b'{"type": "eval", "iter": 0}\n', b'{"type": "train", "iter": 1}\n']
+    path.write_bytes(b"".join(lines) + b'{"type": "train", "iter": 2}\n' + tail)
+    RunLog(str(path), 2)
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_log_that_cannot_be_rewritten_stays(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"type": "eval", "iter": 0}\n' * 10)
+    with largest_file(100), pytest.raises(OSError):
+        RunLog(str(path), 2)
+    assert path.stat().st_size == 280 and os.listdir(tmp_path) == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("rank, printed", [("0", "a 1\n"), ("1", "")])
+def test_print0_prints_on_the_first_rank_alone(rank, printed, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    print0("a", 1)
+    assert capsys.readouterr().out == printed

@@ -1,0 +1,259 @@
+"""Runs that are killed or end by a signal, at any moment, and go on; and kill_test.py, which does it many
+times."""
+import functools
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+import model
+from tests import kill_test
+from tests.conftest import PROCESSES, TINY, ForkedProgram, free_port, run_script
+from tests.runs import (assert_one_sentence, assert_same_checkpoint, assert_same_course, in_float64, load,
+                        read_log, untimed)
+
+DROPOUT = dict(dropout=0.1)
+
+
+# kill_test.py
+
+def test_runs_killed_at_random_moments_end_as_one_left_alone(python_text, tmp_path):
+    """What kill_test asserts raises SystemExit."""
+    arguments = ["config/moe.py", f"--dataset={python_text}", "--max_iters=20", "--lr_decay_iters=20"]
+    start = functools.partial(ForkedProgram, tmp_path)
+    figures = kill_test.kill_test(start, str(tmp_path), 4, 3, arguments)
+    assert figures["kills"] == sum(figures["places"].values()) == 4 and figures["half_lines"] == 0
+
+
+def stay_in_the_first_save():
+    def endless_save(contents, f):
+        f.write(b"half a checkpoint")
+        f.flush()
+        signal.pause()
+    torch.save = endless_save
+
+
+def test_kill_test_finds_the_moment_of_writing(flags, tmp_path):
+    """A run that never ends its first save is killed there."""
+    class First(random.Random):
+        def randrange(self, *_):
+            return 0
+    start = functools.partial(ForkedProgram, tmp_path, before=stay_in_the_first_save)
+    place = kill_test.kill_once(start, flags(**TINY), str(tmp_path / "out"), None, First(0))
+    assert place == "writing a checkpoint"
+    assert b"half a checkpoint".startswith((tmp_path / "out" / "ckpt.pt.tmp").read_bytes())
+
+
+def least_change(tensor):
+    """Moves one number of the tensor to its neighbour in floating point, in place."""
+    tensor.view(-1)[:1].nextafter_(torch.tensor([9.0]))
+
+
+@pytest.mark.parametrize("name, change", [
+    ("model", lambda c: least_change(c["model"]["wte.weight"])),
+    ("optimizer", lambda c: least_change(c["optimizer"]["state"][0]["exp_avg"])),
+    ("tokens", lambda c: c.update(tokens=c["tokens"] + 1))], ids=["weight", "moment", "counter"])
+def test_kill_test_sees_the_least_difference(name, change, trained, tmp_path):
+    whole, out = trained(**TINY), tmp_path / "out"
+    shutil.copytree(whole, out)
+    assert kill_test.differences(str(out), str(whole)) == []
+    checkpoint = load(out / "ckpt.pt")
+    change(checkpoint)
+    os.remove(out / "ckpt.pt")  # its bytes are ckpt_best.pt's too
+    torch.save(checkpoint, out / "ckpt.pt")
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[:-1]))
+    assert kill_test.differences(str(out), str(whole)) == [name, "log.jsonl"]
+
+
+# Kills at chosen moments
+
+def die_while_saving(iteration):
+    """The process dies with half the checkpoint of this iteration written."""
+    save = torch.save
+
+    def dying_save(contents, f):
+        if contents["iteration"] == iteration:
+            f.write(b"half a checkpoint")
+            f.flush()
+            os._exit(9)
+        return save(contents, f)
+    torch.save = dying_save
+
+
+def test_killed_while_it_writes_a_checkpoint(trained, train, tmp_path):
+    """The run goes on from the last whole checkpoint, and the half of a log line is dropped."""
+    out = train(tmp_path / "out", before=functools.partial(die_while_saving, 10), code=9)
+    assert load(out / "ckpt.pt")["iteration"] == 5 and 9 in read_log(out)[1]
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"type": "train", "iter": 1')
+    train(out, init_from="resume")
+    assert untimed(out) == untimed(trained())
+    assert_same_checkpoint(out, trained())
+    assert sorted(os.listdir(out)) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl"]
+
+
+def die_between_the_two_files():
+    """At the third save, when ckpt_best.pt is in place and ckpt.pt is not yet."""
+    replace, calls = os.replace, []
+
+    def counted(source, target):
+        if str(target).endswith("ckpt.pt"):
+            calls.append(target)
+            if len(calls) == 3:
+                os._exit(9)
+        return replace(source, target)
+    os.replace = counted
+
+
+def test_killed_between_ckpt_best_and_ckpt(train, trained, tmp_path):
+    """ckpt_best.pt is not lost; nor does the next save write through to it, though the two share their
+    bytes."""
+    out = train(tmp_path / "out", before=die_between_the_two_files, code=9)
+    assert load(out / "ckpt.pt")["iteration"] == 5 and load(out / "ckpt_best.pt")["iteration"] == 10
+    train(out, init_from="resume", before=functools.partial(die_while_saving, 5), code=9)
+    assert load(out / "ckpt.pt")["iteration"] == 5 and load(out / "ckpt_best.pt")["iteration"] == 10
+    train(out, init_from="auto")
+    assert_same_checkpoint(out, trained())
+    assert load(out / "ckpt_best.pt")["best_val_loss"] == load(out / "ckpt.pt")["best_val_loss"]
+
+
+def test_checkpoints_between_evaluations(run, flags, trained, tmp_path):
+    """Those of checkpoint_interval change nothing in the course, and a killed run goes on from one."""
+    out = tmp_path / "out"
+    for iteration, last in ((8, 5), (10, 8)):
+        shutil.rmtree(out, ignore_errors=True)
+        die = functools.partial(die_while_saving, iteration)
+        assert run("train.py", *flags(checkpoint_interval=4), before=die).returncode == 9
+        assert load(out / "ckpt.pt")["iteration"] == last
+    done = run("train.py", *flags(checkpoint_interval=4, init_from="auto"))
+    assert done.returncode == 0 and "at iteration 8" in done.stdout, done.stderr
+    assert_same_checkpoint(out, trained())
+    assert untimed(out) == untimed(trained())
+
+
+# Signals
+
+def signal_in_an_iteration(name, to="0"):
+    """The process of rank `to` sends itself a signal, twice, in the middle of its 8th training iteration."""
+    in_float64()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has ignored it for background jobs
+    forward, calls = model.GPT.forward, []
+
+    def counted(self, *args, **options):
+        calls.append(self.training)
+        if sum(calls) == 15 and self.training and os.environ.get("RANK", "0") == to:
+            for _ in range(2):
+                os.kill(os.getpid(), getattr(signal, name))
+        return forward(self, *args, **options)
+    model.GPT.forward = counted
+
+
+@pytest.mark.parametrize("name, number", [("SIGTERM", 15), ("SIGINT", 2)])
+def test_a_signal_lets_the_iteration_end_and_saves(name, number, run, flags, trained, tmp_path):
+    done = run("train.py", *flags(**DROPOUT), before=functools.partial(signal_in_an_iteration, name))
+    assert done.returncode == 128 + number and not done.stderr, done.stderr
+    assert name in done.stdout and "iteration 8" in done.stdout
+    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 8
+    done = run("train.py", *flags(init_from="auto", **DROPOUT), before=in_float64)
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+    whole = trained(**DROPOUT, before=in_float64)
+    assert_same_checkpoint(tmp_path / "out", whole)
+    assert untimed(tmp_path / "out") == untimed(whole)
+
+
+def test_a_signal_to_one_of_two_processes_ends_both(run, flags, trained, tmp_path):
+    """Both end the same iteration, and the first saves.
+
+    One process, then two, then one: the course is that of one.
+    """
+    settings = dict(config="btt_moe", gradient_accumulation_steps=4, batch_size=2, n_layer=1,
+                    lr_decay_iters=20)
+    done = run("train.py", *flags(max_iters=4, **settings), before=in_float64)
+    assert done.returncode == 0, done.stderr
+    done = run("train.py", *flags(init_from="auto", **settings), processes=2,
+               before=functools.partial(signal_in_an_iteration, "SIGTERM", to="1"))
+    assert done.returncode == 128 + 15 and not done.stderr, done.stderr
+    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 4 + 8
+    done = run("train.py", *flags(init_from="auto", **settings), before=in_float64)
+    assert done.returncode == 0, done.stderr
+    assert_same_course(tmp_path / "out", trained(**settings, before=in_float64))
+
+
+# Lock
+
+def test_a_second_run_into_the_same_folder_is_refused(run, flags, tmp_path):
+    """While the first lives. The lock file that a killed run leaves is no obstacle."""
+    first = ForkedProgram(tmp_path, flags(max_iters=100000, eval_interval=10))
+    while first.running() and not (tmp_path / "out" / "ckpt.pt").exists():
+        time.sleep(0.05)
+    second = run("train.py", *flags(max_iters=2))
+    assert_one_sentence(second, str(tmp_path / "out"), f"process {first.process.pid} on")
+    assert first.running()
+    first.kill()
+    assert (tmp_path / "out" / "lock").exists()
+    third = run("train.py", *flags(max_iters=2, init_from="auto", eval_interval=10))
+    assert third.returncode == 0 and "resuming" in third.stdout, third.stderr
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+# torchrun
+
+def test_a_restart_by_torchrun_is_not_from_scratch(train, run, flags, tmp_path):
+    """Whatever init_from was: the same command has made what is there."""
+    train(tmp_path / "out", max_iters=2)
+    done = run("train.py", *flags(max_iters=4), TORCHELASTIC_RESTART_COUNT="1")
+    assert done.returncode == 0 and "at iteration 2" in done.stdout, done.stderr
+
+
+def die_once():
+    """The second process is killed in its 9th iteration, the first time that it is started."""
+    in_float64()
+    forward, calls = model.GPT.forward, []
+
+    def counted(self, *args, **options):
+        calls.append(self.training)
+        if sum(calls) == 17 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(self, *args, **options)
+    model.GPT.forward = counted
+
+
+def work(folder, arguments):
+    """A worker of torchrun."""
+    name = f"{os.environ['RANK']}.{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    run_script("train.py", arguments, {}, f"{folder}/stdout{name}", f"{folder}/stderr{name}", die_once)
+
+
+def torchrun(flags, folder, arguments):
+    """torchrun with these flags. Its workers are forked: Python programs would import torch again."""
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+    config, *_ = run.config_from_args(run.parse_args([*flags, "--start-method=fork", "train.py"]))
+    elastic_launch(config, work)(folder, arguments)
+
+
+def test_torchrun_restarts_a_killed_worker(flags, trained, tmp_path):
+    """Both workers start again, and go on from the checkpoint.
+
+    The one that lived says what happened to the other.
+    """
+    settings = dict(gradient_accumulation_steps=4, batch_size=2, checkpoint_interval=3)
+    process = PROCESSES.Process(target=torchrun, args=(
+        ["--nproc-per-node=2", "--max-restarts=3", f"--master-port={free_port()}"], str(tmp_path),
+        [str(a) for a in flags(**settings, init_from="auto")]))
+    process.start()
+    process.join(600)
+    process.kill()
+    process.join()
+    output = {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path) if name.startswith("std")}
+    assert process.exitcode == 0 and len(output) == 8, output
+    [line] = output["stderr0.0"].splitlines()
+    assert line.startswith("error: rank 0: a process of this run was lost (") and "--init_from=auto" in line
+    assert "resuming" not in output["stdout0.0"]
+    assert "at iteration 6" in output["stdout0.1"] and not output["stderr0.1"]
+    assert_same_course(tmp_path / "out", trained(**settings, before=in_float64))

@@ -1,0 +1,98 @@
+"""What the README and docs/ promise: code that runs, tables that are true, files and keys that exist."""
+import re
+import shlex
+
+import pytest
+
+import configurator
+from experiments.structures_table import structures_table
+from structured import STRUCTURES, linear
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*/README.md"))]
+
+
+def blocks(text, language=""):
+    """The contents of the fenced blocks of a language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [contents for named, contents in found if named == language]
+
+
+def commands():
+    """Every command of the README that starts a program of this repository."""
+    lines = [line.split("#")[0].strip() for block in blocks(README) for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL).replace("\n", " ")
+    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", prose)
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if part.startswith(("python ", "torchrun "))]
+
+
+def test_the_example_of_one_layer_runs(capsys):
+    (example,) = blocks(README, "python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert "torch.Size([3072, 768])" in capsys.readouterr().out
+
+
+def test_the_table_of_structures_is_what_the_program_prints():
+    assert structures_table(768, 3072) in (ROOT / "docs" / "structures.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_table_of_structures_is_true():
+    rows = re.findall(r"^\| (\w+)[^|]*\| ([^|]*) \| ([\d.]+) \| ([^|]*) \|$", README, re.MULTILINE)
+    assert {name for name, *_ in rows} == STRUCTURES.keys() - {"einsum"}
+    fractions = {"½": "0.5", "¼": "0.25", "¾": "0.75"}
+    for name, exponents, flops, taxonomy in rows:
+        share = linear(name, 768, 3072).flops_per_token() / (2 * 768 * 3072)
+        assert float(flops) == pytest.approx(share, abs=5e-4)
+        theta = STRUCTURES[name]
+        if theta is not None:
+            numbers = [float(fractions.get(word, word)) for word in exponents.split()]
+            assert numbers == list(theta)
+            psi, nu, omega = (float(fractions.get(word, word)) for word in taxonomy.split(", "))
+            assert (psi, nu, omega) == (theta.psi, theta.nu, theta.omega)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def test_files_and_keys_of_a_command_exist(command):
+    words = [word for word in shlex.split(command) if word != "..."]
+    scripts = [ROOT / word for word in words if word.endswith(".py") and not word.startswith("out-")]
+    assert all(script.is_file() for script in scripts), command
+    if "-m" in words and (module := words[words.index("-m") + 1]) != "pytest":
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), command
+    for script in (s for s in scripts if s.name in ("train.py", "sample.py")):
+        after = words[words.index(script.name) + 1:]
+        flags = [word.partition("=")[0].removeprefix("--") for word in after if word.startswith("--")]
+        assert set(flags) <= {*configurator.read_keys(str(script)), "help"}, command
+
+
+def test_the_readme_names_enough_commands():
+    assert len(set(commands())) >= 12  # else the test above would check nothing
+
+
+def test_keys_that_are_said_to_matter_have_the_defaults_that_are_said():
+    keys = configurator.read_keys(str(ROOT / "train.py"))
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ([^|]+) \|[^|]*\|$", README, re.MULTILINE)
+    assert len(rows) >= 8
+    for names, defaults in rows:
+        names = re.findall(r"\w+", names)
+        assert set(names) <= keys.keys()
+        for name, said in zip(names, defaults.split(", ")):
+            default = keys[name].default
+            if isinstance(default, (int, float)) and not isinstance(default, bool):
+                assert float(said) == default, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_file_map_names_everything_at_the_top():
+    file_map = next(block for block in blocks(README) if block.startswith("train.py  "))
+    named = {line.split()[0].rstrip("/") for line in file_map.splitlines() if not line.startswith(" ")}
+    there = {path.name for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert there <= named and all((ROOT / name).exists() for name in named)

@@ -1,0 +1,168 @@
+"""--init_from=resume: from where a run stopped, with other settings, from old checkpoints, and from what is
+none."""
+import os
+import shutil
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TINY, Hostile
+from tests.runs import (assert_one_sentence, assert_same_checkpoint, cross_entropy, load, losses, read_log,
+                        untimed)
+
+
+def test_resume_from_between_two_evaluations(trained, train, tmp_path):
+    """A run that ended at 13 evaluated there; the resumed run keeps no trace of that evaluation."""
+    out = train(tmp_path / "out", max_iters=13, lr_decay_iters=20)
+    train(out, init_from="resume")
+    assert untimed(out) == untimed(trained())
+    assert_same_checkpoint(out, trained())
+
+
+@pytest.mark.parametrize("before, after", [(0.1, 0.3), (0.0, 0.3)])
+def test_resume_takes_new_hyperparameters(before, after, train, tmp_path):
+    """The optimizer of a resumed run has the groups of a run started with its hyperparameters."""
+    out = train(tmp_path / "out", "btt", max_iters=1, weight_decay=before)
+    settings = dict(max_iters=2, weight_decay=after, beta1=0.8, learning_rate=1e-3)
+    train(out, "btt", init_from="resume", **settings)
+    scratch = train(tmp_path / "scratch", "btt", **settings)
+    groups = [load(folder / "ckpt.pt")["optimizer"]["param_groups"] for folder in (out, scratch)]
+    for resumed, fresh in zip(*groups, strict=True):
+        for key in ("weight_decay", "betas", "lr", "lr_multiplier"):
+            assert resumed[key] == pytest.approx(fresh[key]), key
+
+
+def test_changed_settings_are_printed(run, flags, trained, tmp_path):
+    shutil.copytree(trained(**TINY), tmp_path / "out")
+    changed = TINY | dict(max_iters=5, lr_decay_iters=4, learning_rate=0.5, min_lr=0.003 / 10, batch_size=2)
+    done = run("train.py", *flags(**changed, init_from="resume"))
+    assert done.returncode == 0, done.stderr
+    changes = [line.strip() for line in done.stdout.splitlines() if "it was" in line]
+    assert changes == ["batch_size = 2 from here on; it was 4",
+                       "learning_rate = 0.5 from here on; it was 0.003",
+                       "max_iters = 5 from here on; it was 4"]
+
+
+# ckpt_best.pt
+
+def test_best_checkpoint_is_that_of_the_least_val_loss(trained, train, python_text, tmp_path):
+    """Also of a run that is resumed with a learning rate far too high."""
+    out = tmp_path / "out"
+    shutil.copytree(trained(), out)
+    for end in (25, 30):  # the second resume starts from worse than the best
+        train(out, init_from="resume", max_iters=end, learning_rate=1, decay_lr=False)
+    evals = losses(out)[1]
+    best, last = load(out / "ckpt_best.pt"), load(out / "ckpt.pt")
+    assert best["iteration"] == min(evals, key=evals.get) < 30 == last["iteration"]
+    assert best["best_val_loss"] == last["best_val_loss"] == min(evals.values()) < evals[30] - 0.5
+    val = (python_text / "val.bin").read_bytes()
+    assert cross_entropy(best, val) == pytest.approx(min(evals.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("first_version", [False, True], ids=["", "first version"])
+def test_best_val_loss_is_read_from_the_best_checkpoint(first_version, train, trained, tmp_path):
+    """Not from ckpt.pt: a full disk may have left an older ckpt_best.pt, here one of val loss 99. The first
+    version of the format has no val_loss."""
+    out = tmp_path / "out"
+    shutil.copytree(trained(**TINY), out)
+    older = load(out / "ckpt_best.pt")
+    if first_version:
+        del older["val_loss"]
+        older["best_val_loss"] = 99.0
+    else:
+        older["val_loss"] = 99.0
+    torch.save(older, tmp_path / "older.pt")
+    os.replace(tmp_path / "older.pt", out / "ckpt_best.pt")
+    train(out, **TINY | {"max_iters": 5, "learning_rate": 1, "decay_lr": False}, init_from="resume")
+    evals = losses(out)[1]
+    assert load(out / "ckpt_best.pt")["iteration"] == 5 and min(evals.values()) < evals[5] < 99
+
+
+def test_a_run_from_scratch_renames_the_files_of_an_earlier_one(train, trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained(**TINY), out)
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    train(out, **TINY | {"max_iters": 2})
+    assert {name: (out / f"{name}.old").read_bytes() for name in before} == before
+    assert load(out / "ckpt.pt")["iteration"] == 2 and max(read_log(out)[2]) == 2
+
+
+# A checkpoint of the first version of this file format. `python train.py config/btt_moe.py --n_layer=1 ...`
+# wrote it, with the settings below. They leave device, dtype, compile, lr_decay_iters, min_lr, backend,
+# out_dir, head_aligned and weight_norm at None.
+
+V1 = dict(dataset="alphabet", n_layer=1, n_head=1, n_embd=8, num_experts=4, block_size=16, batch_size=4,
+          gradient_accumulation_steps=2, max_iters=40, warmup_iters=1, eval_interval=40, eval_iters=4,
+          log_interval=10, sample_tokens=0, learning_rate=3e-3)
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """The out_dir of that run."""
+    out = tmp_path / "old"
+    out.mkdir()
+    for name, file in (("ckpt_v1.pt", "ckpt.pt"), ("log_v1.jsonl", "log.jsonl")):
+        shutil.copy(ROOT / "tests" / "fixtures" / name, out / file)
+    return out
+
+
+def test_a_checkpoint_of_the_first_version_resumes(run, alphabet, old_run):
+    """Its weights give the val loss that they gave then, and training goes on from there."""
+    unset = ("device", "dtype", "compile", "lr_decay_iters", "min_lr", "backend", "out_dir", "head_aligned",
+             "weight_norm")
+    config = load(old_run / "ckpt.pt")["config"]
+    assert all(config[key] is None for key in unset) and config | V1 == config
+    before = read_log(old_run)[2][40]["val_loss"]
+    settings = V1 | dict(dataset=alphabet, out_dir=old_run, device="cpu", init_from="resume", max_iters=60)
+    done = run("train.py", "config/btt_moe.py", *(f"--{k}={v}" for k, v in settings.items()))
+    assert done.returncode == 0 and "at iteration 40" in done.stdout, done.stderr
+    _, steps, evals = read_log(old_run)
+    assert list(steps) == [0, 10, 20, 30, 40, 50] and list(evals) == [0, 40, 60]
+    assert evals[40]["val_loss"] == pytest.approx(before, abs=5e-3)  # a tie may choose another expert
+    assert evals[60]["val_loss"] < before - 0.1
+    assert load(old_run / "ckpt.pt")["optimizer"]["state"][0]["step"] == 60
+
+
+def test_sample_reads_a_checkpoint_of_the_first_version(run, old_run):
+    """The alphabet in order, most of the time: it has been learned."""
+    done = run("sample.py", f"--out_dir={old_run}", "--device=cpu", "--start=ABC", "--max_new_tokens=20",
+               "--temperature=0.1")
+    assert done.returncode == 0 and len(done.stdout) == 3 + 20 + 1, done.stderr
+    text = done.stdout[:-1]
+    assert sum(ord(b) == ord(a) + 1 for a, b in zip(text, text[1:])) > 10
+
+
+# What cannot be resumed
+
+@pytest.fixture
+def refused(run, flags, trained, tmp_path):
+    """refused(config, key=value, ...) -> the failed attempt to resume a tiny run; it has left the run as it
+    was."""
+    def refused(config="btt", **settings):
+        out = trained("btt", **TINY)
+        before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+        done = run("train.py", *flags(config, **TINY | {"out_dir": out, "init_from": "resume"} | settings))
+        assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+        return done
+    return refused
+
+
+def test_resume_of_another_model_names_both(refused):
+    assert_one_sentence(refused("monarch", n_embd=64), "n_embd", "16", "64", "'btt'", "'monarch'")
+
+
+@pytest.mark.parametrize("key, before, after", [("mup", True, False), ("mup_base_width", 128, 32)])
+def test_resume_keeps_learning_rate_factors(key, before, after, refused):
+    assert_one_sentence(refused(**{key: after}), key, str(before), str(after))
+
+
+@pytest.mark.parametrize("contents", ["empty", "garbage", "hostile"])
+def test_resume_from_what_is_no_checkpoint(contents, run, flags, trained, tmp_path):
+    """No code that it brings along is run."""
+    made, ckpt = tmp_path / "made", tmp_path / "out" / "ckpt.pt"
+    ckpt.parent.mkdir()
+    ckpt.write_bytes(b"garbage" if contents == "garbage" else b"")
+    if contents == "hostile":
+        torch.save(load(trained(**TINY) / "ckpt.pt") | {"config": Hostile(str(made))}, ckpt)
+    assert_one_sentence(run("train.py", *flags(**TINY, init_from="resume")), str(ckpt))
+    assert not made.exists()
