@@ -99,7 +99,7 @@ def test_frontier_is_the_least_of_all_curves():
             expected.append((x, min(there), int(np.argmin(there))))
     assert set(frontier.owners) == {0, 1} and len(expected) < 49
     assert [tuple(point) for point in zip(*frontier)] == [pytest.approx(point) for point in expected]
-    points = (1, 5), (2, 4), (3, 4.5), (4, 3), (4, 3.5)
+    points = (1, 5), (2, 4), (3, 4.5), (4, 3), (4, 3.5), (5, 3)
     ends = scaling_fit.frontier_of([(np.array([x]), np.array([loss])) for x, loss in points])
     assert ends.x.tolist() == [1, 2, 4] and ends.losses.tolist() == [5, 4, 3]
     assert ends.owners.tolist() == [0, 1, 3]

@@ -1,5 +1,6 @@
 """python -m experiments.scaling sweep, with a stand-in for train.py: plans, sweeps beside each other, kills,
 errors."""
+import contextlib
 import json
 import math
 import os
@@ -322,12 +323,16 @@ def held(sweep):
     (sweep.folder / "hold").touch()
     thread, results = sweep.start(ONE, "--expiry=2")
     yield sweep, thread, results
-    (sweep.folder / "hold").unlink(missing_ok=True)
+    if thread.is_alive():
+        for job in sweep.jobs():
+            kill(job["parent"])
+            kill(job["pid"])
     thread.join()
 
 
 def kill(pid):
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
     wait_until(lambda: gone(pid))
 
 
