@@ -117,8 +117,8 @@ from model import GPT, GPTConfig
 
 # ---- Ranks and devices -------------------------------------------------------------------------------------
 
-ddp_rank, ddp_world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-ddp_local_rank = int(os.environ.get("LOCAL_RANK", 0))
+ddp_rank, ddp_local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+ddp_world_size, machine_ranks = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 ddp, master = ddp_world_size > 1, ddp_rank == 0
 signals = DeferredSignals()
 
@@ -158,7 +158,7 @@ tokens_per_iter = sequences_per_iter * block_size
 batches = or_fail(lambda: Batches(splits, block_size=block_size, batch_size=batch_size, seed=seed,
                                        sequences=sequences_per_iter, eval_iters=eval_iters, device=device))
 # every id of both files is read once; the processes of a machine share the work
-or_fail(check_token_ids, splits, vocab_size, ddp_local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % machine_ranks, machine_ranks)
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 

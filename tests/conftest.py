@@ -25,8 +25,9 @@ THREADS = os.environ.get("TEST_THREADS", "1")  # the tests are small, and two wo
 os.environ["OMP_NUM_THREADS"] = THREADS
 
 # Long files first: one that starts last would keep one worker busy alone.
-LONG = ["test_mup.py", "test_train.py", "test_processes.py", "test_resume.py", "test_search.py",
-        "test_search_space.py", "test_sweep.py", "test_failures.py", "test_kill.py", "test_model.py"]
+LONG = ["test_mup.py", "test_train.py", "test_search.py", "test_compile.py", "test_processes.py",
+        "test_sweep.py", "test_search_space.py", "test_failures.py", "test_kill.py", "test_model.py",
+        "test_resume.py"]
 
 
 def pytest_collection_modifyitems(items):

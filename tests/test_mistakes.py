@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, write_ids
+from tests.conftest import ROOT, write_ids
 from tests.runs import assert_one_sentence
 
 MISTAKES = {

@@ -119,8 +119,8 @@ def shared_settings() -> dict:
             fail(f"{key} is what the search chooses: python -m experiments.search --help lists its keys")
     shared = {k: v for k, v in settings.items() if k not in points.CHOSEN and v != defaults[k]}
     # a later change of train.py's defaults must not change a study
-    always = ("n_layer", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "dataset", "seed",
-              "decay_lr")
+    always = ("n_layer", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "dataset",
+              "seed", "decay_lr")
     return shared | {key: settings[key] for key in always}
 
 

@@ -1,71 +1,14 @@
-"""lib/checkpoint.py: the lock of an out_dir, files that are whole or absent, and checkpoints that fit."""
-import atexit
+"""lib/checkpoint.py: checkpoints that are whole or absent, and that fit the run."""
 import os
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
-import lib.files
 from lib.checkpoint import CONTENTS, check_checkpoint, read_checkpoint, restore_checkpoint, save_checkpoint
-from lib.files import lock_out_dir
 from model import GPT, GPTConfig
 from tests import kill_test
 from tests.conftest import PROCESSES, TINY
 from tests.runs import load
-
-
-# Lock
-
-def hold_the_lock_for_a_moment(folder):
-    """A process that locks folder/out as soon as it can, has a child that ends, and ends itself."""
-    os.chdir(folder)
-    while True:
-        try:
-            lock_out_dir("out")
-            break
-        except ValueError:
-            time.sleep(0.001)
-    os.mkdir("held")  # fails while another process holds the lock
-    if os.fork() == 0:
-        atexit._run_exitfuncs()
-        os._exit(0)
-    os.wait()
-    time.sleep(0.01)
-    os.rmdir("held")
-    atexit._run_exitfuncs()  # multiprocessing skips them
-
-
-def test_only_one_of_several_processes_holds_the_lock(tmp_path):
-    """Of eight that want it at once; the end of a child does not end the lock of its parent."""
-    started = [PROCESSES.Process(target=hold_the_lock_for_a_moment, args=(tmp_path,)) for _ in range(8)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(600)
-    assert [process.exitcode for process in started] == [0] * 8
-    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
-
-
-def test_a_lock_file_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
-    """Its last owner removes it between the opening and the locking.
-
-    The lock must be on the file that others see.
-    """
-    lock, lockf, calls = tmp_path / "lock", lib.files.fcntl.lockf, []
-
-    def late(descriptor, operation):
-        calls.append(descriptor)
-        if len(calls) == 1:
-            os.remove(lock)
-        return lockf(descriptor, operation)
-    monkeypatch.setattr(lib.files.fcntl, "lockf", late)
-    lock_out_dir(str(tmp_path))
-    other = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    done = subprocess.run([sys.executable, "-c", other, lock], capture_output=True, text=True)
-    assert len(calls) == 2 and "BlockingIOError" in done.stderr
 
 
 # Writing
@@ -87,6 +30,7 @@ def test_a_save_that_fails_between_the_two_files(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_checkpoint(path, {"iteration": 4}, None)
     assert (load(path), load(best)) == ({"iteration": 2}, {"iteration": 3})
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_best.pt"]
 
 
 def measure_memory(folder, results):

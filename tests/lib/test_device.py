@@ -62,6 +62,14 @@ def test_peak_of_a_known_gpu_is_that_of_its_data_sheet(name, flops, gpu):
     assert device.peak_flops("cuda", "bfloat16") == (flops, f"{name}'s data sheet")
 
 
+@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA A1000"])
+def test_peak_of_an_unknown_gpu_is_measured(name, gpu, monkeypatch):
+    """Its name holds that of another, A40 or A100, as a part of a word."""
+    gpu(name)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: torch.zeros(1, 1))
+    assert "timed" in device.peak_flops("cuda", "bfloat16")[1]
+
+
 def test_peak_of_a_cpu_is_measured():
     flops, source = device.peak_flops("cpu", "float32")
     assert flops > 1e8 and "timed" in source

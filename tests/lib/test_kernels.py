@@ -5,14 +5,13 @@ import types
 import pytest
 import torch
 import torch.nn as nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import structured
 from lib.kernels import cpu_einsum, release_scratch, segment_product
 from lib.kernels.segment_product import (_segment_product, _segment_product_grad_w, grouped_product,
                                          grouped_product_grad_w, loop_product, loop_product_grad_w)
-from structured import LayerConfig, Sizes, make_experts
+from structured import Sizes
 
 # (B, K, M) and the rows of each expert: empty ones at the start, in the middle and at the end; no rows at all
 SHAPES = [(1, 8, 16), (3, 5, 7), (2, 9, 4), (4, 1, 1), (1, 33, 3)]
@@ -424,42 +423,3 @@ def test_flops_of_einsum_are_those_of_its_products(sizes):
     assert executed == flops(cpu_einsum._einsum, *forward) == 10 * sizes.flops()
     executed = flops(cpu_einsum._einsum_backward._init_fn, *backward)
     assert executed == flops(cpu_einsum._einsum_backward, *backward) == 2 * 10 * sizes.flops()
-
-
-class ReluExperts(nn.Module):
-    """Experts that are MLPs."""
-
-    def __init__(self):
-        super().__init__()
-        self.up = make_experts(LayerConfig("btt"), 4, 16, 32)
-        self.down = make_experts(LayerConfig("dense"), 4, 32, 16)
-
-    def forward(self, rows, ends):
-        return self.down(self.up(rows, ends).relu(), ends)
-
-
-@pytest.mark.parametrize("kind", ["btt", "dense", "dyad", "mlp"])
-def test_compiled_mixture(kind):
-    """One graph without breaks, the same results in float64, and no recompilation when the routing
-    changes."""
-    torch._dynamo.reset()
-    if kind == "mlp":
-        moe = structured.MoE(16, ReluExperts(), 4, 2).double()
-    else:
-        moe = structured.linear(kind, 16, 16, num_experts=4, bias=True).double()
-    backend = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moe, fullgraph=True, backend=backend)
-    loads = []
-    for shift in (0, 1, 2, 3):
-        x = torch.randn(24, 16, dtype=torch.float64, requires_grad=True)
-        with torch.no_grad():
-            moe.router.copy_(moe.router.roll(shift, 0) * (1 if shift < 3 else 100))
-        results = []
-        for run in (moe, compiled):
-            y, aux = run(x, return_aux=True)
-            grads = torch.autograd.grad(y.square().sum() + aux.loss(), [x, *moe.parameters()])
-            results.append((y, *aux, *grads))
-        loads.append(tuple(aux.load.tolist()))
-        for a, e in zip(*results):
-            torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9 * max(1, e.abs().max().item()))
-    assert len(set(loads)) == 4 and backend.frame_count == 1

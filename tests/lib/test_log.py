@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from lib.log import RunLog, print0
+from lib.log import RunLog, format_duration, print0, read_log
 
 
 @contextlib.contextmanager
@@ -76,3 +76,15 @@ def test_print0_prints_on_the_first_rank_alone(rank, printed, monkeypatch, capsy
     monkeypatch.setenv("RANK", rank)
     print0("a", 1)
     assert capsys.readouterr().out == printed
+
+
+def test_reading_a_log_leaves_out_what_is_no_point(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"type": "run"}\n3\n\xff\n\n{"iter": 1}\n{"iter": 2')
+    assert read_log(str(tmp_path)) == [{"type": "run"}, {"iter": 1}]
+    assert read_log(str(tmp_path / "nowhere")) == []
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (59.9, "0:00:59"), (3723.4, "1:02:03"),
+                                           (360_000, "100:00:00")])
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
