@@ -10,23 +10,25 @@ relative to nn.Linear's; and the memory above inputs and parameters, both what t
 backward (the output included) and the peak. Then tokens/s of whole training steps. Writes everything to
 <out>/bench.json. Let nothing else run meanwhile.
 """
+from typing import Literal
+
 import configurator
-from configurator import fail, structure_config
+from configurator import PositiveInt, fail, structure_config
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
 widths: tuple = (256, 512, 1024, 2048)  # of the square layers
-tokens: int = 4096              # rows of a layer's input
-turns: int = 15                 # timed runs of each layer, after two that are not
+tokens: PositiveInt = 4096      # rows of a layer's input
+turns: PositiveInt = 15         # timed runs of each layer, after two that are not
 step: bool = True               # time training steps too
-n_embd: int = 512               # width of the model of the training step
-n_layer: int = 3                # its blocks
-head_size: int = 64             # the width of its heads
-block_size: int = 128           # its tokens per sequence
-batch_size: int = 16            # its sequences per step
-vocab_size: int = 96            # its vocabulary
-steps: int = 7                  # timed training steps of each model, after two that are not
+n_embd: PositiveInt = 512       # width of the model of the training step
+n_layer: PositiveInt = 3        # its blocks
+head_size: PositiveInt = 64     # the width of its heads
+block_size: PositiveInt = 128   # its tokens per sequence
+batch_size: PositiveInt = 16    # its sequences per step
+vocab_size: PositiveInt = 96    # its vocabulary
+steps: PositiveInt = 7          # timed training steps of each model, after two that are not
 device: str | None = None       # 'cuda', 'mps', 'cpu'; None: the best there is
-dtype: str | None = None        # 'float32', 'bfloat16', 'float16'; None: bfloat16 on GPUs, else float32
+dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs, else float32
 compile: bool = False           # torch.compile layers and models
 out: str = "out-bench"          # folder of bench.json
 config = configurator.configure(globals())
@@ -51,15 +53,10 @@ from lib import kernels
 from lib.device import autocast, choose_device, choose_dtype, device_name
 from model import GPT, GPTConfig
 
-for key, value in config.items():
-    if type(value) is int and value < 1:
-        fail(f"{key} must be at least 1; got {value}")
 if any(w < 1 or w != int(w) for w in widths):
     fail(f"widths must be positive whole numbers; got {widths}")
 if n_embd % head_size:
     fail(f"n_embd must be a multiple of head_size = {head_size}; got {n_embd}")
-if dtype not in (None, "float32", "bfloat16", "float16"):
-    fail(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
 try:
     device, device_type = choose_device(device)
 except ValueError as e:

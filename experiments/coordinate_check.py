@@ -10,17 +10,17 @@ al., arXiv 2203.03466, appendix D.1). Prints the ratio of the largest to the sma
 writes coordinate_check.csv, .svg and .png into <out>, and exits with status 1 where a ratio is 2 or more.
 """
 import configurator
-from configurator import fail, structure_config
+from configurator import PositiveFloat, PositiveInt, fail, structure_config
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
 widths: tuple = (128, 256, 512, 1024)  # n_embd of the models
-learning_rate: float = 1e-3     # of AdamW, constant, at the base width
-mup_base_width: int = 128       # d0
+learning_rate: PositiveFloat = 1e-3  # of AdamW, constant, at the base width
+mup_base_width: PositiveInt = 128  # d0
 mup: bool = True                # False: every parameter learns at learning_rate
-steps: int = 10                 # AdamW steps before the measurement
-seeds: int = 3                  # models of the largest width; up to 4 times as many of smaller ones
-batch_size: int = 8             # sequences per step
-block_size: int = 64            # tokens per sequence
+steps: PositiveInt = 10         # AdamW steps before the measurement
+seeds: PositiveInt = 3          # models of the largest width; up to 4 times as many of smaller ones
+batch_size: PositiveInt = 8     # sequences per step
+block_size: PositiveInt = 64    # tokens per sequence
 dataset: str = "python_char"    # a folder under data/, or the path of one
 out: str = "out-coordinate_check"  # folder of the table and the figure
 config = configurator.configure(globals())
@@ -127,9 +127,6 @@ def main() -> int:
     """Check every structure; the exit status."""
     if steps < 2:
         fail(f"steps must be at least 2, since the first moves zeros alone; got {steps}")
-    for key in ("seeds", "batch_size", "block_size", "mup_base_width", "learning_rate"):
-        if config[key] <= 0:
-            fail(f"{key} must be positive; got {config[key]}")
     if any(w < 32 or w % 32 for w in widths) or len(set(widths)) < 2:
         fail(f"widths must be two or more different multiples of 32, the size of a head; got {widths}")
     names = structs.split(",")

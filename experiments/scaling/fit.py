@@ -363,6 +363,10 @@ class Frontier(NamedTuple):
         return np.exp(logs)
 
 
+def curves_of(runs: list[MeasuredRun], axis: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(run.x(axis), run.points.losses) for run in runs]
+
+
 def lower_envelope(x: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """Indices, ascending in x, of the points whose loss is below that of every point before."""
     order = np.lexsort((losses, x))
@@ -506,7 +510,7 @@ def fit_structure(label: str, runs: list[MeasuredRun], axis: str, *, window=(Non
     """Frontier, law and bootstrap of one structure's runs. noise: relative, between seeds; None: from the
     residuals."""
     runs = sorted(runs, key=lambda run: run.per_token[axis])
-    curves = [(run.x(axis), run.points.losses) for run in runs]
+    curves = curves_of(runs, axis)
     sizes = np.array([run.per_token[axis] for run in runs])
     fit = Fit(label, axis, runs, *analyse(curves, sizes, window, floor))
     if fit.law is None:

@@ -137,9 +137,9 @@ def fitted(run, tmp_path_factory):
         log.write_text(log.read_text().replace(change, '"config": 3, "x": ' if name == "list" else '"x": '))
     with open(folder / "runs" / "some" / "log.jsonl", "a") as f:
         f.write("\n3\n")
-    told = run("experiments.scaling", "fit", f"--runs={folder}/runs", f"--out={folder}/out", "--samples=20")
-    assert told.returncode == 0, told.stderr
-    return folder / "out", told
+    done = run("experiments.scaling", "fit", f"--runs={folder}/runs", f"--out={folder}/out", "--samples=20")
+    assert done.returncode == 0, done.stderr
+    return folder / "out", done
 
 
 def test_fit_finds_the_multiplier_in_logs(fitted):
@@ -209,9 +209,9 @@ def test_measured_multipliers_are_those_between_frontiers():
 
 
 def test_fit_names_what_it_leaves_out(fitted):
-    folder, told = fitted
+    folder, done = fitted
     text = (folder / "table.md").read_text()
-    assert text in told.stdout
+    assert text in done.stdout
     for line in ("nan: left out, diverged: its validation loss is not finite",
                  "some: 3 iterations skipped, whose",
                  "skips: left out, diverged: its loss or gradient is not finite at its end, iteration 40024",
@@ -273,9 +273,9 @@ def test_fit_refuses_different_losses(run, tmp_path):
     for name, dataset in (("a", "one"), ("b", "other")):
         write_log(tmp_path / "runs" / name, "dense", dict(n_embd=8, dataset=dataset), 6e5,
                   np.arange(1, 6) * 1e6, np.linspace(3, 2, 5))
-    told = run("experiments.scaling", "fit", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out")
-    assert told.returncode == 1 and told.stderr.count("\n") == 1
-    assert "dataset is one in a and other in b" in told.stderr
+    done = run("experiments.scaling", "fit", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "dataset is one in a and other in b" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -283,11 +283,11 @@ def test_fit_refuses_different_losses(run, tmp_path):
     ("--base=dnse", ("dnse", "btt, dense")), ("--floor=-1", ("floor", "-1")), ("--floor=3", ("floor", "3")),
     ("--min_flops=1e30", ("min_flops",))])
 def test_fit_refuses(fitted, run, tmp_path, flag, words):
-    told = run("experiments.scaling", "fit", f"--runs={fitted[0].parent}/runs", f"--out={tmp_path}/out",
+    done = run("experiments.scaling", "fit", f"--runs={fitted[0].parent}/runs", f"--out={tmp_path}/out",
                "--samples=10", flag)
-    assert told.returncode == 1 and told.stderr.startswith("error: "), told.stderr
-    assert told.stderr.count("\n") == 1, told.stderr
-    assert all(word in told.stderr for word in words) and not (tmp_path / "out").exists()
+    assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in words) and not (tmp_path / "out").exists()
 
 
 def report(folder, base=None):

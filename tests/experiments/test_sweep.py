@@ -18,7 +18,7 @@ import configurator
 from experiments import launcher
 from experiments.scaling.sweep import Job, Sweep
 from structured import Theta
-from tests.conftest import ForkedProgram, ROOT
+from tests.conftest import ROOT, ForkedProgram
 
 # Writes the log of a run that took no time. 'jobs' beside it says what was started. Where 'locks' exists, it
 # locks its out_dir as train.py does. Where 'meet' holds a word of that and a number, a run waits until so
