@@ -17,7 +17,7 @@ import configurator
 from experiments import launcher
 from experiments.scaling.sweep import Job, Sweep
 from structured import Theta
-from tests.conftest import ROOT, Started
+from tests.conftest import ForkedProgram, ROOT
 
 # Writes the log of a run that took no time. 'jobs' beside it says what was started. Where 'locks' exists, it
 # locks its out_dir as train.py does. Where 'meet' holds a word of that and a number, a run waits until so
@@ -291,7 +291,7 @@ def test_jobs_share_the_gpus(sweep):
 def test_train_py_is_seen_while_it_lives(flags, tmp_path):
     """By the lock of its out_dir, which outlives neither the process nor a kill."""
     assert not launcher.is_training(tmp_path / "out")
-    train = Started(tmp_path, flags(max_iters=10**6, eval_interval=10**6))
+    train = ForkedProgram(tmp_path, flags(max_iters=10**6, eval_interval=10**6))
     wait_until(lambda: launcher.is_training(tmp_path / "out"))
     train.kill()
     assert not launcher.is_training(tmp_path / "out")
