@@ -36,12 +36,10 @@ from lib.log import read_log
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
         "seconds": "training seconds"}
 PER_DECADE = 12     # budgets of a frontier
-# losses compare where these agree; runs of a structure may differ in these without a remark; what a step's
-# time depends on
-COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "batch_size")
-VARIED = ("n_embd", "n_layer", "n_head", "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype",
-          "compile")
-STEP_SHAPE = ("n_embd", "n_layer", "n_head", "block_size", "batch_size")
+SIZE = ("n_embd", "n_layer", "n_head")
+STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on
+COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "batch_size")    # losses compare if equal
+VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")    # as intended
 SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
 HUBER = 1.345       # residuals beyond so many standard deviations count less
 
@@ -106,24 +104,18 @@ def label_of(folder: str, config: dict) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError):
         with open(os.path.join(folder, "settings.json"), encoding="utf-8") as f:
             return json.load(f)["label"]
-    label = config["struct"]
-    if config.get("theta"):
-        label += "(" + " ".join(f"{e:g}" for e in config["theta"]) + ")"
-    if experts := config.get("ffn_experts"):
-        label = ("moe" if label == "dense" else f"{label}_ffn_moe") + (f"{experts}" if experts != 8 else "")
-    if experts := config.get("num_experts"):
-        label += "_moe" + (f"{experts}" if experts != 8 else "")
-    if config.get("rank"):
-        label += f"-r{config['rank']}"
-    return label + (f"-{config['layers']}" if config.get("layers", "all") != "all" else "")
+    experts = {"num_experts": "_moe", "ffn_experts": "_ffn_moe"}
+    label = config["struct"] + "".join(suffix for key, suffix in experts.items() if config.get(key))
+    label = label.replace("dense_ffn_moe", "moe")   # the name of its config
+    own = {key: config.get(key) for key in ("theta", "rank", *experts, "layers")}
+    return label + "".join(f"-{key}={v}" for key, v in own.items() if v not in (None, 0, 8, "all"))
 
 
 def comparable_config(start: dict) -> dict:
     """The settings by which runs are compared, from a log's first line. Raises KeyError where one is missing.
 
-    Old logs hold None for what train.py found out later: dtype and compile are taken from the line itself,
-    and the end of the decay is computed. Device and backend change nothing but rounding and are left out, as
-    is the decay where the rate is constant.
+    Old logs hold None for what train.py found out later. Device and backend change nothing but rounding and
+    are left out, as is the decay where the rate is constant.
     """
     config = dict(start["config"])
     config |= {key: config[key] for key in ("learning_rate", "seed", "max_iters", "decay_lr", *STEP_SHAPE)}
@@ -144,13 +136,14 @@ def read_run(folder: str) -> tuple[MeasuredRun | None, str | None]:
     """
     lines, name = read_log(folder), os.path.basename(os.path.abspath(folder))
     starts, trains, skips = ([p for p in lines if p.get("type") == kind] for kind in ("run", "train", "skip"))
-    evals = sorted({p["iter"]: p for p in lines if p.get("type") == "eval"}.items())
+    evals = {p["iter"]: p for p in lines if p.get("type") == "eval"}
     if not starts:
         return None, f"{name}: left out, its log has no run line"
     start, config = starts[-1], comparable_config(starts[-1])
-    last = evals[-1][0] if evals else 0
+    iters = np.array(sorted(evals))
+    tokens, losses = (np.array([evals[i][key] for i in iters], float) for key in ("tokens", "val_loss"))
+    last = iters[-1] if evals else 0
     unfinished = last < config["max_iters"]
-    losses = np.array([p["val_loss"] for _, p in evals], float)
     if diverged := divergence(losses, lines[-1] if unfinished else {}):
         return None, f"{name}: left out, diverged: {diverged}"
     if last == 0:
@@ -160,8 +153,8 @@ def read_run(folder: str) -> tuple[MeasuredRun | None, str | None]:
         remarks.append(f"unfinished, at iteration {last} of {config['max_iters']}")
         if config["decay_lr"]:
             return None, f"{name}: {remarks[-1]}; left out, since its rate decays and only an end counts"
-    keep = [i for i, (it, _) in enumerate(evals) if it > 0 and (not config["decay_lr"] or it == last)]
-    points = Points(np.array([evals[i][1]["tokens"] for i in keep], float), losses[keep])
+    kept = iters == last if config["decay_lr"] else iters > 0
+    points = Points(tokens[kept], losses[kept])
     per_token = {"flops": start["flops_per_token"],
                  "flops_without_output_layer": start["flops_per_token_without_output_layer"]}
     if trains:
@@ -173,8 +166,7 @@ def read_run(folder: str) -> tuple[MeasuredRun | None, str | None]:
 
 
 def divergence(losses: np.ndarray, end: dict) -> str | None:
-    """What is wrong with a run, if anything: a validation loss is not finite, or a tenth of what was gained
-    is lost again; or the run stopped early, and the end of its log is an iteration that was skipped."""
+    """What is wrong with a run, if anything; end: the last line of its log if it is unfinished."""
     if not np.isfinite(losses).all():
         return "its validation loss is not finite"
     if end.get("type") == "skip":
@@ -212,8 +204,7 @@ def read_runs(folders: Iterable[str]) -> tuple[list[MeasuredRun], list[str]]:
 
 
 def differences(runs: list[MeasuredRun], keys: Iterable[str]) -> dict[str, list[str]]:
-    """{key: ['<value> in <name of a run>', ...]} of those settings in which the runs differ, as far as they
-    are known."""
+    """{key: ['<value> in <name of a run>', ...]} of those known settings in which the runs differ."""
     found = {}
     for key in keys:
         values = {str(run.config[key]): run.name for run in runs if key in run.config}
@@ -222,12 +213,12 @@ def differences(runs: list[MeasuredRun], keys: Iterable[str]) -> dict[str, list[
     return found
 
 
-def alike(runs: Iterable[MeasuredRun], aside: Iterable[str]) -> list[list[MeasuredRun]]:
-    """Groups of runs of a structure that differ in nothing but the settings named `aside`, and the length
-    where the rate is constant."""
+def alike(runs: Iterable[MeasuredRun], except_for: Iterable[str]) -> list[list[MeasuredRun]]:
+    """Groups of runs of a structure that differ in nothing but the settings `except_for`, and the length where
+    the rate is constant."""
     groups: dict[str, list[MeasuredRun]] = {}
     for run in runs:
-        without = {*aside, *(() if run.config["decay_lr"] else ("max_iters",))}
+        without = (*except_for, *(() if run.config["decay_lr"] else ("max_iters",)))
         config = {key: value for key, value in run.config.items() if key not in without}
         groups.setdefault(json.dumps([run.label, config], sort_keys=True), []).append(run)
     return list(groups.values())
@@ -256,8 +247,7 @@ def unlike(runs: list[MeasuredRun]) -> list[str]:
 
 
 def share_seconds(runs: list[MeasuredRun]) -> None:
-    """Give all runs of a structure and size the median of their seconds per token: one slowed down is no
-    other size."""
+    """Give all runs of a structure and size the median of their seconds per token."""
     seconds: dict[tuple, list[float]] = {}
     timed = [run for run in runs if "seconds" in run.per_token]
     for run in timed:
@@ -267,9 +257,8 @@ def share_seconds(runs: list[MeasuredRun]) -> None:
 
 
 def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
-    """Take seconds per token from training steps that experiments.bench timed, or drop them where it timed
-    none of a run's structure and shape. Returns remarks; raises ValueError for a file that is none of
-    bench's."""
+    """Take seconds per token from training steps that experiments.bench timed. Returns remarks on the runs of
+    whose structure and shape it timed none; raises ValueError for a file that is none of bench's."""
     known = {}
     for path in paths:
         try:
@@ -279,23 +268,21 @@ def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
             shape = tuple(config[key] for key in STEP_SHAPE)
             known |= {(step["config"], *shape): 1 / step["tokens_per_s"] for step in found["steps"]}
         except (OSError, ValueError, KeyError, TypeError) as e:
-            problem = f"{type(e).__name__}: {e}"
-            raise ValueError(f"{path} is no output of experiments.bench ({problem})") from None
+            raise ValueError(f"{path} is no output of experiments.bench ({type(e).__name__}: {e})") from None
     notes = []
     for run in runs:
-        seconds = known.get((run.label, *(run.config[key] for key in STEP_SHAPE)))
         run.per_token.pop("seconds", None)
-        if seconds is None:
-            notes.append(f"{run.name}: no seconds, for no step of {run.label} and its shape was timed")
+        step = run.label, *(run.config[key] for key in STEP_SHAPE)
+        if step in known:
+            run.per_token["seconds"] = known[step]
         else:
-            run.per_token["seconds"] = seconds
+            notes.append(f"{run.name}: no seconds, for no step of {run.label} and its shape was timed")
     return notes
 
 
 def same_but_seed(runs: list[MeasuredRun]) -> tuple[list[list[MeasuredRun]], list[str]]:
-    """(groups of runs that differ only in the seed, remarks on those left out of their group): a group holds
-    the runs that have come to nearly the same end, and none that ends before another one's first
-    evaluation."""
+    """(groups of runs that differ only in the seed, remarks on those left out of their group, since they end
+    long before the longest, or before another one's first evaluation)."""
     groups, notes = [], []
     for same in alike(runs, ("seed",)):
         least = max(SHARE * max(run.last for run in same), *(run.first for run in same))
@@ -306,8 +293,7 @@ def same_but_seed(runs: list[MeasuredRun]) -> tuple[list[list[MeasuredRun]], lis
 
 
 def mean_of_seeds(groups: list[list[MeasuredRun]]) -> list[MeasuredRun]:
-    """One run for each group of same_but_seed: the mean of their losses, as long as all of them go on. The
-    least of several seeds would make a frontier too low, and only where there are several."""
+    """One run for each group of same_but_seed: the mean of their losses, as long as all of them go on."""
     means = []
     for same in groups:
         shortest = min(same, key=lambda run: run.last)
@@ -320,8 +306,8 @@ def mean_of_seeds(groups: list[list[MeasuredRun]]) -> list[MeasuredRun]:
 
 
 def seed_noise(groups: list[list[MeasuredRun]]) -> tuple[float | None, list[str]]:
-    """(relative standard deviation of a run's loss between seeds, pooled over the groups of same_but_seed,
-    None where no group has several; a line for each group that has)."""
+    """(relative standard deviation of a run's loss between seeds, pooled over the groups of same_but_seed;
+    a line for each group that has several). None without such a group."""
     squares, freedom, lines = 0.0, 0, []
     for same in (group for group in groups if len(group) > 1):
         tokens = min(run.last for run in same)
@@ -357,8 +343,7 @@ class Frontier(NamedTuple):
     owners: np.ndarray  # index of the run that reached it
 
     def x_for(self, losses) -> np.ndarray:
-        """The budget that reaches each loss, between points by interpolation in logarithms; nan outside of
-        them."""
+        """The budget that reaches each loss, by interpolation in logarithms; nan outside of the points."""
         logs = np.interp(-np.log(losses), -np.log(self.losses), np.log(self.x), left=math.nan, right=math.nan)
         return np.exp(logs)
 
@@ -370,23 +355,20 @@ def curves_of(runs: list[MeasuredRun], axis: str) -> list[tuple[np.ndarray, np.n
 def lower_envelope(x: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """Indices, ascending in x, of the points whose loss is below that of every point before."""
     order = np.lexsort((losses, x))
-    ordered = losses[order]
-    lowest_before = np.r_[np.inf, np.minimum.accumulate(ordered)[:-1]]
-    return order[ordered < lowest_before]
+    lowest = np.minimum.accumulate(losses[order])
+    return order[np.diff(lowest, prepend=np.inf) < 0]
 
 
 def frontier_of(curves: list[tuple[np.ndarray, np.ndarray]]) -> Frontier:
     """The lower envelope of curves (x, losses), each ascending in x; one point alone is a curve too."""
-    xs, losses, owners = [], [], []
+    points = []
     for i, (x, loss) in enumerate(curves):
         if len(x) > 1:
             last_budget = np.floor(np.log10(x[-1]) * PER_DECADE + 1e-9)
             budgets = 10 ** (np.arange(first_budget(x), last_budget + 1) / PER_DECADE)
             x, loss = budgets, np.interp(np.log(budgets), np.log(x), loss)
-        xs.append(x)
-        losses.append(loss)
-        owners.append(np.full(len(x), i))
-    xs, losses, owners = map(np.concatenate, (xs, losses, owners))
+        points.append((x, loss, np.full(len(x), i)))
+    xs, losses, owners = map(np.concatenate, zip(*points))
     best = lower_envelope(xs, losses)
     return Frontier(xs[best], losses[best], owners[best])
 
@@ -397,8 +379,7 @@ def first_budget(x: np.ndarray) -> float:
 
 
 class Growth(NamedTuple):
-    """Best size (x per token) ∝ x^exponent, and the budgets at which the smallest and the largest are the
-    best."""
+    """Best size (x per token) ∝ x^exponent; the budgets at which the smallest and the largest are best."""
     exponent: float
     window: tuple[float, float]
 
@@ -423,8 +404,7 @@ def growth_of(frontier: Frontier, sizes: np.ndarray) -> Growth | None:
 
 
 def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> Law:
-    """L = L∞ + (x / x0)^-a by least squares of relative residuals, L∞ >= 0, with Huber weights; a in [0.01,
-    3].
+    """L = L∞ + (x / x0)^-a by least squares of relative residuals, L∞ >= 0, a in [0.01, 3], with Huber weights.
 
     For each a, L∞ and k = x0^a are linear, so that the search is over a alone: a grid, refined three times.
     Raises ValueError for less than three points.
@@ -435,12 +415,11 @@ def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> La
     log_x, relative = np.log(x / middle), 1 / losses
     weights, grid = np.ones(len(x)), np.geomspace(0.01, 3, 60)
     for _ in range(20):
-        for refinement in range(4):
+        for _ in range(4):
             floors, ks, errors = _solve(grid, log_x, losses, weights * relative ** 2, floor)
             i = int(errors.argmin())
-            if refinement < 3:
-                grid = np.geomspace(grid[max(0, i - 1)], grid[min(len(grid) - 1, i + 1)], 12)
-        a, l_inf, k = float(grid[i]), float(floors[i]), float(ks[i])
+            a, l_inf, k = float(grid[i]), float(floors[i]), float(ks[i])
+            grid = np.geomspace(grid[max(0, i - 1)], grid[min(len(grid) - 1, i + 1)], 12)
         residuals = (l_inf + k * np.exp(-a * log_x) - losses) * relative
         limit, before = HUBER * max(robust_deviation(residuals), 1e-9), weights
         weights = np.minimum(1, limit / np.maximum(np.abs(residuals), 1e-12))
@@ -451,21 +430,16 @@ def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> La
 
 
 def _solve(exponents, log_x, losses, weights, floor):
-    """(L∞, k, weighted squared error) for each exponent: weighted least squares in closed form, L∞ and k not
-    negative."""
+    """(L∞, k, weighted squared error) for each exponent, by weighted least squares; L∞, k not negative."""
     p = np.exp(-exponents[:, None] * log_x)  # (exponents, points)
-    w = weights.sum()
-    mean_p, mean_l = p @ weights / w, losses @ weights / w
     if floor is None:
+        mean_p, mean_l = p @ weights / weights.sum(), losses @ weights / weights.sum()
         centred = p - mean_p[:, None]
-        ks = (centred * (losses - mean_l)) @ weights / np.maximum((centred ** 2) @ weights, 1e-300)
-        floors = mean_l - ks * mean_p
+        slopes = (centred * (losses - mean_l)) @ weights / np.maximum((centred ** 2) @ weights, 1e-300)
+        floors = np.maximum(mean_l - slopes * mean_p, 0.0)
     else:
-        ks, floors = np.zeros(len(p)), np.full(len(p), float(floor))
-    bound = (floors < 0) | (floor is not None)
-    floors = np.where(floors < 0, 0.0, floors)
-    through = (p * (losses - floors[:, None])) @ weights / ((p ** 2) @ weights)
-    ks = np.maximum(np.where(bound, through, ks), 0.0)
+        floors = np.full(len(p), float(floor))
+    ks = np.maximum((p * (losses - floors[:, None])) @ weights / ((p ** 2) @ weights), 0.0)  # given L∞
     residuals = floors[:, None] + ks[:, None] * p - losses
     return floors, ks, (residuals ** 2) @ weights
 
@@ -507,8 +481,7 @@ def analyse(curves, sizes, window, floor) -> tuple[Frontier, np.ndarray, Growth 
 
 def fit_structure(label: str, runs: list[MeasuredRun], axis: str, *, window=(None, None), floor=None,
                   samples=300, noise: float | None = None, rng=None) -> Fit:
-    """Frontier, law and bootstrap of one structure's runs. noise: relative, between seeds; None: from the
-    residuals."""
+    """Frontier, law and bootstrap of a structure's runs. noise: relative, between seeds; None: residuals."""
     runs = sorted(runs, key=lambda run: run.per_token[axis])
     curves = curves_of(runs, axis)
     sizes = np.array([run.per_token[axis] for run in runs])
@@ -538,18 +511,15 @@ def multipliers(fit: Fit, base: Fit, x: Iterable[float], level: float) -> list[t
     losses = base.frontier.losses[base.used]
     low, high = fit.range
     for at in x:
-        if not (low * 0.999 <= at <= high * 1.001 and losses.min() <= fit.law.loss(at) <= losses.max()):
-            found.append(None)
-            continue
-        value = float(base.law.x(fit.law.loss(at))) / at
-        drawn = [float(b.x(f.loss(at))) / at for f, b in zip(fit.samples, base.samples)]
-        found.append((value, *interval(drawn, level)) if math.isfinite(value) else None)
+        value, *drawn = (float(of_base.x(law.loss(at))) / at for law, of_base in
+                         zip([fit.law, *fit.samples], [base.law, *base.samples]))
+        is_known = low * 0.999 <= at <= high * 1.001 and losses.min() <= fit.law.loss(at) <= losses.max()
+        found.append((value, *interval(drawn, level)) if is_known and math.isfinite(value) else None)
     return found
 
 
 def measured_multipliers(fit: Fit, base: Fit) -> np.ndarray:
-    """The multiplier at each point of the frontier without a law: what base's frontier needs ÷ x, nan where
-    it has no such loss."""
+    """At each point of the frontier what base's needs for its loss ÷ x; nan where it has no such loss."""
     return base.frontier.x_for(fit.frontier.losses) / fit.frontier.x
 
 
@@ -557,5 +527,4 @@ def interval(values: list[float], level: float) -> tuple[float, float]:
     """The quantiles that hold this share of the values between them; nan where there are none."""
     if not values:
         return math.nan, math.nan
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="nearest")
-    return float(low), float(high)
+    return tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="nearest").tolist())

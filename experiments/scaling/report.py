@@ -1,5 +1,6 @@
 """What runs have to say about scaling, as tables, csv files and remarks; fit.py has the mathematics."""
 import csv
+import itertools
 import json
 import math
 import os
@@ -52,34 +53,31 @@ def handover_remarks(fit: Fit) -> list[str]:
 
 def worse_though_larger(runs: list[MeasuredRun], noise: float) -> list[str]:
     """Runs whose loss is above that of a smaller run of the same structure and rate after the same tokens."""
-    def settings(run: MeasuredRun) -> tuple:
-        keys = ("learning_rate", "decay_lr", "seed", "weight_decay")
-        return run.label, *(run.config.get(key) for key in keys)
+    def settings(run: MeasuredRun) -> list:
+        return [run.config.get(key) for key in ("learning_rate", "decay_lr", "seed", "weight_decay")]
 
     notes = []
-    for run, other in ((run, other) for run in runs for other in runs if settings(run) == settings(other)):
+    for run, other in itertools.permutations(runs, 2):
         tokens = min(run.last, other.last)
-        is_larger = run.per_token["flops"] > 1.2 * other.per_token["flops"]
-        if not is_larger or tokens < max(run.first, other.first):
-            continue
         mine, smaller = run.loss_after(tokens), other.loss_after(tokens)
-        if mine > smaller * (1 + max(0.02, 4 * noise)):
+        if (run.label == other.label and settings(run) == settings(other)
+                and run.per_token["flops"] > 1.2 * other.per_token["flops"]
+                and tokens >= max(run.first, other.first) and mine > smaller * (1 + max(0.02, 4 * noise))):
             notes.append(f"{run.name}: outlier, {mine:.3f} after {tokens:,.0f} tokens where the smaller "
                          f"{other.name} has {smaller:.3f}; kept")
     return notes
 
 
 def best_rates(runs: list[MeasuredRun]) -> list[str]:
-    """For runs that differ only in the learning rate: the losses after the same tokens, the lowest in
-    bold."""
+    """For runs that differ only in the learning rate: the losses after the same tokens, the best in bold."""
     lines = []
     for same in alike(runs, ("learning_rate",)):
         tokens = min(run.last for run in same)
         if len(same) < 2 or tokens < max(run.first for run in same):
             continue
         same.sort(key=lambda run: run.config["learning_rate"])
-        losses = [float(run.loss_after(tokens)) for run in same]
-        best = losses.index(min(losses))
+        losses = [run.loss_after(tokens) for run in same]
+        best = int(np.argmin(losses))
         cells = [f"{run.config['learning_rate']:g}: {loss:.3f}" for run, loss in zip(same, losses)]
         cells[best] = f"**{cells[best]}**"
         edge = " (at the edge of the rates tried)" if best in (0, len(same) - 1) else ""
@@ -90,10 +88,9 @@ def best_rates(runs: list[MeasuredRun]) -> list[str]:
 
 def budgets_of(fits: Iterable[Fit]) -> list[float]:
     """1 and 3 of every power of ten within the frontiers."""
-    xs = np.concatenate([fit.frontier.x[fit.used] for fit in fits])
-    low, high = xs.min() * 0.999, xs.max() * 1.001
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [b for power in powers for b in (10.0 ** power, 3 * 10.0 ** power) if low <= b <= high]
+    lows, highs = zip(*(fit.range for fit in fits))
+    budgets = [float(f"{digit}e{power}") for power in range(-10, 40) for digit in (1, 3)]
+    return [budget for budget in budgets if min(lows) * 0.999 <= budget <= max(highs) * 1.001]
 
 
 def number(value: float) -> str:
@@ -104,8 +101,7 @@ def number(value: float) -> str:
 
 def with_interval(value: str, values: list[float], level: float) -> str:
     """'<value> (<low> to <high>)', the value alone where there are no bootstrap values."""
-    low, high = map(number, interval(values, level))
-    return f"{value} ({low} to {high})" if values else value
+    return "{} ({} to {})".format(value, *map(number, interval(values, level))) if values else value
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
@@ -116,14 +112,14 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 def laws_table(fits: dict[str, Fit], level: float, unit: str) -> str:
     rows = []
     for label, fit in fits.items():
-        if fit.law is None:
-            rows.append([label, *["—"] * 7])
-            continue
-        constants = [with_interval(number(value), [sample[i] for sample in fit.samples], level)
-                     for i, value in enumerate(fit.law)]
-        growth = with_interval(f"{fit.growth.exponent:.2f}", fit.growths, level) if fit.growth else "—"
-        rows.append([label, *constants, " to ".join(map(number, fit.range)), str(fit.used.sum()), growth,
-                     f"{fit.noise:.2%}"])
+        cells = ["—"] * 7
+        if fit.law is not None:
+            constants = [with_interval(number(value), list(drawn), level)
+                         for value, *drawn in zip(fit.law, *fit.samples)]
+            growth = with_interval(f"{fit.growth.exponent:.2f}", fit.growths, level) if fit.growth else "—"
+            cells = [*constants, " to ".join(map(number, fit.range)), str(fit.used.sum()), growth,
+                     f"{fit.noise:.2%}"]
+        rows.append([label, *cells])
     return markdown_table(["structure", "L∞", "C0", "a", f"fitted between ({unit})", "points",
                            "best size ∝ C^p, p", "noise"], rows)
 
@@ -147,7 +143,7 @@ def multiplier_tables(fits: dict[str, Fit], base: str, budgets: list[float], lev
 
 
 def nearest(fit: Fit, budget: float) -> int | None:
-    """Place of the frontier's point nearest to a budget; None where it is further off than 20 %."""
+    """Index of the frontier's point nearest to a budget; None where it is further off than 20 %."""
     off = np.abs(np.log(fit.frontier.x / budget))
     return int(off.argmin()) if off.min() <= 0.2 else None
 
@@ -156,10 +152,8 @@ def sizes_table(fits: dict[str, Fit], budgets: list[float]) -> str:
     """At each budget: the run that has the lowest loss, and whether it is at the edge of the sizes tried."""
     rows = []
     for label, fit in fits.items():
-        by_flops = sorted(fit.runs, key=lambda run: run.per_token["flops"])
-        edges = {by_flops[0].size: "smallest", by_flops[-1].size: "largest"}
-        if len({run.size for run in fit.runs}) == 1:
-            edges = {by_flops[0].size: "only"}
+        smallest, largest = fit.runs[0].size, fit.runs[-1].size     # fit_structure sorts them
+        edges = {smallest: "smallest", largest: "largest"} if smallest != largest else {smallest: "only"}
         for budget in budgets:
             if (i := nearest(fit, budget)) is not None:
                 run = fit.runs[fit.frontier.owners[i]]
@@ -170,10 +164,6 @@ def sizes_table(fits: dict[str, Fit], budgets: list[float]) -> str:
                            "of the sizes tried"], rows)
 
 
-def has_law(fits: dict[str, Fit], label: str) -> bool:
-    return label in fits and fits[label].law is not None
-
-
 def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[str]:
     """Paragraphs of the page about one axis: laws, multipliers, and the best sizes along FLOPs."""
     what, unit, timing = AXES[axis], "FLOPs", ""
@@ -181,7 +171,7 @@ def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[s
         unit, timing = "s", ", C in seconds; the intervals hold the noise of losses, none of times"
     text = [f"## Against {what}", f"L = L∞ + (C / C0)^-a{timing}:", laws_table(fits, level, unit)]
     budgets = budgets_of(fits.values())
-    if has_law(fits, base) and len(fits) > 1:
+    if base in fits and fits[base].law and len(fits) > 1:
         by_laws, by_points = multiplier_tables(fits, base, budgets, level)
         text += [f"T{what[1:]} that {base} needs for the same loss ÷ those that the structure needs, at the "
                  f"budgets in the head of the table ({unit}; —: outside of what both laws were fitted to):",
@@ -212,13 +202,12 @@ def round_all(value):
 
 def curve_of(fits: dict[str, Fit], label: str, base: str, level: float) -> dict:
     """What the figures need of a structure along an axis."""
-    fit = fits[label]
+    fit, of_base = fits[label], fits.get(base)
     by_law = measured = [None] * len(fit.frontier.x)
-    if base in fits:
-        gains = measured_multipliers(fit, fits[base]).tolist()
+    if of_base:
+        gains = measured_multipliers(fit, of_base).tolist()
         measured = [None if math.isnan(gain) else gain for gain in gains]
-    if has_law(fits, base) and fit.law:
-        by_law = multipliers(fit, fits[base], fit.frontier.x, level)
+        by_law = multipliers(fit, of_base, fit.frontier.x, level) if fit.law and of_base.law else by_law
     return dict(x=fit.frontier.x.tolist(), loss=fit.frontier.losses.tolist(), used=fit.used.tolist(),
                 law=fit.law._asdict() if fit.law else None, multipliers=by_law, measured_multipliers=measured)
 
@@ -230,14 +219,13 @@ def write_data(out: str, runs: list[MeasuredRun], fits: dict, base: str, level: 
     rows = []
     for axis, label in ((axis, label) for axis in fits for label in fits[axis]):
         fit, curve = fits[axis][label], by_axis[axis][label]
-        laws = fit.law.loss(fit.frontier.x).tolist() if fit.law else [""] * len(curve["x"])
-        for x, loss, owner, used, law, gain, measured in zip(
-                curve["x"], curve["loss"], fit.frontier.owners, curve["used"], laws, curve["multipliers"],
-                curve["measured_multipliers"]):
-            value, low, high = gain or ("", "", "")
-            rows.append(dict(axis=axis, structure=label, x=x, loss=loss, run=fit.runs[owner].name,
-                             fitted=used, law=law, multiplier=value, low=low, high=high,
-                             measured_multiplier=measured))
+        for i, owner in enumerate(fit.frontier.owners):
+            value, low, high = curve["multipliers"][i] or ("", "", "")
+            rows.append(dict(axis=axis, structure=label, x=curve["x"][i], loss=curve["loss"][i],
+                             run=fit.runs[owner].name, fitted=curve["used"][i],
+                             law=float(fit.law.loss(curve["x"][i])) if fit.law else "",
+                             multiplier=value, low=low, high=high,
+                             measured_multiplier=curve["measured_multipliers"][i]))
     ends, curves = [], []
     for run in runs:
         xs = {axis: run.x(axis).tolist() for axis in AXES if axis in run.per_token}
@@ -245,7 +233,7 @@ def write_data(out: str, runs: list[MeasuredRun], fits: dict, base: str, level: 
         settings = {key: run.config[key] for key in ("n_layer", "n_embd", "learning_rate", "seed")}
         ends.append(dict(run=run.name, structure=run.label, **settings, params=run.params,
                          active_params=run.active_params, tokens=float(run.last),
-                         **{axis: xs[axis][-1] if axis in xs else "" for axis in AXES},
+                         **{axis: xs.get(axis, [""])[-1] for axis in AXES},
                          train_loss=run.train_loss, val_loss=float(run.points.losses[-1])))
     measure = {key: runs[0].config[key] for key in COMPARABLE if key in runs[0].config}
     write_csv(os.path.join(out, "runs.csv"), round_all(ends))
@@ -256,8 +244,8 @@ def write_data(out: str, runs: list[MeasuredRun], fits: dict, base: str, level: 
 
 def fit_all(runs: list[MeasuredRun], base: str, *, window: tuple, floor: float | None, samples: int,
             noise: float | None) -> tuple[dict[str, dict[str, Fit]], list[str]]:
-    """({axis: {structure: fit}}, remarks on structures left out), the base first. The window is in FLOPs, and
-    narrows the fits along FLOPs alone. Raises ValueError where nothing is left of them."""
+    """({axis: {structure: fit}}, the base first, remarks on structures left out). The window is in FLOPs, and
+    is not used along seconds. Raises ValueError where nothing is left."""
     fits: dict[str, dict[str, Fit]] = {}
     notes = []
     for axis, what in AXES.items():
@@ -282,8 +270,7 @@ def fit_all(runs: list[MeasuredRun], base: str, *, window: tuple, floor: float |
 def write_report(folders: list[str], out: str, *, base: str | None, floor: float | None, window: tuple,
                  samples: int, level: float, bench: Iterable[str] = ()) -> None:
     """Fits the runs below the folders; writes fit.json, runs.csv, frontier.csv and table.md, which it prints,
-    into `out`. base: None stands for dense, which may be missing. Raises ValueError for runs that cannot be
-    fitted."""
+    into `out`. base: None stands for dense, which may be missing. Raises ValueError."""
     runs, notes = read_runs(folders)
     if bench:
         notes += take_seconds(runs, bench)
