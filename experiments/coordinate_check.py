@@ -10,17 +10,17 @@ al., arXiv 2203.03466, appendix D.1). Prints the ratio of the largest to the sma
 writes coordinate_check.csv, .svg and .png into <out>, and exits with status 1 where a ratio is 2 or more.
 """
 import configurator
-from configurator import fail, structure_config
+from configurator import PositiveFloat, PositiveInt, fail, structure_config
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
 widths: tuple = (128, 256, 512, 1024)  # n_embd of the models
-learning_rate: float = 1e-3     # of AdamW, constant, at the base width
-mup_base_width: int = 128       # d0
+learning_rate: PositiveFloat = 1e-3     # of AdamW, constant, at the base width
+mup_base_width: PositiveInt = 128       # d0
 mup: bool = True                # False: every parameter learns at learning_rate
 steps: int = 10                 # AdamW steps before the measurement
-seeds: int = 3                  # models of the largest width; up to 4 times as many of smaller ones
-batch_size: int = 8             # sequences per step
-block_size: int = 64            # tokens per sequence
+seeds: PositiveInt = 3                  # models of the largest width; up to 4 times as many of smaller ones
+batch_size: PositiveInt = 8             # sequences per step
+block_size: PositiveInt = 64            # tokens per sequence
 dataset: str = "python_char"    # a folder under data/, or the path of one
 out: str = "out-coordinate_check"  # folder of the table and the figure
 config = configurator.configure(globals())
@@ -46,8 +46,7 @@ def mean_square(x: torch.Tensor) -> float:
 
 
 def measure(model: GPT, x, y) -> dict[str, float]:
-    """Mean squares on one batch: {'block 0', ..., 'attention logits', 'output logits'}. Leaves hooks
-    behind."""
+    """Mean squares on one batch: {'block 0', ..., 'attention logits', 'output logits'}. Leaves its hooks."""
     changes, queries, keys = [], [], []     # of each block; queries and keys are (B, T, nh, hs)
     for block in model.blocks:
         block.register_forward_hook(lambda _, inputs, output: changes.append(mean_square(output - inputs[0])))
@@ -87,9 +86,8 @@ def check_structure(name: str, tokens, vocab_size: int) -> list[dict]:
     for width in sorted({int(width) for width in widths}):
         count = seeds * min(4, int(max(widths)) // width)
         runs = [train_and_measure(structure_config(name), width, s, tokens, vocab_size) for s in range(count)]
-        for quantity in runs[0]:
-            rms = float(np.mean([run[quantity] for run in runs])) ** 0.5
-            rows.append(dict(struct=name, mup=mup, width=width, quantity=quantity, rms=rms))
+        rows += [dict(struct=name, mup=mup, width=width, quantity=quantity,
+                      rms=float(np.mean([run[quantity] for run in runs])) ** 0.5) for quantity in runs[0]]
     return rows
 
 
@@ -127,9 +125,6 @@ def main() -> int:
     """Check every structure; the exit status."""
     if steps < 2:
         fail(f"steps must be at least 2, since the first moves zeros alone; got {steps}")
-    for key in ("seeds", "batch_size", "block_size", "mup_base_width", "learning_rate"):
-        if config[key] <= 0:
-            fail(f"{key} must be positive; got {config[key]}")
     if any(w < 32 or w % 32 for w in widths) or len(set(widths)) < 2:
         fail(f"widths must be two or more different multiples of 32, the size of a head; got {widths}")
     names = structs.split(",")

@@ -27,16 +27,18 @@ learning rate moves.
 """
 import sys
 
+from typing import Annotated
+
 import configurator
-from configurator import fail
+from configurator import NonNegativeInt, PositiveFloat, PositiveInt, fail
 from experiments import launcher
 
 # sweep
 runs: str = "out-scaling"       # folder of the runs; fit and transfer read all logs below it (several: a,b)
-jobs: int = 1                   # runs at a time on this machine
-gpus: int = 0                   # GPUs of each run, the next ones for each job; 0: whatever there is, for all
+jobs: PositiveInt = 1                   # runs at a time on this machine
+gpus: NonNegativeInt = 0                   # GPUs of each run, the next ones for each job; 0: whatever there is, for all
 program: str = "train.py"       # what is started for each run
-expiry: float = 900.0           # seconds after which the run of a sweep that does not stir is taken over
+expiry: PositiveFloat = 900.0           # seconds after which the run of a sweep that does not stir is taken over
 wait: bool = True               # when only others' runs are left, wait for them; take over those that expire
 dry_run: bool = False           # list the runs and end
 # fit, plot and transfer
@@ -45,8 +47,8 @@ floor: float | None = None      # L∞ of every structure, in nats per token; No
 min_flops: float | None = None  # the frontier begins here; None: where the smallest size is the best one
 max_flops: float | None = None  # and ends here; None: where the largest size is the best one
 bench: str = ""                 # files of experiments.bench that the seconds are taken from (several: a,b)
-samples: int = 300              # bootstrap samples
-level: float = 0.9              # probability of the intervals
+samples: Annotated[int, ("at least", 10), ("below", 10**6)] = 300  # bootstrap samples
+level: Annotated[float, ("above", 0), ("below", 1)] = 0.9  # probability of the intervals
 out: str = "out-fit"            # folder of the tables and figures
 
 COMMANDS = ("sweep", "fit", "plot", "transfer")
@@ -98,10 +100,6 @@ def sweep() -> int:
 
 def main() -> int:
     """Carry out the command; the exit status."""
-    if jobs < 1 or expiry <= 0 or gpus < 0:
-        fail(f"jobs and expiry must be positive, and gpus not negative; got {jobs}, {expiry} and {gpus}")
-    if not 0 < level < 1 or samples < 10:
-        fail(f"level must be between 0 and 1, and samples at least 10; got {level} and {samples}")
     if command == "sweep":
         return sweep()
     if command == "transfer":
