@@ -221,8 +221,9 @@ def print_table(title: str, columns: dict[str, str], rows: Iterable[dict]) -> li
     print(f"\n{title}:\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     shown = []
     for row in rows:
-        mib = {key: f"{row[f'{key}_bytes'] / 2 ** 20:.1f}" for key in ("kept", "peak") if row.get(f"{key}_bytes")}
-        print(f"| {' | '.join(columns.values())} |".format(**dict(kept="", peak="") | row | mib), flush=True)
+        mib = {key: "" if row.get(f"{key}_bytes") is None else f"{row[f'{key}_bytes'] / 2 ** 20:.1f}"
+               for key in ("kept", "peak")}
+        print(f"| {' | '.join(columns.values())} |".format(**row | mib), flush=True)
         shown.append(row)
     return shown
 

@@ -30,7 +30,7 @@ import sys
 from typing import Annotated
 
 import configurator
-from configurator import NonNegativeInt, PositiveFloat, PositiveInt, fail
+from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, fail
 from experiments import launcher
 
 # sweep
@@ -38,12 +38,12 @@ runs: str = "out-scaling"       # folder of the runs; fit and transfer read all 
 jobs: PositiveInt = 1                   # runs at a time on this machine
 gpus: NonNegativeInt = 0                   # GPUs of each run, the next ones for each job; 0: whatever there is, for all
 program: str = "train.py"       # what is started for each run
-expiry: PositiveFloat = 900.0           # seconds after which the run of a sweep that does not stir is taken over
+expiry: PositiveFloat = 900.0   # seconds after which the run of a hung sweep is taken over
 wait: bool = True               # when only others' runs are left, wait for them; take over those that expire
 dry_run: bool = False           # list the runs and end
 # fit, plot and transfer
 base: str | None = None         # structure that multipliers are against; None: dense, if there are runs of it
-floor: float | None = None      # L∞ of every structure, in nats per token; None: fitted, each its own
+floor: NonNegativeFloat | None = None  # L∞ of every structure, in nats per token; None: fitted, each its own
 min_flops: float | None = None  # the frontier begins here; None: where the smallest size is the best one
 max_flops: float | None = None  # and ends here; None: where the largest size is the best one
 bench: str = ""                 # files of experiments.bench that the seconds are taken from (several: a,b)
