@@ -17,16 +17,16 @@ from configurator import PositiveInt, fail, structure_config
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
 widths: tuple = (256, 512, 1024, 2048)  # of the square layers
-tokens: PositiveInt = 4096              # rows of a layer's input
-turns: PositiveInt = 15                 # timed runs of each layer, after two that are not
+tokens: PositiveInt = 4096      # rows of a layer's input
+turns: PositiveInt = 15         # timed runs of each layer, after two that are not
 step: bool = True               # time training steps too
-n_embd: PositiveInt = 512               # width of the model of the training step
-n_layer: PositiveInt = 3                # its blocks
-head_size: PositiveInt = 64             # the width of its heads
-block_size: PositiveInt = 128           # its tokens per sequence
-batch_size: PositiveInt = 16            # its sequences per step
-vocab_size: PositiveInt = 96            # its vocabulary
-steps: PositiveInt = 7                  # timed training steps of each model, after two that are not
+n_embd: PositiveInt = 512       # width of the model of the training step
+n_layer: PositiveInt = 3        # its blocks
+head_size: PositiveInt = 64     # the width of its heads
+block_size: PositiveInt = 128   # its tokens per sequence
+batch_size: PositiveInt = 16    # its sequences per step
+vocab_size: PositiveInt = 96    # its vocabulary
+steps: PositiveInt = 7          # timed training steps of each model, after two that are not
 device: str | None = None       # 'cuda', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs, else float32
 compile: bool = False           # torch.compile layers and models

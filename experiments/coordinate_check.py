@@ -14,13 +14,13 @@ from configurator import PositiveFloat, PositiveInt, fail, structure_config
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
 widths: tuple = (128, 256, 512, 1024)  # n_embd of the models
-learning_rate: PositiveFloat = 1e-3     # of AdamW, constant, at the base width
-mup_base_width: PositiveInt = 128       # d0
+learning_rate: PositiveFloat = 1e-3  # of AdamW, constant, at the base width
+mup_base_width: PositiveInt = 128  # d0
 mup: bool = True                # False: every parameter learns at learning_rate
 steps: int = 10                 # AdamW steps before the measurement
-seeds: PositiveInt = 3                  # models of the largest width; up to 4 times as many of smaller ones
-batch_size: PositiveInt = 8             # sequences per step
-block_size: PositiveInt = 64            # tokens per sequence
+seeds: PositiveInt = 3          # models of the largest width; up to 4 times as many of smaller ones
+batch_size: PositiveInt = 8     # sequences per step
+block_size: PositiveInt = 64    # tokens per sequence
 dataset: str = "python_char"    # a folder under data/, or the path of one
 out: str = "out-coordinate_check"  # folder of the table and the figure
 config = configurator.configure(globals())

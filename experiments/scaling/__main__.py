@@ -35,8 +35,8 @@ from experiments import launcher
 
 # sweep
 runs: str = "out-scaling"       # folder of the runs; fit and transfer read all logs below it (several: a,b)
-jobs: PositiveInt = 1                   # runs at a time on this machine
-gpus: NonNegativeInt = 0                   # GPUs of each run, the next ones for each job; 0: whatever there is, for all
+jobs: PositiveInt = 1           # runs at a time on this machine
+gpus: NonNegativeInt = 0        # GPUs of each run, the next ones for each job; 0: all runs see all devices
 program: str = "train.py"       # what is started for each run
 expiry: PositiveFloat = 900.0   # seconds after which the run of a hung sweep is taken over
 wait: bool = True               # when only others' runs are left, wait for them; take over those that expire
