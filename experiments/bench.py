@@ -34,17 +34,19 @@ out: str = "out-bench"          # folder of bench.json
 config = configurator.configure(globals())
 globals().update(config)
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 
 os.environ["KINETO_LOG_LEVEL"] = "99"   # else torch's profiler writes lines between those of the table
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -68,17 +70,9 @@ structures = {name: structure_config(name) for name in ("dense", *structs.split(
 
 def milliseconds(run) -> float:
     """Time of one call, to the end of its work on the device."""
-    if device_type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
     started = time.perf_counter()
     run()
-    if device_type == "mps":
-        torch.mps.synchronize()
+    getattr(torch, device_type).synchronize()   # torch.cuda, torch.mps; nothing to wait for in torch.cpu
     return (time.perf_counter() - started) * 1e3
 
 
@@ -93,22 +87,17 @@ def take_turns(runs: dict, count: int) -> dict[str, list[float]]:
 
 def ratios(times: list[float], base: list[float]) -> tuple[float, list[float]]:
     """(median, quartiles) of the ratios, turn by turn."""
-    by_turn = [t / b for t, b in zip(times, base)]
-    if len(by_turn) == 1:
-        by_turn *= 2
-    low, median, high = statistics.quantiles(by_turn, n=4, method="inclusive")
+    low, median, high = np.quantile(np.divide(times, base), [0.25, 0.5, 0.75]).tolist()
     return median, [low, high]
 
 
 def memory(run) -> tuple[int, int] | tuple[None, None]:
     """(bytes that a call leaves allocated while its result is kept, most bytes at once), beyond those before
     it; None where the device does not count them."""
-    if device_type == "cuda":
-        torch.cuda.synchronize()
+    if device_type == "cuda":   # allocations are counted when they are asked for, not when a kernel runs
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         result = run()
-        torch.cuda.synchronize()
         left = torch.cuda.memory_allocated() - before
         del result
         return left, torch.cuda.max_memory_allocated() - before
@@ -125,11 +114,9 @@ def memory(run) -> tuple[int, int] | tuple[None, None]:
         trace.export_chrome_trace(path)
         with open(path, encoding="utf-8") as f:
             events = [event for event in json.load(f)["traceEvents"] if event.get("name") == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        total += event["args"]["Bytes"]
-        peak = max(peak, total)
-    return total, peak
+    events.sort(key=lambda event: event["ts"])
+    totals = list(itertools.accumulate((event["args"]["Bytes"] for event in events), initial=0))
+    return totals[-1], max(totals)
 
 
 def compiled(module: nn.Module):
@@ -211,18 +198,34 @@ def bench_steps() -> list[dict]:
 
 def machine() -> dict:
     """What the times are of."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
+    name = device_name(device) if device_type == "cuda" else platform.processor() or platform.machine()
+    if device_type == "cpu" and os.path.exists("/proc/cpuinfo"):    # says more, on Linux
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-    name = device_name(device) if device_type == "cuda" else name
     return dict(device=name, threads=torch.get_num_threads(), dtype=dtype, compiled=compile,
                 torch=torch.__version__, python=platform.python_version(),
                 system=platform.platform(terse=True))
 
 
-def print_row(*cells) -> None:
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+LAYER_TABLE = {     # heading: how a row of the result is printed
+    "width": "{width}", "layer": "{layer}", "ms": "{ms:.1f}", "time": "{ratio:.2f}",
+    "quartiles": "{quartiles[0]:.2f} to {quartiles[1]:.2f}", "FLOPs": "{flops:.3f}",
+    "time per FLOP": "{time_per_flop:.1f}", "kept MiB": "{kept}", "peak MiB": "{peak}"}
+STEP_TABLE = {
+    "config": "{config}", "ms": "{ms:.0f}", "tokens/s": "{tokens_per_s:,.0f}", "÷ dense": "{speed:.2f}",
+    "quartiles": "{quartiles[0]:.2f} to {quartiles[1]:.2f}", "FLOPs": "{flops:.3f}"}
+
+
+def print_table(title: str, columns: dict[str, str], rows: Iterable[dict]) -> list[dict]:
+    """Print rows as they come, and return them."""
+    print(f"\n{title}:\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    shown = []
+    for row in rows:
+        mib = {key: "" if row.get(f"{key}_bytes") is None else f"{row[f'{key}_bytes'] / 2 ** 20:.1f}"
+               for key in ("kept", "peak")}
+        print(f"| {' | '.join(columns.values())} |".format(**row | mib), flush=True)
+        shown.append(row)
+    return shown
 
 
 def main() -> None:
@@ -232,24 +235,11 @@ def main() -> None:
         torch._dynamo.config.recompile_limit = 1000     # every structure and width compiles the same code
     result = dict(machine=machine(), config=config, layers=[], steps=[])
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
-    print(f"\nForward + backward of {tokens:,} tokens, ÷ nn.Linear:\n")
-    print_row("width", "layer", "ms", "time", "quartiles", "FLOPs", "time per FLOP", "kept MiB", "peak MiB")
-    print_row(*["---"] * 9)
-    for row in (row for d in widths for row in bench_layers(int(d))):
-        result["layers"].append(row)
-        sizes = row["kept_bytes"], row["peak_bytes"]
-        mib = ["" if size is None else f"{size / 2 ** 20:.1f}" for size in sizes]
-        print_row(row["width"], row["layer"], f"{row['ms']:.1f}", f"{row['ratio']:.2f}",
-                  "{:.2f} to {:.2f}".format(*row["quartiles"]), f"{row['flops']:.3f}",
-                  f"{row['time_per_flop']:.1f}", *mib)
+    result["layers"] = print_table(f"Forward + backward of {tokens:,} tokens, ÷ nn.Linear", LAYER_TABLE,
+                                   (row for width in widths for row in bench_layers(int(width))))
     if step:
-        print(f"\nTraining steps, n_embd {n_embd}, {n_layer} layers, {batch_size} x {block_size} tokens:\n")
-        print_row("config", "ms", "tokens/s", "÷ dense", "quartiles", "FLOPs")
-        print_row(*["---"] * 6)
-        result["steps"] = bench_steps()
-        for row in result["steps"]:
-            print_row(row["config"], f"{row['ms']:.0f}", f"{row['tokens_per_s']:,.0f}", f"{row['speed']:.2f}",
-                      "{:.2f} to {:.2f}".format(*row["quartiles"]), f"{row['flops']:.3f}")
+        result["steps"] = print_table(f"Training steps, n_embd {n_embd}, {n_layer} layers, {batch_size} x "
+                                      f"{block_size} tokens", STEP_TABLE, bench_steps())
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "bench.json"), "w", encoding="utf-8") as f:
         json.dump(result, f, indent=1)

@@ -17,7 +17,7 @@ widths: tuple = (128, 256, 512, 1024)  # n_embd of the models
 learning_rate: PositiveFloat = 1e-3  # of AdamW, constant, at the base width
 mup_base_width: PositiveInt = 128  # d0
 mup: bool = True                # False: every parameter learns at learning_rate
-steps: PositiveInt = 10         # AdamW steps before the measurement
+steps: int = 10                 # AdamW steps before the measurement
 seeds: PositiveInt = 3          # models of the largest width; up to 4 times as many of smaller ones
 batch_size: PositiveInt = 8     # sequences per step
 block_size: PositiveInt = 64    # tokens per sequence
@@ -46,8 +46,7 @@ def mean_square(x: torch.Tensor) -> float:
 
 
 def measure(model: GPT, x, y) -> dict[str, float]:
-    """Mean squares on one batch: {'block 0', ..., 'attention logits', 'output logits'}. Leaves hooks
-    behind."""
+    """Mean squares on one batch: {'block 0', ..., 'attention logits', 'output logits'}. Leaves its hooks."""
     changes, queries, keys = [], [], []     # of each block; queries and keys are (B, T, nh, hs)
     for block in model.blocks:
         block.register_forward_hook(lambda _, inputs, output: changes.append(mean_square(output - inputs[0])))
@@ -87,9 +86,8 @@ def check_structure(name: str, tokens, vocab_size: int) -> list[dict]:
     for width in sorted({int(width) for width in widths}):
         count = seeds * min(4, int(max(widths)) // width)
         runs = [train_and_measure(structure_config(name), width, s, tokens, vocab_size) for s in range(count)]
-        for quantity in runs[0]:
-            rms = float(np.mean([run[quantity] for run in runs])) ** 0.5
-            rows.append(dict(struct=name, mup=mup, width=width, quantity=quantity, rms=rms))
+        rows += [dict(struct=name, mup=mup, width=width, quantity=quantity,
+                      rms=float(np.mean([run[quantity] for run in runs])) ** 0.5) for quantity in runs[0]]
     return rows
 
 

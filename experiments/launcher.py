@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 
@@ -30,8 +31,7 @@ def train_defaults() -> dict:
 
 
 def split_flags(script: str, arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(flags of the script, flags of train.py). Keys that both know are the script's, and so are unknown
-    ones."""
+    """(flags of the script, flags of train.py). Keys of both and unknown ones count as the script's."""
     keys = set(configurator.read_keys(TRAIN)) - set(configurator.read_keys(script))
     ours = [a for a in arguments if a.partition("=")[0].removeprefix("--").replace("-", "_") not in keys]
     return ours, [a for a in arguments if a not in ours]
@@ -90,13 +90,10 @@ def training_flops(settings: dict) -> int:
 
 def make_run(label: str, values: dict, defaults: dict, root: str) -> Run:
     """One point of a grid as a run: head_size, flops and evals become n_head, max_iters and eval_interval.
-
-    Raises ValueError, in one sentence, where no such model can be made.
-    """
-    settings = dict(values)
+    Raises ValueError where no such model can be made."""
+    shown = ("n_embd", "n_layer", "learning_rate", "seed")      # in every run's name
+    settings = values | {key: defaults[key] for key in shown if key not in values}
     head_size, budget, evals = (settings.pop(key, None) for key in ("head_size", "flops", "evals"))
-    for key in ("n_embd", "n_layer", "learning_rate", "seed"):
-        settings.setdefault(key, defaults[key])
     width = settings["n_embd"]
     if head_size:
         if width % head_size:
@@ -127,17 +124,16 @@ def final_loss(run: Run) -> float | None:
 def speed(run: Run) -> tuple[int, float | None]:
     """(iterations done, median ms of one; None where nothing is known yet)."""
     points = [p for p in read_log(run.folder) if "iter" in p]
-    times = sorted(p["ms_per_iter"] for p in points if "ms_per_iter" in p)
-    return max((p["iter"] for p in points), default=0), times[len(times) // 2] if times else None
+    times = [p["ms_per_iter"] for p in points if "ms_per_iter" in p]
+    return max((p["iter"] for p in points), default=0), statistics.median(times) if times else None
 
 
 def last_words(run: Run) -> str:
     """The last line that train.py printed."""
-    lines = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, IndexError):
         with open(os.path.join(run.folder, "output.txt"), errors="replace") as f:
-            lines = f.read().strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+            return f.read().strip().splitlines()[-1]
+    return "it said nothing"
 
 
 def visible_gpus() -> list[str]:
@@ -148,8 +144,7 @@ def visible_gpus() -> list[str]:
 
 
 def check_gpus(jobs: int, gpus: int) -> None:
-    """Raises ValueError where `jobs` jobs cannot have `gpus` GPUs each: those left over would train on the
-    CPU."""
+    """Raises ValueError where `jobs` jobs cannot have `gpus` GPUs each: some would train on the CPU."""
     if gpus and jobs * gpus > (visible := len(visible_gpus())):
         raise ValueError(f"jobs = {jobs} times gpus = {gpus} is more than the {visible} GPUs visible here")
 
@@ -176,10 +171,8 @@ def launch(run: Run, job: int, *, jobs: int, gpus: int, program: str) -> subproc
 
 
 def is_training(folder: str) -> bool:
-    """Whether a train.py, on any machine, holds the lock of this out_dir.
-
-    False where there are no record locks, on Windows and some file systems: train.py takes none there.
-    """
+    """Whether a train.py, on any machine, holds the lock of this out_dir. False where there are no record
+    locks, on Windows and some file systems: train.py takes none there."""
     with contextlib.suppress(ImportError, OSError):
         import fcntl
         with open(os.path.join(folder, "lock"), "r+b") as f:

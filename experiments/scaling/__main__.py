@@ -27,26 +27,28 @@ learning rate moves.
 """
 import sys
 
+from typing import Annotated
+
 import configurator
-from configurator import NonNegativeInt, PositiveFloat, PositiveInt, UnitFloat, fail
+from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, fail
 from experiments import launcher
 
 # sweep
 runs: str = "out-scaling"       # folder of the runs; fit and transfer read all logs below it (several: a,b)
 jobs: PositiveInt = 1           # runs at a time on this machine
-gpus: NonNegativeInt = 0        # GPUs of each run, the next ones for each job; 0: whatever there is, for all
+gpus: NonNegativeInt = 0        # GPUs of each run, the next ones for each job; 0: all runs see all devices
 program: str = "train.py"       # what is started for each run
-expiry: PositiveFloat = 900.0   # seconds after which the run of a sweep that does not stir is taken over
+expiry: PositiveFloat = 900.0   # seconds after which the run of a hung sweep is taken over
 wait: bool = True               # when only others' runs are left, wait for them; take over those that expire
 dry_run: bool = False           # list the runs and end
 # fit, plot and transfer
 base: str | None = None         # structure that multipliers are against; None: dense, if there are runs of it
-floor: float | None = None      # L∞ of every structure, in nats per token; None: fitted, each its own
+floor: NonNegativeFloat | None = None  # L∞ of every structure, in nats per token; None: fitted, each its own
 min_flops: float | None = None  # the frontier begins here; None: where the smallest size is the best one
 max_flops: float | None = None  # and ends here; None: where the largest size is the best one
 bench: str = ""                 # files of experiments.bench that the seconds are taken from (several: a,b)
-samples: PositiveInt = 300      # bootstrap samples
-level: UnitFloat = 0.9          # probability of the intervals
+samples: Annotated[int, ("at least", 10), ("below", 10**6)] = 300  # bootstrap samples
+level: Annotated[float, ("above", 0), ("below", 1)] = 0.9  # probability of the intervals
 out: str = "out-fit"            # folder of the tables and figures
 
 COMMANDS = ("sweep", "fit", "plot", "transfer")
@@ -103,8 +105,6 @@ def main() -> int:
     if command == "transfer":
         return 0 if transfer.transfer(runs.split(","), out) else 1
     if command == "fit":
-        if samples < 10:
-            fail(f"samples must be at least 10 for an interval; got {samples}")
         report.write_report(runs.split(","), out, base=base, floor=floor, window=(min_flops, max_flops),
                             samples=samples, level=level, bench=[path for path in bench.split(",") if path])
     with plot.optional_figures():

@@ -94,9 +94,9 @@ class Law(NamedTuple):
 
     def x(self, loss):
         """Where the law reaches a loss; infinite at or below its floor."""
-        above = np.asarray(loss, float) - self.floor
-        logs = np.log(self.scale) - np.log(np.maximum(above, 1e-300)) / self.exponent
-        return np.where(above > 0, np.exp(np.minimum(logs, 700)), np.inf)
+        above = np.maximum(np.asarray(loss, float) - self.floor, 0.0)
+        with np.errstate(divide="ignore", over="ignore"):   # infinite there
+            return self.scale * above ** (-1 / self.exponent)
 
 
 def label_of(folder: str, config: dict) -> str:
@@ -107,8 +107,9 @@ def label_of(folder: str, config: dict) -> str:
     experts = {"num_experts": "_moe", "ffn_experts": "_ffn_moe"}
     label = config["struct"] + "".join(suffix for key, suffix in experts.items() if config.get(key))
     label = label.replace("dense_ffn_moe", "moe")   # the name of its config
-    own = {key: config.get(key) for key in ("theta", "rank", *experts, "layers")}
-    return label + "".join(f"-{key}={v}" for key, v in own.items() if v not in (None, 0, 8, "all"))
+    usual = {"theta": None, "rank": None, "num_experts": 8, "ffn_experts": 8, "layers": "all"}
+    own = {key: value for key, value in config.items() if key in usual and value not in (0, usual[key])}
+    return label + "".join(f"-{key}={value}" for key, value in own.items() if value is not None)
 
 
 def comparable_config(start: dict) -> dict:
@@ -130,10 +131,8 @@ def comparable_config(start: dict) -> dict:
 
 
 def read_run(folder: str) -> tuple[MeasuredRun | None, str | None]:
-    """(a run that can be used or None, what a reader should know of it or None), from its log.jsonl.
-
-    Raises KeyError, TypeError, AttributeError or ValueError for a log that lacks something.
-    """
+    """(a run that can be used or None, what a reader should know of it or None), from its log.jsonl. Raises
+    KeyError, TypeError, AttributeError or ValueError for a log that lacks something."""
     lines, name = read_log(folder), os.path.basename(os.path.abspath(folder))
     starts, trains, skips = ([p for p in lines if p.get("type") == kind] for kind in ("run", "train", "skip"))
     evals = {p["iter"]: p for p in lines if p.get("type") == "eval"}
@@ -177,8 +176,8 @@ def divergence(losses: np.ndarray, end: dict) -> str | None:
 
 
 def read_runs(folders: Iterable[str]) -> tuple[list[MeasuredRun], list[str]]:
-    """(runs, remarks on those left out, unfinished or unlike others) below the folders. Raises ValueError, in
-    one sentence, where there is none, or where their losses do not measure the same."""
+    """(runs, remarks on those left out, unfinished or unlike others) below the folders. Raises ValueError
+    where there is none, or where their losses do not measure the same."""
     paths: set[str] = set()
     for folder in folders:
         if not os.path.isdir(folder):
@@ -214,8 +213,8 @@ def differences(runs: list[MeasuredRun], keys: Iterable[str]) -> dict[str, list[
 
 
 def alike(runs: Iterable[MeasuredRun], except_for: Iterable[str]) -> list[list[MeasuredRun]]:
-    """Groups of runs of a structure that differ in nothing but the settings `except_for`, and the length where
-    the rate is constant."""
+    """Groups of runs of a structure that are alike but for these settings, and their length where the rate is
+    constant."""
     groups: dict[str, list[MeasuredRun]] = {}
     for run in runs:
         without = (*except_for, *(() if run.config["decay_lr"] else ("max_iters",)))
@@ -404,7 +403,7 @@ def growth_of(frontier: Frontier, sizes: np.ndarray) -> Growth | None:
 
 
 def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> Law:
-    """L = L∞ + (x / x0)^-a by least squares of relative residuals, L∞ >= 0, a in [0.01, 3], with Huber weights.
+    """L = L∞ + (x / x0)^-a by least squares of relative residuals, L∞ >= 0, 0.01 <= a <= 3, Huber weights.
 
     For each a, L∞ and k = x0^a are linear, so that the search is over a alone: a grid, refined three times.
     Raises ValueError for less than three points.

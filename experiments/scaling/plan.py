@@ -1,5 +1,4 @@
-"""From a plan to its runs. A plan is a Python file that sets keys of train.py; __main__.py says what else it
-holds."""
+"""From a plan, a Python file that sets keys of train.py and what else __main__.py names, to its runs."""
 import difflib
 import functools
 import itertools
@@ -16,11 +15,8 @@ REPLACES = dict(head_size="n_head", flops="max_iters", evals="eval_interval")   
 
 
 def expand(path: str, flags: list[str], root: str) -> list[Run]:
-    """The runs of a plan, each in a folder below root, the cheapest first. flags are train.py's, for all
-    runs.
-
-    Later ones win: config/<label>.py, the plan, a structure's own keys, the flags. Raises ValueError.
-    """
+    """The runs of a plan, each in a folder below root, the cheapest first. flags: of train.py, for all runs.
+    Later ones win: config/<label>.py, the plan, a structure's own keys, the flags. Raises ValueError."""
     keys, defaults = configurator.read_keys(TRAIN), train_defaults()
     path, plan = read_plan(path)
     structures = plan.pop("structures")
@@ -47,8 +43,7 @@ def expand(path: str, flags: list[str], root: str) -> list[Run]:
 
 
 def find_plan(path: str) -> str:
-    """The path of a plan, from the working directory or the clone's root; ValueError, with the nearest
-    name."""
+    """The path of a plan, from the working directory or the clone's root. Raises ValueError."""
     for found in (path, os.path.join(HERE, path)):
         if os.path.isfile(found):
             return found
@@ -78,8 +73,7 @@ def read_plan(path: str) -> tuple[str, dict]:
 
 
 def check_values(where: str, values: dict, keys: dict) -> dict:
-    """The values, each in its key's type, lists element by element. Raises ValueError for what train.py would
-    not take, and for unknown keys."""
+    """The values, each in its key's type, lists element by element. Raises ValueError."""
     checked = {}
     for name, value in values.items():
         try:

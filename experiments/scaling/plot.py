@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart. Each str
 line style of its own, so that a grey print shows as much. Every figure is written as svg and as png.
 """
 import contextlib
+import itertools
 import json
 import os
 
@@ -15,7 +16,6 @@ from experiments.scaling.fit import AXES, Law
 AXIS_FIGURES = {"frontier": "flops", "frontier_without_output_layer": "flops_without_output_layer",
                 "wall_clock": "seconds"}
 FIGURES = (*AXIS_FIGURES, "multiplier", "params")
-CURVE = {"x", "loss", "used", "law", "multipliers", "measured_multipliers"}     # keys of each in fit.json
 LOSS = "validation loss, nats per token"
 # yellow is left out: on white it is too faint for a line
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
@@ -35,8 +35,8 @@ def optional_figures():
 
 def style(i: int) -> dict:
     """Colour, marker and line style of the i-th structure: all three together repeat after 72."""
-    return {key: values[i % len(values)]
-            for key, values in (("color", COLORS), ("marker", MARKERS), ("linestyle", LINES))}
+    looks = dict(color=COLORS, marker=MARKERS, linestyle=LINES)
+    return {key: values[i % len(values)] for key, values in looks.items()}
 
 
 def pyplot(salt: str):
@@ -59,28 +59,24 @@ def axes(plt, panels: int = 1, rows: int = 1, **options):
     return fig, grid
 
 
-def plain_ticks(axis) -> None:
-    """Losses and multipliers on a logarithmic scale are read as 1.5 and 2, not as powers of ten."""
+def log_ticks(ax, name: str) -> None:
+    """Make the axis 'x' or 'y' logarithmic, with fewer ticks the more decades it has: powers of ten along x;
+    losses and multipliers, along y, are read as 1.5 and 2."""
     from matplotlib import ticker
+    ax.set(**{f"{name}scale": "log"})
+    axis = getattr(ax, f"{name}axis")
     low, high = axis.get_view_interval()
     decades = np.log10(high / low)
-    fine = (1, 1.5, 2, 3, 4, 5, 7) if decades > 0.5 else tuple(np.arange(1, 10, 0.2).round(1))
-    subs = (1, 2, 5) if decades > 1.2 else fine
+    if name == "x":
+        subs = (1,) if decades > 2 else (1, 2, 5)
+        formatter = ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf))
+    else:
+        fine = (1, 1.5, 2, 3, 4, 5, 7) if decades > 0.5 else np.arange(1, 10, 0.2).round(1)
+        subs = (1, 2, 5) if decades > 1.2 else fine
+        formatter = ticker.FuncFormatter(lambda value, _: f"{value:g}")
     axis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(formatter)
     axis.set_minor_formatter(ticker.NullFormatter())
-
-
-def log_x(ax) -> None:
-    """A logarithmic x whose ticks are powers of ten, with 2 and 5 between them where there are few."""
-    from matplotlib import ticker
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    subs = (1,) if np.log10(high / low) > 2 else (1, 2, 5)
-    ax.xaxis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
-    plain = ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf))
-    ax.xaxis.set_major_formatter(plain)
-    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(plt, fig, ax, folder: str, name: str) -> None:
@@ -110,11 +106,10 @@ def draw_frontier(ax, fitted: dict, looks: dict, curves: list[dict], axis: str) 
             at = np.geomspace(x[used].min(), x[used].max(), 100)
             ax.plot(at, Law(**f["law"]).loss(at), linewidth=1.5, **look | dict(marker="none"))
         ax.plot([], [], label=label, markersize=4.5, linewidth=1.5, **look)
-    log_x(ax)
-    ax.set_yscale("log")
-    low, high = min(min(f["loss"]) for f in fitted.values()), max(max(f["loss"]) for f in fitted.values())
-    ax.set_ylim(low * 0.96, high * 1.04)
-    plain_ticks(ax.yaxis)
+    log_ticks(ax, "x")
+    losses = [loss for f in fitted.values() for loss in f["loss"]]
+    ax.set_ylim(min(losses) * 0.96, max(losses) * 1.04)
+    log_ticks(ax, "y")
 
 
 def draw_multipliers(ax, fitted: dict, looks: dict, base: str) -> list[float]:
@@ -136,8 +131,7 @@ def draw_multipliers(ax, fitted: dict, looks: dict, base: str) -> list[float]:
             every = max(1, len(points) // 10)
             ax.plot(*zip(*points[::every]), markersize=4.5, **look | dict(linestyle="none"))
             found += [m for _, m in points]
-    log_x(ax)
-    ax.set_yscale("log")
+    log_ticks(ax, "x")
     return found
 
 
@@ -149,42 +143,13 @@ def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
         ax.plot(*zip(*mine), color=look["color"], marker=look["marker"], linestyle="none", markersize=3.5,
                 markerfacecolor="none", markeredgewidth=0.7)
         ax.plot(*zip(*best), label=label, markersize=4.5, linewidth=1.3, **look)
-    log_x(ax)
-    ax.set_yscale("log")
-    plain_ticks(ax.yaxis)
+    log_ticks(ax, "x")
+    log_ticks(ax, "y")
 
 
-def read_fit(folder: str) -> dict:
-    """What fit.json holds. Raises ValueError where it is not there, or is none that can be drawn."""
-    advice = "make it with python -m experiments.scaling fit"
-    try:
-        with open(os.path.join(folder, "fit.json"), encoding="utf-8") as f:
-            found = json.load(f)
-        missing = {"axes", "base", "runs", "curves"} - found.keys()
-        for of_axis in () if missing else found["axes"].values():
-            missing = missing.union(*(CURVE - curve.keys() for curve in of_axis.values()))
-    except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise ValueError(f"there is no fit.json that can be read in {folder!r}: {advice}") from e
-    if missing:
-        raise ValueError(f"fit.json in {folder!r} is of another version, without {min(missing)}: {advice}")
-    return found
-
-
-def remove_figures(folder: str) -> None:
-    """Those of an earlier fit: one that is not drawn this time would be of other runs."""
-    for name in FIGURES:
-        for kind in ("svg", "png"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, f"{name}.{kind}"))
-
-
-def plot(folder: str) -> None:
-    """All FIGURES there are data for, .svg and .png, beside fit.json. Raises ValueError without that, before
-    any is touched."""
-    found = read_fit(folder)
-    plt = pyplot("scaling")
-    remove_figures(folder)
-    by_axis, base = found["axes"], found["base"]
+def draw(plt, found: dict) -> dict[str, tuple]:
+    """{name: (figure, the axes that have its legend)} of those FIGURES that fit.json has data for."""
+    by_axis, base, drawn = found["axes"], found["base"], {}
     labels = dict.fromkeys(label for of_axis in by_axis.values() for label in of_axis)
     looks = {label: style(i) for i, label in enumerate(labels)}
     for name, axis in AXIS_FIGURES.items():
@@ -192,22 +157,38 @@ def plot(folder: str) -> None:
             fig, [[ax]] = axes(plt)
             draw_frontier(ax, by_axis[axis], looks, found["curves"], axis)
             ax.set(xlabel=AXES[axis], ylabel=LOSS)
-            save(plt, fig, ax, folder, name)
-    panels = [axis for axis in ("flops", "seconds") if axis in by_axis]
+            drawn[name] = fig, ax
+    panels = {"flops": "Compute", "seconds": "Time"}
+    panels = {axis: what for axis, what in panels.items() if axis in by_axis}
     if any(gain for axis in panels for f in by_axis[axis].values() for gain in f["multipliers"]):
         fig, [row] = axes(plt, len(panels), sharey=True)
         gains = []
-        for ax, axis in zip(row, panels):
+        for ax, (axis, what) in zip(row, panels.items()):
             gains += draw_multipliers(ax, by_axis[axis], looks, base)
-            what = "Compute" if axis == "flops" else "Time"
             ax.set(xlabel=AXES[axis], title=f"{what} that {base} needs ÷ needed")
-        row[0].set_ylim(min(gains) / 1.5, max(gains) * 1.5)     # an interval may be far wider
-        plain_ticks(row[0].yaxis)
-        row[0].set_ylabel("multiplier")
-        save(plt, fig, row[0], folder, "multiplier")
+        row[0].set(ylabel="multiplier", ylim=(min(gains) / 1.5, max(gains) * 1.5))  # not all of intervals
+        log_ticks(row[0], "y")
+        drawn["multiplier"] = fig, row[0]
     fig, [row] = axes(plt, 2, sharey=True)
     for ax, (key, what) in zip(row, (("params", "parameters"), ("active_params", "active parameters"))):
         draw_params(ax, found["runs"], looks, key)
         ax.set_xlabel(what)
     row[0].set_ylabel(LOSS + ", at each run's end")
-    save(plt, fig, row[0], folder, "params")
+    return drawn | {"params": (fig, row[0])}
+
+
+def plot(folder: str) -> None:
+    """All FIGURES there are data for, .svg and .png, beside fit.json, instead of those of an earlier fit.
+    Raises ValueError where fit.json is not there, or is none that can be drawn, before any is touched."""
+    plt = pyplot("scaling")
+    try:
+        with open(os.path.join(folder, "fit.json"), encoding="utf-8") as f:
+            drawn = draw(plt, json.load(f))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise ValueError(f"there is no fit.json that can be drawn in {folder!r} ({type(e).__name__}: {e}): "
+                         "make it with python -m experiments.scaling fit") from e
+    for name, kind in itertools.product(FIGURES, ("svg", "png")):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, f"{name}.{kind}"))
+    for name, (fig, ax) in drawn.items():
+        save(plt, fig, ax, folder, name)

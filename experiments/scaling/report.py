@@ -166,9 +166,8 @@ def sizes_table(fits: dict[str, Fit], budgets: list[float]) -> str:
 
 def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[str]:
     """Paragraphs of the page about one axis: laws, multipliers, and the best sizes along FLOPs."""
-    what, unit, timing = AXES[axis], "FLOPs", ""
-    if axis == "seconds":
-        unit, timing = "s", ", C in seconds; the intervals hold the noise of losses, none of times"
+    what, unit = AXES[axis], "s" if axis == "seconds" else "FLOPs"
+    timing = ", C in seconds; the intervals hold the noise of losses, none of times" if unit == "s" else ""
     text = [f"## Against {what}", f"L = L∞ + (C / C0)^-a{timing}:", laws_table(fits, level, unit)]
     budgets = budgets_of(fits.values())
     if base in fits and fits[base].law and len(fits) > 1:
@@ -281,8 +280,8 @@ def write_report(folders: list[str], out: str, *, base: str | None, floor: float
     if (base := base or "dense") not in labels:
         notes.append(f"no multipliers, since there are no runs of {base}; --base takes another structure")
     lowest = min(run.points.losses.min() for run in runs)
-    if floor is not None and not 0 <= floor < lowest:
-        raise ValueError(f"floor must not be negative, and below all losses, {lowest:.4g}; got {floor:g}")
+    if floor is not None and floor >= lowest:
+        raise ValueError(f"floor must be below all losses, {lowest:.4g}; got {floor:g}")
     groups, short = same_but_seed(runs)
     noise, seeds = seed_noise(groups)
     fits, left_out = fit_all(mean_of_seeds(groups), base, window=window, floor=floor, samples=samples,

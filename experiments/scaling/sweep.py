@@ -35,10 +35,9 @@ class Sweep:
         self.failed: list[Run] = []
         self.active: dict[int, Job] = {}        # by number, from 0 to jobs - 1
         self.failures_before = {run.name: failure_time(run) for run in self.pending}    # tried once more
-        heartbeat = min(10.0, expiry / 10)      # seconds
-        self.leases = {run.name: filelock.SoftFileLease(
-            os.path.join(run.folder, "lease"), lease_duration=expiry, heartbeat_interval=heartbeat)
-            for run in self.pending}
+        seconds = dict(lease_duration=expiry, heartbeat_interval=min(10.0, expiry / 10))
+        self.leases = {run.name: filelock.SoftFileLease(os.path.join(run.folder, "lease"), **seconds)
+                       for run in self.pending}
         self.started, self.flops_before = time.monotonic(), flops_left(self.pending)
 
     def make_all(self) -> list[Run]:
@@ -81,14 +80,14 @@ class Sweep:
         """Note what became of a run whose process has ended."""
         run, status, loss = job.run, job.process.returncode, final_loss(job.run)
         if status == 0 and loss is not None:
-            _, ms = speed(run)
-            duration = format_duration((ms or 0) * run.max_iters / 1e3)
+            duration = format_duration((speed(run)[1] or 0) * run.max_iters / 1e3)
             self.settle(run, self.finished, f"val loss {loss:.4f}, {duration}")
         elif not is_training(run.folder):   # else a train.py whose sweep had been killed was there first
             reason = f"with status {status}" if status else f"without reaching iteration {run.max_iters}"
-            self.settle(run, self.failed, f"FAILED, ended {reason}: {last_words(run)}")
+            reason = f"ended {reason}: {last_words(run)}"
+            self.settle(run, self.failed, f"FAILED, {reason}")
             with open(os.path.join(run.folder, "failed.txt"), "w") as f:
-                f.write(f"ended {reason}: {last_words(run)}\n")
+                f.write(reason + "\n")
 
     def start_jobs(self) -> None:
         """Now and then: settle the pending runs that others have made, and start others on the free jobs."""
@@ -152,8 +151,7 @@ class Sweep:
 
 
 def failure_time(run: Run) -> int | None:
-    """When a sweep last tried this run in vain, in ns by the clock of its file system; None if it did not
-    fail."""
+    """When a sweep last failed at this run, in ns by the clock of its file system; None: never."""
     with contextlib.suppress(OSError):
         return os.stat(os.path.join(run.folder, "failed.txt")).st_mtime_ns
 

@@ -29,8 +29,7 @@ class Curve:
         return min(self.means(), key=self.means().get)
 
     def minimum(self) -> float:
-        """The rate at which the least-squares parabola over log rate has its minimum; nan where it has
-        none."""
+        """The rate where the least-squares parabola over log rate has its minimum; nan where it has none."""
         if len(self.means()) < 3:
             return math.nan
         curvature, slope, _ = np.polyfit(np.log(self.rates), self.losses, 2)
@@ -92,10 +91,11 @@ def transfer(folders: list[str], out: str) -> bool:
     runs = [run for run in runs if run.last == longest[run.label]]
     runs.sort(key=lambda run: (run.label, *(run.config[key] for key in ("n_embd", "learning_rate", "seed"))))
     by_structure = {}
-    for label in sorted({run.label for run in runs}):
+    for label in sorted(longest):
         by_structure[label], remarks = curves_of(label, [run for run in runs if run.label == label])
         notes += remarks
-    print("".join(f"{note}\n" for note in notes), end="")
+    for note in notes:
+        print(note)
     for label, curves in by_structure.items():
         cells = [f"width {curve.width}: {curve.means()[curve.best()]:.4f} at {curve.best():g}, parabola's "
                  f"minimum at {curve.minimum():.2g}" for curve in curves]

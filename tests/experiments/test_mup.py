@@ -54,7 +54,7 @@ def test_coordinates_grow_without_mup(run, python_text, tmp_path):
 
 def test_coordinates_that_diverge_fail(run, python_text, tmp_path):
     """At a rate where nothing stays finite: not a number is no ratio below 2."""
-    done = run("experiments.coordinate_check", "--structs=dense", "--widths=32,64", "--learning_rate=1e20",
+    done = run("experiments.coordinate_check", "--structs=dense", "--widths=32,64", "--learning_rate=1e29",
                f"--dataset={python_text}", f"--out={tmp_path}")
     assert done.returncode == 1 and "inf" in done.stdout and "not below 2" in done.stdout
 
@@ -90,7 +90,7 @@ def test_measured_sizes_are_those_of_known_activations(coordinate_check):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--structs=dense,bt"], "'bt'"), (["--structs=quickstart"], "no structure config"),
+    (["--structs=dense,bt"], "'bt'"), (["--structs=quickstart"], "is no structure config"),
     (["--widths=128,"], "widths"),
     (["--widths=100,200"], "widths"), (["--steps=1"], "steps"), (["--seeds=0"], "seeds"),
     (["--learning_rate=-1"], "learning_rate"), (["--dataset=nowhere"], "nowhere")])
@@ -138,8 +138,8 @@ def test_a_parabola_is_fitted_to_all_seeds(tmp_path, capsys):
     for seed, off in ((1, 0.2), (2, -0.2)):
         write_rates(tmp_path, "tt", 32, lambda u: middle[round(u)] + off, rates=RATES[:3], seed=seed)
     assert transfer.transfer([str(tmp_path)], str(tmp_path / "out"))
-    text = capsys.readouterr().out
-    assert f"width 32: 2.0000 at 0.001, parabola's minimum at {10 ** (-3 + 1 / 6):.2g}" in text
+    told = capsys.readouterr().out
+    assert f"width 32: 2.0000 at 0.001, parabola's minimum at {10 ** (-3 + 1 / 6):.2g}" in told
 
 
 def test_runs_that_do_not_count_are_named(tmp_path, capsys):
