@@ -71,7 +71,8 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
         return own_dense_curve([r for r in rows if r["name"] == "dense" and r["run"]], out)
     if os.path.isdir(dense):
         runs, _ = scaling_fit.read_runs([dense])
-        runs = scaling_fit.mean_of_seeds([run for run in runs if run.label == "dense"])
+        groups, _ = scaling_fit.same_but_seed([run for run in runs if run.label == "dense"])
+        runs = scaling_fit.mean_of_seeds(groups)
         if not runs:
             raise ValueError(f"there is no run of dense below {dense!r}")
         measure, frontier = runs[0].config, scaling_fit.frontier_of(scaling_fit.curves_of(runs, "flops"))
