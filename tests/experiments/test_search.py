@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 optuna = pytest.importorskip("optuna")
@@ -24,6 +25,7 @@ optuna = pytest.importorskip("optuna")
 from experiments.search import report, study
 from experiments.search.space import Space
 from structured import STRUCTURES, Theta
+from tests.experiments.logs import write_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 NAMED = {name: theta for name, theta in STRUCTURES.items() if theta is not None}
@@ -533,6 +535,20 @@ def test_a_dense_curve_leaves_out_what_is_not_finite(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     curve = report.dense_curve(None, [dict(name="dense", run=".", trial=0)], str(tmp_path), {})
     assert list(curve.flops) == [1e12, 3e12] and list(curve.losses) == [3.0, 2.5]
+
+
+def test_seeds_of_dense_runs_in_a_folder_count_as_their_mean(tmp_path):
+    """Two seeds 0.2 apart: the curve is between them, and no envelope of both."""
+    tokens = np.arange(1, 9) * 1e6
+    losses = np.linspace(3.0, 2.3, 8)
+    for seed, off in ((1, 0.1), (2, -0.1)):
+        write_log(tmp_path / f"seed{seed}", "dense", dict(n_embd=8, seed=seed), 1e6, tokens, losses + off)
+    write_log(tmp_path / "btt", "btt", dict(n_embd=8), 1e6, tokens, losses - 1)
+    measure = dict(dataset="d", block_size=8, eval_iters=2, batch_size=4)
+    curve = report.dense_curve(str(tmp_path), [], "", measure)
+    assert curve.source == f"the frontier of 1 runs in {tmp_path}" and len(curve.flops) > 8
+    expected = np.interp(np.log(curve.flops), np.log(1e6 * tokens), losses)
+    assert curve.losses == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_dense_curve_from_elsewhere_must_measure_the_same_loss(tmp_path):
