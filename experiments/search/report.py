@@ -6,6 +6,7 @@ at the first evaluation at which the pruner decided.
 import json
 import math
 import os
+import pprint
 
 import numpy as np
 
@@ -156,7 +157,7 @@ def plan_text(rows: list[dict], settings: dict, request: dict, top: int, seeds: 
                                learning_rate=rates[0] if rates else request["learning_rates"])
     shared = dict(flops=times * request["flops"], seed=[int(s) for s in seeds], evals=4 * request["evals"])
     shared |= {k: v for k, v in request["settings"].items() if k != "seed"}
-    lines = ["structures = {", *(f"    {label!r}: {own!r}," for label, own in structures.items()), "}"]
+    lines = [f"structures = \\\n{pprint.pformat(structures, width=90, compact=True, sort_dicts=False)}"]
     return "\n".join([*lines, *(f"{key} = {value!r}" for key, value in shared.items())]) + "\n"
 
 
