@@ -51,7 +51,7 @@ def split_arguments(script: str, doc: str, commands: tuple[str, ...]) -> tuple[s
 
 
 def run_program(main: Callable[[], int], *errors: type[Exception]) -> NoReturn:
-    """End the process with the status of main(); a user's mistake, or one of these errors, is one sentence."""
+    """End the process with the status of main(). A user's mistake, or one of the errors, is one sentence."""
     try:
         sys.exit(main())
     except (OSError, ValueError, *errors) as error:
@@ -112,6 +112,10 @@ def training_flops(settings: dict) -> int:
     return 3 * forward_flops(tuple(sorted(model_args.items())))
 
 
+def tokens_per_iter(settings: dict) -> int:
+    return math.prod(settings[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
+
+
 def make_run(label: str, values: dict, defaults: dict, root: str) -> Run:
     """One point of a grid as a run: head_size, flops and evals become n_head, max_iters and eval_interval.
     Raises ValueError where no such model can be made."""
@@ -124,8 +128,7 @@ def make_run(label: str, values: dict, defaults: dict, root: str) -> Run:
             raise ValueError(f"n_embd = {width} is no multiple of head_size = {head_size}")
         settings["n_head"] = int(width // head_size)
     everything = defaults | settings
-    tokens = math.prod(everything[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
-    flops_per_iter = training_flops(everything) * tokens
+    flops_per_iter = training_flops(everything) * tokens_per_iter(everything)
     if isinstance(budget, dict):
         if width not in budget:
             raise ValueError(f"flops has no budget for n_embd = {width}")

@@ -43,8 +43,8 @@ named: bool = True              # the named structures come first, and are not p
 sampler: Literal["tpe", "random"] = "tpe"
 sampler_seed: Seed | None = None  # for jobs=1; None: a different one each time. Each process needs its own
 pruner: Literal["halving", "hyperband", "none"] = "halving"  # halving: successive halving
-first_rung: PositiveInt = 2     # evaluations before the pruner's first decision
-reduction: Annotated[int, ("at least", 2), ("below", 2**31)] = 2  # one trial in so many goes on at first_rung · reduction^k evaluations
+first_rung: PositiveInt = 2     # evaluations before the pruner's first decision; the next: times reduction
+reduction: Annotated[int, ("at least", 2), ("below", 2**31)] = 2  # one trial in so many goes on at a rung
 # equal compute
 dense_width: PositiveInt = 96   # a dense model of this width has the FLOPs per token of all trials
 flops: PositiveFloat = 3e12     # training FLOPs of a trial
@@ -118,7 +118,7 @@ def make_space() -> Space:
             fail(f"{key} must be divisible by n_head = {settings['n_head']}; got {bad[0]}")
     space = Space(dense_width, flops, choices, tolerance, learning_rates, tuple(map(int, experts)),
                   tuple(map(int, top_ks)), max_nu, evals, settings, launcher.vocabulary(settings["dataset"]))
-    iterations = flops / space.flops_per_token / space.tokens_per_iter
+    iterations = flops / space.flops_per_token / launcher.tokens_per_iter(settings)
     if iterations < (1 + tolerance) * evals / tolerance / 2:
         fail(f"flops = {flops:g} are {iterations:.0f} iterations, too few to meet them within "
              f"{tolerance:.0%} by multiples of evals = {evals}: ask for more flops, a larger tolerance, or "

@@ -76,7 +76,7 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
         runs = scaling_fit.mean_of_seeds(groups)
         if not runs:
             raise ValueError(f"there is no run of dense below {dense!r}")
-        measure, frontier = runs[0].config, scaling_fit.frontier_of(scaling_fit.curves_of(runs, "flops"))
+        measure, frontier = runs[0].config, scaling_fit.frontier_of([run.curve("flops") for run in runs])
         curve = DenseCurve(frontier.x, frontier.losses, f"the frontier of {len(runs)} runs in {dense}")
     else:
         try:
