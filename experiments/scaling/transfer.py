@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 from experiments.scaling import plot
-from experiments.scaling.fit import MeasuredRun, differences, read_runs
+from experiments.scaling.fit import MeasuredRun, differences, grouped, read_runs
 from experiments.scaling.report import write_csv
 
 
@@ -43,8 +43,7 @@ def curves_of(label: str, runs: list[MeasuredRun]) -> tuple[list[Curve], list[st
     for key, (one, other, *_) in differences(runs, settings).items():
         raise ValueError(f"runs of {label} differ in more than width, rate, seed: {key} is {one} and {other}")
     curves = []
-    for width in sorted({run.config["n_embd"] for run in runs}):
-        mine = [run for run in runs if run.config["n_embd"] == width]
+    for width, mine in sorted(grouped(runs, lambda run: run.config["n_embd"]).items()):
         points = [(run.config["learning_rate"], run.points.losses[-1]) for run in mine]
         curves.append(Curve(width, *np.array(points).T))
     return curves, [f"{label}: there is no run of width {curve.width} at learning rate {rate:g}"
@@ -91,8 +90,8 @@ def transfer(folders: list[str], out: str) -> bool:
     runs = [run for run in runs if run.last == longest[run.label]]
     runs.sort(key=lambda run: (run.label, *(run.config[key] for key in ("n_embd", "learning_rate", "seed"))))
     by_structure = {}
-    for label in sorted(longest):
-        by_structure[label], remarks = curves_of(label, [run for run in runs if run.label == label])
+    for label, mine in grouped(runs, lambda run: run.label).items():
+        by_structure[label], remarks = curves_of(label, mine)
         notes += remarks
     for note in notes:
         print(note)
