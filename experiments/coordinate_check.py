@@ -102,11 +102,10 @@ def spread(rows: list[dict]) -> dict[str, float]:
 
 def draw(rows: list[dict], folder: str) -> None:
     """A panel for each structure: size against width, a line for each quantity."""
-    plt = plot.pyplot("coordinate_check")
     names, quantities, ticks = (list(dict.fromkeys(row[key] for row in rows))
                                 for key in ("struct", "quantity", "width"))
     columns = min(5, len(names))
-    fig, grid = plot.axes(plt, columns, rows=math.ceil(len(names) / columns), sharex=True, sharey=True)
+    fig, grid = plot.figure(columns, rows=math.ceil(len(names) / columns), sharex=True, sharey=True)
     for ax, name in zip(grid.flat, names):
         for i, quantity in enumerate(quantities):
             sizes = [row["rms"] for row in rows if (row["struct"], row["quantity"]) == (name, quantity)]
@@ -118,7 +117,7 @@ def draw(rows: list[dict], folder: str) -> None:
         ax.axis("off")
     fig.supxlabel("width")
     fig.supylabel(f"root mean square after {steps} steps")
-    plot.save(plt, fig, grid[0, 0], folder, "coordinate_check")
+    plot.save(fig, grid[0, 0], folder, "coordinate_check")
 
 
 def main() -> int:

@@ -213,13 +213,12 @@ def write_data(out: str, runs: list[MeasuredRun], fits: dict, base: str, level: 
     rows = []
     for axis, label in ((axis, label) for axis in fits for label in fits[axis]):
         fit, curve = fits[axis][label], by_axis[axis][label]
-        for i, owner in enumerate(fit.frontier.owners):
-            value, low, high = curve["multipliers"][i] or ("", "", "")
-            rows.append(dict(axis=axis, structure=label, x=curve["x"][i], loss=curve["loss"][i],
-                             run=fit.runs[owner].name, fitted=curve["used"][i],
-                             law=float(fit.law.loss(curve["x"][i])) if fit.law else "",
-                             multiplier=value, low=low, high=high,
-                             measured_multiplier=curve["measured_multipliers"][i]))
+        keys = ("x", "loss", "used", "multipliers", "measured_multipliers")
+        for owner, x, loss, used, gain, measured in zip(fit.frontier.owners, *map(curve.get, keys)):
+            value, low, high = gain or ("", "", "")
+            rows.append(dict(axis=axis, structure=label, x=x, loss=loss, run=fit.runs[owner].name,
+                             fitted=used, law=float(fit.law.loss(x)) if fit.law else "",
+                             multiplier=value, low=low, high=high, measured_multiplier=measured))
     ends, curves = [], []
     for run in runs:
         xs = {axis: run.curve(axis)[0].tolist() for axis in AXES if axis in run.per_token}
@@ -300,5 +299,5 @@ def write_report(folders: list[str], out: str, *, base: str | None, floor: float
             text += [f"## {heading}", "\n".join(f"- {line}" for line in lines)]
     write_data(out, runs, fits, base, level)
     with open(os.path.join(out, "table.md"), "w", encoding="utf-8") as f:
-        f.write("\n\n".join(text) + "\n")
-    print("\n\n".join(text))
+        print(*text, sep="\n\n", file=f)
+    print(*text, sep="\n\n")

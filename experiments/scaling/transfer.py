@@ -65,8 +65,7 @@ def stays(curves: list[Curve]) -> bool:
 def draw(by_structure: dict[str, list[Curve]], mup: bool, folder: str) -> None:
     """A panel for each structure: loss against rate, a line for each width. The best rate is filled, the
     parabola's minimum dotted."""
-    plt = plot.pyplot("lr_transfer")
-    fig, [row] = plot.axes(plt, len(by_structure), sharex=True, sharey=True)
+    fig, [row] = plot.figure(len(by_structure), sharex=True, sharey=True)
     for ax, (label, curves) in zip(row, by_structure.items()):
         for i, curve in enumerate(curves):
             look, means = plot.style(i), curve.means()
@@ -78,7 +77,7 @@ def draw(by_structure: dict[str, list[Curve]], mup: bool, folder: str) -> None:
         ax.minorticks_off()
     row[0].set_ylabel(plot.LOSS)
     fig.supxlabel("learning rate" + (" at the base width" if mup else ", the same for every parameter"))
-    plot.save(plt, fig, row[0], folder, "lr_transfer")
+    plot.save(fig, row[0], folder, "lr_transfer")
 
 
 def transfer(folders: list[str], out: str) -> bool:
