@@ -93,11 +93,11 @@ def check_structure(name: str, tokens, vocab_size: int) -> list[dict]:
 
 def spread(rows: list[dict]) -> dict[str, float]:
     """{quantity: largest ÷ smallest value over the widths}; infinite where one is 0 or not finite."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["quantity"], []).append(row["rms"])
-    return {quantity: max(sizes) / min(sizes) if all(0 < size < math.inf for size in sizes) else math.inf
-            for quantity, sizes in values.items()}
+    found = {}
+    for quantity in dict.fromkeys(row["quantity"] for row in rows):
+        sizes = [row["rms"] for row in rows if row["quantity"] == quantity]
+        found[quantity] = max(sizes) / min(sizes) if all(0 < size < math.inf for size in sizes) else math.inf
+    return found
 
 
 def draw(rows: list[dict], folder: str) -> None:

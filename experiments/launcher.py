@@ -2,7 +2,6 @@
 folder of its own."""
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -205,8 +204,8 @@ def is_training(folder: str) -> bool:
         with open(os.path.join(folder, "lock"), "r+b") as f:
             try:
                 fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                return e.errno in (errno.EACCES, errno.EAGAIN)
+            except (BlockingIOError, PermissionError):
+                return True
     return False
 
 
