@@ -1,7 +1,5 @@
-"""Config files and --key=value over the keys of a script: its annotated, commented globals.
-
-`python train.py config/btt.py --rank=4` runs the file, then sets the key; a later argument wins; --help lists
-the keys. A user's mistake ends in one sentence and exit status 1. Standard library only: torch is slow."""
+"""Config files and --key=value over the annotated, commented globals of a script; a later argument wins. A
+user's mistake ends in one sentence and exit status 1. Standard library only: torch is slow."""
 import ast
 import contextlib
 import difflib
@@ -41,7 +39,7 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
     config = {key.name: key.default for key in keys.values()}
     for arg in sys.argv[1:] if argv is None else argv:
         if arg in ("-h", "--help"):
-            print_help(namespace["__file__"], keys, config)
+            print_help(namespace, keys, config)
             raise SystemExit(0)
         if arg.startswith("-"):
             name, text = split_flag(arg, keys)
@@ -70,7 +68,7 @@ def structure_config(name: str) -> dict:
     if not os.path.exists(path := os.path.join(HERE, "config", f"{name}.py")):
         fail(f"there is no structure config {name!r} in config/")
     values = {k: v for k, v in runpy.run_path(path).items() if not k.startswith("_")}
-    for key in values.keys() & {"dataset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"}:
+    for key in sorted(values.keys() & {"dataset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size"}):
         fail(f"config/{name}.py sets {key}, so it is no structure config: those set the structure alone")
     return values
 
@@ -170,9 +168,11 @@ def nearest(name: str, known: dict | list, prefix: str = "") -> str:
     return f"did you mean {prefix}{close[0]}?" if close else "--help lists the keys"
 
 
-def print_help(script: str, keys: dict[str, Key], config: dict) -> None:
+def print_help(namespace: dict, keys: dict[str, Key], config: dict) -> None:
     """Print the usage, and by group each key with its present value, type, limits or choices, and comment."""
-    lines = [f"usage: python {os.path.basename(script)} [config file | --key=value] ...; a later one wins"]
+    module, script = namespace.get("__spec__"), os.path.basename(namespace["__file__"])
+    program = f"-m {module.name}".removesuffix(".__main__") if module else script
+    lines = [f"usage: python {program} [config file | --key=value] ...; a later one wins"]
     for key in keys.values():
         if "\n" + key.heading not in lines:
             lines.append("\n" + key.heading)

@@ -28,12 +28,12 @@ globals().update(config)
 
 import math
 import os
-import sys
 
 import numpy as np
 import torch
 
 from data.common import open_dataset
+from experiments import launcher
 from experiments.scaling import plot
 from experiments.scaling.report import write_csv
 from model import GPT, GPTConfig
@@ -93,20 +93,19 @@ def check_structure(name: str, tokens, vocab_size: int) -> list[dict]:
 
 def spread(rows: list[dict]) -> dict[str, float]:
     """{quantity: largest ÷ smallest value over the widths}; infinite where one is 0 or not finite."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["quantity"], []).append(row["rms"])
-    return {quantity: max(sizes) / min(sizes) if all(0 < size < math.inf for size in sizes) else math.inf
-            for quantity, sizes in values.items()}
+    found = {}
+    for quantity in dict.fromkeys(row["quantity"] for row in rows):
+        sizes = [row["rms"] for row in rows if row["quantity"] == quantity]
+        found[quantity] = max(sizes) / min(sizes) if all(0 < size < math.inf for size in sizes) else math.inf
+    return found
 
 
 def draw(rows: list[dict], folder: str) -> None:
     """A panel for each structure: size against width, a line for each quantity."""
-    plt = plot.pyplot("coordinate_check")
     names, quantities, ticks = (list(dict.fromkeys(row[key] for row in rows))
                                 for key in ("struct", "quantity", "width"))
     columns = min(5, len(names))
-    fig, grid = plot.axes(plt, columns, rows=math.ceil(len(names) / columns), sharex=True, sharey=True)
+    fig, grid = plot.figure(columns, rows=math.ceil(len(names) / columns), sharex=True, sharey=True)
     for ax, name in zip(grid.flat, names):
         for i, quantity in enumerate(quantities):
             sizes = [row["rms"] for row in rows if (row["struct"], row["quantity"]) == (name, quantity)]
@@ -118,7 +117,7 @@ def draw(rows: list[dict], folder: str) -> None:
         ax.axis("off")
     fig.supxlabel("width")
     fig.supylabel(f"root mean square after {steps} steps")
-    plot.save(plt, fig, grid[0, 0], folder, "coordinate_check")
+    plot.save(fig, grid[0, 0], folder, "coordinate_check")
 
 
 def main() -> int:
@@ -146,7 +145,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as e:
-        fail(str(e))
+    launcher.run_program(main)

@@ -1,10 +1,7 @@
-"""Runs of train.py, each in a folder of its own: its name and cost, its start and stop, its log.
-
-For experiments.scaling and experiments.search.
-"""
+"""What experiments.scaling and experiments.search share: their command lines, and runs of train.py, each in a
+folder of its own."""
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -14,9 +11,11 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 import configurator
-from configurator import HERE
+from configurator import HERE, fail
 from lib.log import read_log
 
 TRAIN = os.path.join(HERE, "train.py")
@@ -30,11 +29,35 @@ def train_defaults() -> dict:
     return {key.name: key.default for key in configurator.read_keys(TRAIN).values()}
 
 
-def split_flags(script: str, arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(flags of the script, flags of train.py). Keys of both and unknown ones count as the script's."""
+def split_arguments(script: str, doc: str, commands: tuple[str, ...]) -> tuple[str, list, list, list]:
+    """(command, files, flags of the script, flags of train.py) of a command line; prints the doc for --help.
+
+    The first command alone takes files and flags of train.py. Keys of both and unknown ones count as the
+    script's.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(doc)
+        return "", [], ["--help"], []
+    command, *rest = sys.argv[1:] or [""]
+    if command not in commands:
+        fail(f"the first word must be {' or '.join(commands)}; got {command!r}")
+    if command != commands[0]:
+        return command, [], rest, []
+    files = [a for a in rest if a.strip() and not a.startswith("-")]
     keys = set(configurator.read_keys(TRAIN)) - set(configurator.read_keys(script))
-    ours = [a for a in arguments if a.partition("=")[0].removeprefix("--").replace("-", "_") not in keys]
-    return ours, [a for a in arguments if a not in ours]
+    of_train = [a for a in rest if a.partition("=")[0].removeprefix("--").replace("-", "_") in keys]
+    return command, files, [a for a in rest if a not in files + of_train], of_train
+
+
+def run_program(main: Callable[[], int], *errors: type[Exception]) -> NoReturn:
+    """End the process with the status of main(). A user's mistake, or one of the errors, is one sentence."""
+    try:
+        sys.exit(main())
+    except (OSError, ValueError, *errors) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
+        sys.exit(130)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +73,8 @@ class Run:
 
     @functools.cached_property
     def name(self) -> str:
-        """The settings that differ most, and a hash of all. Where the learning rate is constant, max_iters is
-        left out, so that a longer run resumes a shorter one."""
+        """The settings that differ most, and a hash of all. Without max_iters where the learning rate is
+        constant, so that a longer run resumes a shorter one."""
         s, label = self.settings, re.sub(r"[^\w.+-]+", "_", self.label)
         left_out, end = NO_EFFECT, f"-i{s['max_iters']}"
         if not s.get("decay_lr", True):
@@ -88,6 +111,10 @@ def training_flops(settings: dict) -> int:
     return 3 * forward_flops(tuple(sorted(model_args.items())))
 
 
+def tokens_per_iter(settings: dict) -> int:
+    return math.prod(settings[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
+
+
 def make_run(label: str, values: dict, defaults: dict, root: str) -> Run:
     """One point of a grid as a run: head_size, flops and evals become n_head, max_iters and eval_interval.
     Raises ValueError where no such model can be made."""
@@ -100,8 +127,7 @@ def make_run(label: str, values: dict, defaults: dict, root: str) -> Run:
             raise ValueError(f"n_embd = {width} is no multiple of head_size = {head_size}")
         settings["n_head"] = int(width // head_size)
     everything = defaults | settings
-    tokens = math.prod(everything[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
-    flops_per_iter = training_flops(everything) * tokens
+    flops_per_iter = training_flops(everything) * tokens_per_iter(everything)
     if isinstance(budget, dict):
         if width not in budget:
             raise ValueError(f"flops has no budget for n_embd = {width}")
@@ -178,8 +204,8 @@ def is_training(folder: str) -> bool:
         with open(os.path.join(folder, "lock"), "r+b") as f:
             try:
                 fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                return e.errno in (errno.EACCES, errno.EAGAIN)
+            except (BlockingIOError, PermissionError):
+                return True
     return False
 
 

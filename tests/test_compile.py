@@ -68,8 +68,8 @@ def test_compiled_mixture(kind):
 
 @needs_a_compiler
 def test_router_gradient_of_a_mixture_with_bias_in_compiled_code():
-    """The gates meet the biases outside of the experts' operator. Made by gather, their gradient is wrong in the
-    C++ of torch 2.13."""
+    """The gates meet the biases outside of the experts' operator. Made by gather, their gradient is wrong in
+    the C++ of torch 2.13."""
     layer = randomize(linear("btt", 64, 64, num_experts=4, top_k=2, bias=True), std=0.2)
     x, gradients = randn(2, 128, 64), []
     for call in (layer, torch.compile(layer, fullgraph=True)):

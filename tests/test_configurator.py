@@ -1,6 +1,7 @@
 """configurator.py, through small scripts: in this process, and as programs of their own."""
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -296,6 +297,16 @@ def test_only_the_first_process_of_a_machine_prints(monkeypatch, local_rank, lin
     assert run("--help")[1] == 0 and bool(run("--help")[2]) == bool(lines)
 
 
+def test_a_structure_config_that_sets_the_scale_names_its_first_such_key(folder, monkeypatch, capsys):
+    monkeypatch.setattr(configurator, "HERE", str(folder))
+    keys = ("block_size", "dataset", "n_embd", "n_head", "n_layer", "vocab_size")
+    for first, second in itertools.combinations(keys, 2):
+        write("config/wide.py", f"{second} = 1\nstruct = 'btt'\n{first} = 2\n")
+        with pytest.raises(SystemExit):
+            configurator.structure_config("wide")
+        assert f"config/wide.py sets {first}, so" in capsys.readouterr().err
+
+
 # --help
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -332,6 +343,14 @@ def test_help_shows_what_came_before_it():
     write("a.py", "top_k = 77")
     out = run("a.py", "--rank=55", "--help", "--rank=66")[2]
     assert "--top_k=77 " in out and "--rank=55 " in out
+
+
+def test_help_of_a_package_says_how_to_start_it():
+    os.makedirs("folder/package")
+    for name in ("package/__main__", "module"):
+        write(f"folder/{name}.py", SCRIPT)
+    for name in ("folder.package", "folder.module"):
+        assert program("-m", name, "--help").stdout.startswith(f"usage: python -m {name} [")
 
 
 def test_help_on_a_terminal_without_the_letters():

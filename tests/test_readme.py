@@ -60,11 +60,21 @@ def test_files_and_keys_of_a_command_exist(command):
     assert all(script.is_file() for script in scripts), command
     if "-m" in words and (module := words[words.index("-m") + 1]) != "pytest":
         path = ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), command
+        module_file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert module_file.is_file(), command
+        flags = flags_after(words, module)  # sweep and run take keys of train.py too
+        assert flags <= {"help"} or flags <= keys_of(module_file) | keys_of(ROOT / "train.py"), command
     for script in (s for s in scripts if s.name in ("train.py", "sample.py")):
-        after = words[words.index(script.name) + 1:]
-        flags = [word.partition("=")[0].removeprefix("--") for word in after if word.startswith("--")]
-        assert set(flags) <= {*configurator.read_keys(str(script)), "help"}, command
+        assert flags_after(words, script.name) <= keys_of(script), command
+
+
+def flags_after(words, program):
+    after = words[words.index(program) + 1:]
+    return {word.partition("=")[0].removeprefix("--") for word in after if word.startswith("--")}
+
+
+def keys_of(script):
+    return {*configurator.read_keys(str(script)), "help"}
 
 
 def test_the_readme_names_enough_commands():
@@ -80,15 +90,22 @@ def test_keys_that_are_said_to_matter_have_the_defaults_that_are_said():
         assert set(names) <= keys.keys()
         for name, said in zip(names, defaults.split(", ")):
             default = keys[name].default
-            if isinstance(default, (int, float)) and not isinstance(default, bool):
-                assert float(said) == default, name
+            if default is not None:
+                assert configurator.parse(keys[name], said) == default, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page):
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
-    assert not missing
+    for link, heading in re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+            assert not heading or heading in headings(page.parent / link), f"{link}#{heading}"
+
+
+def headings(page):
+    """The headings of a page, as links name them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in found}
 
 
 def test_the_file_map_names_everything_at_the_top():

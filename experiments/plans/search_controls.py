@@ -1,10 +1,11 @@
-# Controls for the longer runs of a search (results/search), with their budget and seeds.
+# Controls for the longer runs of a search (results/search), with their budget, seeds, data and schedule.
 #
 #     python -m experiments.scaling sweep experiments/plans/search_controls.py --runs=out-search/controls
 #
 # - The θ of a search are plain einsums with weight norm; dense has neither. Is that why they lead?
 # - How good are the named structures as train.py makes them, aligned with heads, at the rate of cpu_rates.py?
 # - Dense is best at width 64 for this budget (results/scaling). Does the best θ lead at that size too?
+from results.search.follow import *  # noqa: F403
 structures = {
     "dense, an einsum": dict(struct="einsum", theta=(1, 0, 0, 1, 0, 0, 0), n_embd=96),
     "btt, aligned": dict(struct="btt", n_embd=152, learning_rate=1.5e-3),
@@ -12,19 +13,4 @@ structures = {
     "dense": dict(n_embd=64),
     "θ 3/4 0 1/4 9/16 3/16 1/4 0": dict(struct="einsum", theta=(3/4, 0, 1/4, 9/16, 3/16, 1/4, 0), n_embd=88),
 }
-flops = 1.2e13
-seed = [1, 2]
-evals = 32
 learning_rate = 3e-3
-eval_iters = 20
-log_interval = 20
-sample_tokens = 128
-dataset = "python_char"
-gradient_accumulation_steps = 1
-batch_size = 16
-block_size = 128
-n_layer = 3
-n_head = 4
-weight_decay = 0.0
-decay_lr = False
-warmup_iters = 50

@@ -25,8 +25,6 @@ ones: only the largest budget is run, and a plan whose budgets are raised resume
 and machines that share a folder may sweep the same plan at once. transfer exits with status 1 where the best
 learning rate moves.
 """
-import sys
-
 from typing import Annotated
 
 import configurator
@@ -51,27 +49,9 @@ samples: Annotated[int, ("at least", 10), ("below", 10**6)] = 300  # bootstrap s
 level: Annotated[float, ("above", 0), ("below", 1)] = 0.9  # probability of the intervals
 out: str = "out-fit"            # folder of the tables and figures
 
-COMMANDS = ("sweep", "fit", "plot", "transfer")
-
-
-def split_arguments(arguments: list[str]) -> tuple[str, str, list[str], list[str]]:
-    """(command, path of the plan, flags of this file, flags of train.py)."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return "", "", ["--help"], []
-    command, *rest = arguments or [""]
-    if command not in COMMANDS:
-        fail(f"the first word must be one of {', '.join(COMMANDS)}; got {command!r}")
-    if command != "sweep":
-        return command, "", rest, []
-    if not rest or rest[0].startswith("-"):
-        fail("sweep needs a plan: python -m experiments.scaling sweep experiments/plans/cpu.py")
-    return command, rest[0], *launcher.split_flags(__file__, rest[1:])
-
-
-command, plan_path, flags, train_flags = split_arguments(sys.argv[1:])
-config = configurator.configure(globals(), flags)
-globals().update(config)
+command, plans, own_flags, train_flags = launcher.split_arguments(
+    __file__, __doc__, ("sweep", "fit", "plot", "transfer"))
+globals().update(configurator.configure(globals(), own_flags))
 
 import signal
 
@@ -81,7 +61,9 @@ from experiments.scaling.sweep import Sweep
 
 def sweep() -> int:
     """Make the runs of the plan, or list them; the exit status."""
-    planned = plan.expand(plan_path, train_flags, runs)
+    if len(plans) != 1:
+        fail("sweep needs a plan: python -m experiments.scaling sweep experiments/plans/cpu.py")
+    planned = plan.expand(plans[0], train_flags, runs)
     if dry_run:
         for run in planned:
             done = launcher.speed(run)[0]
@@ -113,10 +95,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as e:
-        fail(str(e))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
-        sys.exit(130)
+    launcher.run_program(main)

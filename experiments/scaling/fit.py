@@ -1,23 +1,18 @@
-"""From runs to scaling laws: frontiers, power laws and multipliers.
+"""From runs to scaling laws. For each structure, along an axis x (training FLOPs, or seconds):
 
-A run is read from its log.jsonl. Its points are its evaluations where the learning rate is constant, and only
-its end where it decays. Then, for each structure, along an axis x (training FLOPs, those without the output
-layer, or seconds):
-
-frontier    The lowest loss that any run has reached by x, at 12 budgets a decade, between the points of a
-            run by interpolation in log x; runs that differ only in the seed are one, their mean. It is used
-            between the budgets at which the smallest and the largest size are the best ones. These follow
-            from where one size hands over to the next, by a line in log size over log x.
-law         L = L∞ + (x / x0)^-a through the frontier. For a given a, L∞ and x0 follow from linear least
-            squares, so that only a is searched. Huber weights keep outliers from deciding.
+points      A run's evaluations where the learning rate is constant, its end alone where it decays. Runs that
+            differ only in the seed are one, their mean.
+frontier    The lowest loss that any run has reached by x, at 12 budgets a decade, by interpolation in log x.
+            It is used between the budgets at which the smallest and the largest size are the best ones. These
+            follow from where one size hands over to the next, by a line in log size over log x.
+law         L = L∞ + (x / x0)^-a through the frontier, by least squares with Huber weights.
 intervals   A parametric bootstrap: all losses of a run move by the noise between seeds, each evaluation by
             the noise within a run, and frontier and law are made again.
 multiplier  The x that dense needs for the same loss ÷ the x that the structure needs: by the laws of both,
             where both frontiers have that loss; and from the points of one frontier to the other.
 
-Seconds are iterations · the median time of one, over all runs of a structure and size: neither a pause of the
-machine nor evaluations count. Runs that share a machine slow each other down; experiments.bench measures the
-times alone.
+Seconds are iterations · the median time of one, over all runs of a structure and size. Runs that share a
+machine slow each other down; experiments.bench measures the times alone.
 """
 import contextlib
 import dataclasses
@@ -25,7 +20,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -52,15 +47,19 @@ class Points(NamedTuple):
 
 @dataclasses.dataclass
 class MeasuredRun:
-    """What a log says of a run."""
+    """What a log says of a run of one structure, its label."""
     name: str
-    label: str          # structure
+    label: str
     config: dict        # see comparable_config
     params: int
     active_params: int
     per_token: dict[str, float]     # {axis: FLOPs or seconds of a token}
     points: Points
     train_loss: float   # of the last logged iteration
+
+    def curve(self, axis: str) -> tuple[np.ndarray, np.ndarray]:
+        """(FLOPs or seconds, loss) at each point."""
+        return self.points.tokens * self.per_token[axis], self.points.losses
 
     @property
     def size(self) -> str:
@@ -73,10 +72,6 @@ class MeasuredRun:
     @property
     def last(self) -> float:
         return self.points.tokens[-1]
-
-    def x(self, axis: str) -> np.ndarray:
-        """FLOPs, or seconds, at each point."""
-        return self.points.tokens * self.per_token[axis]
 
     def loss_after(self, tokens):
         """Its loss after so many tokens, between its points by interpolation."""
@@ -113,11 +108,9 @@ def label_of(folder: str, config: dict) -> str:
 
 
 def comparable_config(start: dict) -> dict:
-    """The settings by which runs are compared, from a log's first line. Raises KeyError where one is missing.
-
-    Old logs hold None for what train.py found out later. Device and backend change nothing but rounding and
-    are left out, as is the decay where the rate is constant.
-    """
+    """The settings by which runs are compared, from a log's first line, where old ones hold None for what
+    train.py found out later. Raises KeyError where one is missing. Device and backend change nothing but
+    rounding and are left out, as is the decay where the rate is constant."""
     config = dict(start["config"])
     config |= {key: config[key] for key in ("learning_rate", "seed", "max_iters", "decay_lr", *STEP_SHAPE)}
     config |= {key: start.get(key, config.get(key)) for key in ("dtype", "compile")}
@@ -212,33 +205,39 @@ def differences(runs: list[MeasuredRun], keys: Iterable[str]) -> dict[str, list[
     return found
 
 
+def grouped(runs: Iterable[MeasuredRun], key: Callable) -> dict:
+    """{key of a run: the runs that have it}."""
+    groups: dict = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
 def alike(runs: Iterable[MeasuredRun], except_for: Iterable[str]) -> list[list[MeasuredRun]]:
     """Groups of runs of a structure that are alike but for these settings, and their length where the rate is
     constant."""
-    groups: dict[str, list[MeasuredRun]] = {}
-    for run in runs:
+    def key(run: MeasuredRun) -> str:
         without = (*except_for, *(() if run.config["decay_lr"] else ("max_iters",)))
-        config = {key: value for key, value in run.config.items() if key not in without}
-        groups.setdefault(json.dumps([run.label, config], sort_keys=True), []).append(run)
-    return list(groups.values())
+        config = {name: value for name, value in run.config.items() if name not in without}
+        return json.dumps([run.label, config], sort_keys=True)
+    return list(grouped(runs, key).values())
 
 
 def without_copies(runs: list[MeasuredRun]) -> tuple[list[MeasuredRun], list[str]]:
     """(the longest of each group of runs that do not even differ in the seed, remarks on the others)."""
     found, notes = [], []
     for same in alike(runs, ()):
-        longest = max(same, key=lambda run: run.last)
+        longest, *others = sorted(same, key=lambda run: -run.last)
         found.append(longest)
         notes += [f"{run.name}: left out, another run of the same settings and seed is as long or longer, "
-                  f"{longest.name}" for run in same if run is not longest]
+                  f"{longest.name}" for run in others]
     return found, notes
 
 
 def unlike(runs: list[MeasuredRun]) -> list[str]:
     """Remarks on structures whose runs differ in more than size, learning rate, seed and length."""
     notes = []
-    for label in sorted({run.label for run in runs}):
-        mine = [run for run in runs if run.label == label]
+    for label, mine in sorted(grouped(runs, lambda run: run.label).items()):
         keys = {key for run in mine for key in run.config} - {*VARIED}
         for key, values in differences(mine, sorted(keys)).items():
             notes.append(f"{label}: its runs differ in {key}, {', '.join(values)}; the frontier is of all")
@@ -247,12 +246,11 @@ def unlike(runs: list[MeasuredRun]) -> list[str]:
 
 def share_seconds(runs: list[MeasuredRun]) -> None:
     """Give all runs of a structure and size the median of their seconds per token."""
-    seconds: dict[tuple, list[float]] = {}
     timed = [run for run in runs if "seconds" in run.per_token]
-    for run in timed:
-        seconds.setdefault((run.label, run.size), []).append(run.per_token["seconds"])
-    for run in timed:
-        run.per_token["seconds"] = statistics.median(seconds[run.label, run.size])
+    for same in grouped(timed, lambda run: (run.label, run.size)).values():
+        seconds = statistics.median(run.per_token["seconds"] for run in same)
+        for run in same:
+            run.per_token["seconds"] = seconds
 
 
 def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
@@ -347,15 +345,16 @@ class Frontier(NamedTuple):
         return np.exp(logs)
 
 
-def curves_of(runs: list[MeasuredRun], axis: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(run.x(axis), run.points.losses) for run in runs]
-
-
 def lower_envelope(x: np.ndarray, losses: np.ndarray) -> np.ndarray:
     """Indices, ascending in x, of the points whose loss is below that of every point before."""
     order = np.lexsort((losses, x))
     lowest = np.minimum.accumulate(losses[order])
     return order[np.diff(lowest, prepend=np.inf) < 0]
+
+
+def first_budget(x: np.ndarray) -> float:
+    """Number, counted from 1 at PER_DECADE a decade, of the first budget that a curve reaches."""
+    return np.ceil(np.log10(x[0]) * PER_DECADE - 1e-9)
 
 
 def frontier_of(curves: list[tuple[np.ndarray, np.ndarray]]) -> Frontier:
@@ -372,23 +371,15 @@ def frontier_of(curves: list[tuple[np.ndarray, np.ndarray]]) -> Frontier:
     return Frontier(xs[best], losses[best], owners[best])
 
 
-def first_budget(x: np.ndarray) -> float:
-    """Number, counted from 1 at PER_DECADE a decade, of the first budget that a curve reaches."""
-    return np.ceil(np.log10(x[0]) * PER_DECADE - 1e-9)
-
-
 class Growth(NamedTuple):
-    """Best size (x per token) ∝ x^exponent; the budgets at which the smallest and the largest are best."""
-    exponent: float
-    window: tuple[float, float]
+    exponent: float                 # best size ∝ x^exponent
+    window: tuple[float, float]     # x at which the smallest and the largest size are the best ones
 
 
 def growth_of(frontier: Frontier, sizes: np.ndarray) -> Growth | None:
-    """How the best size grows with the budget; None unless three sizes or more are each the best somewhere.
-
-    sizes: x per token of each curve. A size hands over to the next between the last budget of the smaller and
-    the first budget of the larger, and there the best size is the geometric mean of both.
-    """
+    """How the best size, in x per token, grows with the budget; None unless three sizes or more are each the
+    best somewhere. A size hands over to the next between its last budget and the first one of the next, and
+    there the best size is the geometric mean of both."""
     owned = np.log(sizes[frontier.owners])
     distinct = np.unique(owned.round(6))
     if len(distinct) < 3:
@@ -403,11 +394,8 @@ def growth_of(frontier: Frontier, sizes: np.ndarray) -> Growth | None:
 
 
 def fit_law(x: np.ndarray, losses: np.ndarray, floor: float | None = None) -> Law:
-    """L = L∞ + (x / x0)^-a by least squares of relative residuals, L∞ >= 0, 0.01 <= a <= 3, Huber weights.
-
-    For each a, L∞ and k = x0^a are linear, so that the search is over a alone: a grid, refined three times.
-    Raises ValueError for less than three points.
-    """
+    """L = L∞ + (x / x0)^-a by least squares of relative residuals, L∞ >= 0, 0.01 <= a <= 3. Raises ValueError
+    for less than three points. L∞ and k = x0^a are linear: only a is searched, on a grid that is refined."""
     if len(x) < 3:
         raise ValueError(f"a power law needs at least 3 points on the frontier; there are {len(x)}")
     middle = np.exp(np.log(x).mean())   # powers of x / middle stay near 1
@@ -482,7 +470,7 @@ def fit_structure(label: str, runs: list[MeasuredRun], axis: str, *, window=(Non
                   samples=300, noise: float | None = None, rng=None) -> Fit:
     """Frontier, law and bootstrap of a structure's runs. noise: relative, between seeds; None: residuals."""
     runs = sorted(runs, key=lambda run: run.per_token[axis])
-    curves = curves_of(runs, axis)
+    curves = [run.curve(axis) for run in runs]
     sizes = np.array([run.per_token[axis] for run in runs])
     fit = Fit(label, axis, runs, *analyse(curves, sizes, window, floor))
     if fit.law is None:

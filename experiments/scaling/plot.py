@@ -39,17 +39,12 @@ def style(i: int) -> dict:
     return {key: values[i % len(values)] for key, values in looks.items()}
 
 
-def pyplot(salt: str):
-    """matplotlib.pyplot without a screen, in the style of all figures; the same salt gives the same svg."""
+def figure(panels: int = 1, rows: int = 1, **options):
+    """(a figure that needs no screen, its axes as an array of rows)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams |= {"svg.hashsalt": salt, "font.size": 9, "svg.fonttype": "none"}
-    return plt
-
-
-def axes(plt, panels: int = 1, rows: int = 1, **options):
-    """(figure, its axes as an array of rows)."""
+    plt.rcParams |= {"font.size": 9, "svg.fonttype": "none"}
     fig, grid = plt.subplots(rows, panels, figsize=(2.7 + 3.4 * panels, 0.8 + 3.2 * rows), squeeze=False,
                              layout="constrained", **options)
     for ax in grid.flat:
@@ -79,14 +74,17 @@ def log_ticks(ax, name: str) -> None:
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def save(plt, fig, ax, folder: str, name: str) -> None:
-    """Write a figure, the legend of `ax` beside all axes, into a folder that is made if need be."""
+def save(fig, ax, folder: str, name: str) -> None:
+    """Write a figure, the legend of `ax` beside all axes, into a folder that is made if need be. The same
+    figure is the same file."""
+    import matplotlib.pyplot as plt
+    plt.rcParams["svg.hashsalt"] = name
     os.makedirs(folder, exist_ok=True)
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         fig.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3.2)
     for kind in ("svg", "png"):
-        metadata = {"Date": None} if kind == "svg" else None    # the same figure is the same file
+        metadata = {"Date": None} if kind == "svg" else None
         fig.savefig(os.path.join(folder, f"{name}.{kind}"), dpi=150, metadata=metadata)
     plt.close(fig)
 
@@ -147,21 +145,21 @@ def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
     log_ticks(ax, "y")
 
 
-def draw(plt, found: dict) -> dict[str, tuple]:
+def draw(found: dict) -> dict[str, tuple]:
     """{name: (figure, the axes that have its legend)} of those FIGURES that fit.json has data for."""
     by_axis, base, drawn = found["axes"], found["base"], {}
     labels = dict.fromkeys(label for of_axis in by_axis.values() for label in of_axis)
     looks = {label: style(i) for i, label in enumerate(labels)}
     for name, axis in AXIS_FIGURES.items():
         if axis in by_axis:
-            fig, [[ax]] = axes(plt)
+            fig, [[ax]] = figure()
             draw_frontier(ax, by_axis[axis], looks, found["curves"], axis)
             ax.set(xlabel=AXES[axis], ylabel=LOSS)
             drawn[name] = fig, ax
     panels = {"flops": "Compute", "seconds": "Time"}
     panels = {axis: what for axis, what in panels.items() if axis in by_axis}
     if any(gain for axis in panels for f in by_axis[axis].values() for gain in f["multipliers"]):
-        fig, [row] = axes(plt, len(panels), sharey=True)
+        fig, [row] = figure(len(panels), sharey=True)
         gains = []
         for ax, (axis, what) in zip(row, panels.items()):
             gains += draw_multipliers(ax, by_axis[axis], looks, base)
@@ -169,7 +167,7 @@ def draw(plt, found: dict) -> dict[str, tuple]:
         row[0].set(ylabel="multiplier", ylim=(min(gains) / 1.5, max(gains) * 1.5))  # not all of intervals
         log_ticks(row[0], "y")
         drawn["multiplier"] = fig, row[0]
-    fig, [row] = axes(plt, 2, sharey=True)
+    fig, [row] = figure(2, sharey=True)
     for ax, (key, what) in zip(row, (("params", "parameters"), ("active_params", "active parameters"))):
         draw_params(ax, found["runs"], looks, key)
         ax.set_xlabel(what)
@@ -180,10 +178,9 @@ def draw(plt, found: dict) -> dict[str, tuple]:
 def plot(folder: str) -> None:
     """All FIGURES there are data for, .svg and .png, beside fit.json, instead of those of an earlier fit.
     Raises ValueError where fit.json is not there, or is none that can be drawn, before any is touched."""
-    plt = pyplot("scaling")
     try:
         with open(os.path.join(folder, "fit.json"), encoding="utf-8") as f:
-            drawn = draw(plt, json.load(f))
+            drawn = draw(json.load(f))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise ValueError(f"there is no fit.json that can be drawn in {folder!r} ({type(e).__name__}: {e}): "
                          "make it with python -m experiments.scaling fit") from e
@@ -191,4 +188,4 @@ def plot(folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, f"{name}.{kind}"))
     for name, (fig, ax) in drawn.items():
-        save(plt, fig, ax, folder, name)
+        save(fig, ax, folder, name)

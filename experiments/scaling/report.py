@@ -40,7 +40,7 @@ def handover_remarks(fit: Fit) -> list[str]:
     for i, (one, other) in enumerate(zip(owners, owners[1:])):
         if one.size == other.size:
             continue
-        is_first = np.log10(x[i + 1]) * PER_DECADE < first_budget(other.x(fit.axis)) + 0.5
+        is_first = np.log10(x[i + 1]) * PER_DECADE < first_budget(other.curve(fit.axis)[0]) + 0.5
         if is_first and len(other.points.tokens) > 1:
             notes.append(f"{fit.label}: the frontier passes to {other.name} at its first evaluation, and may "
                          "be lower before; more evaluations would tell")
@@ -84,13 +84,6 @@ def best_rates(runs: list[MeasuredRun]) -> list[str]:
         lines.append(f"{same[0].label}, {same[0].size}: {', '.join(cells)} after {tokens:,.0f} tokens{edge}; "
                      f"the best is {same[best].name}")
     return sorted(lines)
-
-
-def budgets_of(fits: Iterable[Fit]) -> list[float]:
-    """1 and 3 of every power of ten within the frontiers."""
-    lows, highs = zip(*(fit.range for fit in fits))
-    budgets = [float(f"{digit}e{power}") for power in range(-10, 40) for digit in (1, 3)]
-    return [budget for budget in budgets if min(lows) * 0.999 <= budget <= max(highs) * 1.001]
 
 
 def number(value: float) -> str:
@@ -169,7 +162,9 @@ def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[s
     what, unit = AXES[axis], "s" if axis == "seconds" else "FLOPs"
     timing = ", C in seconds; the intervals hold the noise of losses, none of times" if unit == "s" else ""
     text = [f"## Against {what}", f"L = L∞ + (C / C0)^-a{timing}:", laws_table(fits, level, unit)]
-    budgets = budgets_of(fits.values())
+    lows, highs = zip(*(fit.range for fit in fits.values()))
+    budgets = [float(f"{digit}e{power}") for power in range(-10, 40) for digit in (1, 3)]
+    budgets = [budget for budget in budgets if min(lows) * 0.999 <= budget <= max(highs) * 1.001]
     if base in fits and fits[base].law and len(fits) > 1:
         by_laws, by_points = multiplier_tables(fits, base, budgets, level)
         text += [f"T{what[1:]} that {base} needs for the same loss ÷ those that the structure needs, at the "
@@ -218,16 +213,15 @@ def write_data(out: str, runs: list[MeasuredRun], fits: dict, base: str, level: 
     rows = []
     for axis, label in ((axis, label) for axis in fits for label in fits[axis]):
         fit, curve = fits[axis][label], by_axis[axis][label]
-        for i, owner in enumerate(fit.frontier.owners):
-            value, low, high = curve["multipliers"][i] or ("", "", "")
-            rows.append(dict(axis=axis, structure=label, x=curve["x"][i], loss=curve["loss"][i],
-                             run=fit.runs[owner].name, fitted=curve["used"][i],
-                             law=float(fit.law.loss(curve["x"][i])) if fit.law else "",
-                             multiplier=value, low=low, high=high,
-                             measured_multiplier=curve["measured_multipliers"][i]))
+        keys = ("x", "loss", "used", "multipliers", "measured_multipliers")
+        for owner, x, loss, used, gain, measured in zip(fit.frontier.owners, *map(curve.get, keys)):
+            value, low, high = gain or ("", "", "")
+            rows.append(dict(axis=axis, structure=label, x=x, loss=loss, run=fit.runs[owner].name,
+                             fitted=used, law=float(fit.law.loss(x)) if fit.law else "",
+                             multiplier=value, low=low, high=high, measured_multiplier=measured))
     ends, curves = [], []
     for run in runs:
-        xs = {axis: run.x(axis).tolist() for axis in AXES if axis in run.per_token}
+        xs = {axis: run.curve(axis)[0].tolist() for axis in AXES if axis in run.per_token}
         curves.append(dict(structure=run.label, loss=run.points.losses.tolist(), **xs))
         settings = {key: run.config[key] for key in ("n_layer", "n_embd", "learning_rate", "seed")}
         ends.append(dict(run=run.name, structure=run.label, **settings, params=run.params,
@@ -305,5 +299,5 @@ def write_report(folders: list[str], out: str, *, base: str | None, floor: float
             text += [f"## {heading}", "\n".join(f"- {line}" for line in lines)]
     write_data(out, runs, fits, base, level)
     with open(os.path.join(out, "table.md"), "w", encoding="utf-8") as f:
-        f.write("\n\n".join(text) + "\n")
-    print("\n\n".join(text))
+        print(*text, sep="\n\n", file=f)
+    print(*text, sep="\n\n")

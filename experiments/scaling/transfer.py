@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 from experiments.scaling import plot
-from experiments.scaling.fit import MeasuredRun, differences, read_runs
+from experiments.scaling.fit import MeasuredRun, differences, grouped, read_runs
 from experiments.scaling.report import write_csv
 
 
@@ -43,8 +43,7 @@ def curves_of(label: str, runs: list[MeasuredRun]) -> tuple[list[Curve], list[st
     for key, (one, other, *_) in differences(runs, settings).items():
         raise ValueError(f"runs of {label} differ in more than width, rate, seed: {key} is {one} and {other}")
     curves = []
-    for width in sorted({run.config["n_embd"] for run in runs}):
-        mine = [run for run in runs if run.config["n_embd"] == width]
+    for width, mine in sorted(grouped(runs, lambda run: run.config["n_embd"]).items()):
         points = [(run.config["learning_rate"], run.points.losses[-1]) for run in mine]
         curves.append(Curve(width, *np.array(points).T))
     return curves, [f"{label}: there is no run of width {curve.width} at learning rate {rate:g}"
@@ -66,8 +65,7 @@ def stays(curves: list[Curve]) -> bool:
 def draw(by_structure: dict[str, list[Curve]], mup: bool, folder: str) -> None:
     """A panel for each structure: loss against rate, a line for each width. The best rate is filled, the
     parabola's minimum dotted."""
-    plt = plot.pyplot("lr_transfer")
-    fig, [row] = plot.axes(plt, len(by_structure), sharex=True, sharey=True)
+    fig, [row] = plot.figure(len(by_structure), sharex=True, sharey=True)
     for ax, (label, curves) in zip(row, by_structure.items()):
         for i, curve in enumerate(curves):
             look, means = plot.style(i), curve.means()
@@ -79,7 +77,7 @@ def draw(by_structure: dict[str, list[Curve]], mup: bool, folder: str) -> None:
         ax.minorticks_off()
     row[0].set_ylabel(plot.LOSS)
     fig.supxlabel("learning rate" + (" at the base width" if mup else ", the same for every parameter"))
-    plot.save(plt, fig, row[0], folder, "lr_transfer")
+    plot.save(fig, row[0], folder, "lr_transfer")
 
 
 def transfer(folders: list[str], out: str) -> bool:
@@ -91,8 +89,8 @@ def transfer(folders: list[str], out: str) -> bool:
     runs = [run for run in runs if run.last == longest[run.label]]
     runs.sort(key=lambda run: (run.label, *(run.config[key] for key in ("n_embd", "learning_rate", "seed"))))
     by_structure = {}
-    for label in sorted(longest):
-        by_structure[label], remarks = curves_of(label, [run for run in runs if run.label == label])
+    for label, mine in grouped(runs, lambda run: run.label).items():
+        by_structure[label], remarks = curves_of(label, mine)
         notes += remarks
     for note in notes:
         print(note)

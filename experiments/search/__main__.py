@@ -18,7 +18,7 @@ a database server (--storage): SQLite is for one machine. Trials of a dead proce
 It needs optuna: pip install -r requirements-search.txt
 """
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 import configurator
 from configurator import NonNegativeInt, PositiveFloat, PositiveInt, Seed, fail
@@ -43,8 +43,8 @@ named: bool = True              # the named structures come first, and are not p
 sampler: Literal["tpe", "random"] = "tpe"
 sampler_seed: Seed | None = None  # for jobs=1; None: a different one each time. Each process needs its own
 pruner: Literal["halving", "hyperband", "none"] = "halving"  # halving: successive halving
-first_rung: PositiveInt = 2     # evaluations before the pruner's first decision
-reduction: PositiveInt = 2      # one trial in so many goes on at first_rung · reduction^k evaluations
+first_rung: PositiveInt = 2     # evaluations before the pruner's first decision; the next: times reduction
+reduction: Annotated[int, ("at least", 2), ("below", 2**31)] = 2  # one trial in so many goes on at a rung
 # equal compute
 dense_width: PositiveInt = 96   # a dense model of this width has the FLOPs per token of all trials
 flops: PositiveFloat = 3e12     # training FLOPs of a trial
@@ -63,22 +63,7 @@ times: PositiveFloat = 4.0      # FLOPs of a run there, in those of a trial
 seeds: tuple = (1, 2)           # of each
 
 
-def split_arguments(arguments: list[str]) -> tuple[str, list[str], list[str]]:
-    """(command, flags of this program, config files and flags of train.py)."""
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
-        return "", ["--help"], []
-    command, *rest = arguments or [""]
-    if command not in ("run", "report"):
-        fail(f"the first word must be run or report; got {command!r}")
-    if command == "report":
-        return command, rest, []
-    files = [a for a in rest if not a.startswith("-") and a.strip()]
-    own, of_train = launcher.split_flags(__file__, [a for a in rest if a not in files])
-    return command, own, files + of_train
-
-
-command, own_flags, train_arguments = split_arguments(sys.argv[1:])
+command, files, own_flags, train_flags = launcher.split_arguments(__file__, __doc__, ("run", "report"))
 config = configurator.configure(globals(), own_flags)
 globals().update(config)
 
@@ -95,8 +80,6 @@ from experiments.search.study import TrialState, optuna
 
 def check_keys() -> None:
     """Exit with one sentence if a key of this program has a value of no use."""
-    if reduction < 2:
-        fail(f"reduction must be at least 2; got {reduction}")
     for key, least in dict(widths=1, experts=0, top_ks=1, seeds=0).items():
         values = config[key]
         if values is not None and (not values or any(v < least or v != int(v) for v in values)):
@@ -111,9 +94,9 @@ def check_keys() -> None:
 
 def shared_settings() -> dict:
     """Keys of train.py that all trials share: those that differ from its defaults, and the most important."""
-    settings = configurator.configure({"__file__": launcher.TRAIN}, train_arguments)
+    settings = configurator.configure({"__file__": launcher.TRAIN}, files + train_flags)
     defaults = launcher.train_defaults()
-    flags = {a.partition("=")[0].removeprefix("--").replace("-", "_") for a in train_arguments}
+    flags = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in train_flags}
     for key in points.CHOSEN:
         if key in flags or key in points.STRUCTURAL and settings[key] != defaults[key]:
             fail(f"{key} is what the search chooses: python -m experiments.search --help lists its keys")
@@ -135,7 +118,7 @@ def make_space() -> Space:
             fail(f"{key} must be divisible by n_head = {settings['n_head']}; got {bad[0]}")
     space = Space(dense_width, flops, choices, tolerance, learning_rates, tuple(map(int, experts)),
                   tuple(map(int, top_ks)), max_nu, evals, settings, launcher.vocabulary(settings["dataset"]))
-    iterations = flops / space.flops_per_token / space.tokens_per_iter
+    iterations = flops / space.flops_per_token / launcher.tokens_per_iter(settings)
     if iterations < (1 + tolerance) * evals / tolerance / 2:
         fail(f"flops = {flops:g} are {iterations:.0f} iterations, too few to meet them within "
              f"{tolerance:.0%} by multiples of evals = {evals}: ask for more flops, a larger tolerance, or "
@@ -201,20 +184,15 @@ def run() -> int:
 
 
 def main() -> int:
+    """Carry out the command; the exit status."""
     check_keys()
-    try:
-        if command == "run":
-            return run()
-        from experiments.search.report import write_report
-        write_report(studies.open_study(storage, study, out), out, results or os.path.join(out, "report"),
-                     dense=dense, top=top, times=times, seeds=seeds)
-        return 0
-    except (OSError, ValueError, optuna.exceptions.OptunaError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
-        return 130
+    if command == "run":
+        return run()
+    from experiments.search.report import write_report
+    write_report(studies.open_study(storage, study, out), out, results or os.path.join(out, "report"),
+                 dense=dense, top=top, times=times, seeds=seeds)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launcher.run_program(main, optuna.exceptions.OptunaError)

@@ -6,6 +6,7 @@ at the first evaluation at which the pruner decided.
 import json
 import math
 import os
+import pprint
 
 import numpy as np
 
@@ -63,19 +64,23 @@ class DenseCurve:
 
 def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -> DenseCurve | None:
     """From a fit.json of experiments.scaling, a folder of runs, or the study's own dense trial if it has one.
-
     settings: keys of train.py that all trials share. Raises ValueError if `dense` holds no dense curve, or
-    one of another loss.
-    """
+    one of another loss."""
     if dense is None:
-        return own_dense_curve([r for r in rows if r["name"] == "dense" and r["run"]], out)
+        own = next((r for r in rows if r["name"] == "dense" and r["run"]), None)
+        if own is None:
+            return None
+        points = [(p["flops"], p["val_loss"]) for p in read_log(os.path.join(out, own["run"]))
+                  if p.get("type") == "eval" and p["iter"] and p["val_loss"] is not None]
+        source = f"the study's own, trial {own['trial']}, one width along its training"
+        return DenseCurve(*zip(*points), source) if points else None
     if os.path.isdir(dense):
         runs, _ = scaling_fit.read_runs([dense])
         groups, _ = scaling_fit.same_but_seed([run for run in runs if run.label == "dense"])
-        runs = scaling_fit.mean_of_seeds(groups)
-        if not runs:
+        if not groups:
             raise ValueError(f"there is no run of dense below {dense!r}")
-        measure, frontier = runs[0].config, scaling_fit.frontier_of(scaling_fit.curves_of(runs, "flops"))
+        runs = scaling_fit.mean_of_seeds(groups)
+        measure, frontier = runs[0].config, scaling_fit.frontier_of([run.curve("flops") for run in runs])
         curve = DenseCurve(frontier.x, frontier.losses, f"the frontier of {len(runs)} runs in {dense}")
     else:
         try:
@@ -92,15 +97,6 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
             raise ValueError(f"the runs in {dense!r} do not measure the same loss: {key} is {measure[key]} "
                              f"there and {here[key]} in the search")
     return curve
-
-
-def own_dense_curve(rows: list[dict], out: str) -> DenseCurve | None:
-    """The evaluations of the first row's run."""
-    points = [(p["flops"], p["val_loss"]) for row in rows[:1]
-              for p in read_log(os.path.join(out, row["run"]))
-              if p.get("type") == "eval" and p["iter"] and p["val_loss"] is not None]
-    source = "the study's own, trial {trial}, one width along its training"
-    return DenseCurve(*zip(*points), source.format(**rows[0])) if points else None
 
 
 # ---- Files -------------------------------------------------------------------------------------------------
@@ -123,12 +119,11 @@ def write_report(study: optuna.Study, out: str, results: str, *, dense: str | No
                 for t in counted(study) if "run" in t.user_attrs}
     early = f"{study.user_attrs['first_rung'] / request['evals']:.0%} of the budget"
     text = page(study, rows, curve, early)
-    command = (f"python -m experiments.scaling sweep {os.path.join(results, 'follow.py')} "
-               f"--runs={os.path.join(out, 'follow')} --jobs=2")
-    plan = plan_text(rows, settings, request, top, seeds, times)
+    head = (f"# The best of a search and dense, {times:g} times the FLOPs of a trial:\n"
+            f"#     python -m experiments.scaling sweep {os.path.join(results, 'follow.py')} "
+            f"--runs={os.path.join(out, 'follow')} --jobs=2\n")
     files = {"table.md": text, "best.py": config_text(complete[0], settings[complete[0]["trial"]]),
-             "follow.py": f"# The best of a search and dense, {times:g} times the FLOPs of a trial:\n"
-                          f"#     {command}\n{plan}"}
+             "follow.py": head + plan_text(rows, settings, request, top, seeds, times)}
     write_csv(os.path.join(results, "trials.csv"), round_all(rows))
     for name, contents in files.items():
         with open(os.path.join(results, name), "w", encoding="utf-8") as f:
@@ -138,12 +133,15 @@ def write_report(study: optuna.Study, out: str, results: str, *, dense: str | No
     print(text)
 
 
+def assignments(settings: dict) -> str:
+    return "".join(f"{key} = {value!r}\n" for key, value in settings.items())
+
+
 def config_text(row: dict, settings: dict) -> str:
     """A config file of train.py: all settings of the trial's run."""
-    lines = [f"# Trial {row['trial']} of a search: {row['structure']}, ω {row['omega']:g}, ψ {row['psi']:g}, "
-             f"ν {row['nu']:g}.",
-             f"# Validation loss {row['loss']:.4f} after {number(row['flops'])} training FLOPs."]
-    return "\n".join([*lines, *(f"{key} = {value!r}" for key, value in settings.items())]) + "\n"
+    return (f"# Trial {row['trial']} of a search: {row['structure']}, ω {row['omega']:g}, ψ {row['psi']:g}, "
+            f"ν {row['nu']:g}.\n# Validation loss {row['loss']:.4f} after {number(row['flops'])} training "
+            f"FLOPs.\n{assignments(settings)}")
 
 
 def plan_text(rows: list[dict], settings: dict, request: dict, top: int, seeds: tuple, times: float) -> str:
@@ -156,8 +154,8 @@ def plan_text(rows: list[dict], settings: dict, request: dict, top: int, seeds: 
                                learning_rate=rates[0] if rates else request["learning_rates"])
     shared = dict(flops=times * request["flops"], seed=[int(s) for s in seeds], evals=4 * request["evals"])
     shared |= {k: v for k, v in request["settings"].items() if k != "seed"}
-    lines = ["structures = {", *(f"    {label!r}: {own!r}," for label, own in structures.items()), "}"]
-    return "\n".join([*lines, *(f"{key} = {value!r}" for key, value in shared.items())]) + "\n"
+    text = pprint.pformat(structures, width=90, compact=True, sort_dicts=False)
+    return f"structures = \\\n{text}\n{assignments(shared)}"
 
 
 # ---- Table -------------------------------------------------------------------------------------------------
@@ -228,12 +226,11 @@ def importances(study: optuna.Study, losses: dict[int, float]) -> dict[str, floa
 
 def draw(rows: list[dict], early: str, folder: str) -> None:
     """taxonomy.svg and .png: loss over ω, ψ and ν, of complete trials and of all at the first rung."""
-    plt = scaling_plot.pyplot("search")
     parts = [("loss", [r for r in rows if r["state"] == "complete"], "full budget")]
     at_first_rung = [r for r in rows if math.isfinite(r["first_loss"])]
     if any(r["state"] != "complete" for r in at_first_rung):
         parts.append(("first_loss", at_first_rung, early))
-    fig, grid = scaling_plot.axes(plt, len(PANELS), rows=len(parts), sharey="row", sharex="col")
+    fig, grid = scaling_plot.figure(len(PANELS), rows=len(parts), sharey="row", sharex="col")
     names = sorted({r["name"] for r in rows} - {""}, key=lambda name: (name != "dense", name))
     looks = {name: scaling_plot.style(i) for i, name in enumerate(names)}
     looks = {"": dict(color="#bbbbbb", marker=".")} | looks
@@ -246,4 +243,4 @@ def draw(rows: list[dict], early: str, folder: str) -> None:
         axes[0].set_ylabel(f"validation loss, nats per token\n({budget})")
     for ax, label in zip(grid[-1], PANELS.values()):
         ax.set_xlabel(label)
-    scaling_plot.save(plt, fig, grid[0][0], folder, "taxonomy")
+    scaling_plot.save(fig, grid[0][0], folder, "taxonomy")

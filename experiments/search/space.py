@@ -1,17 +1,10 @@
 """The points that the search chooses from: θ, and experts if asked for, as a model of the requested compute.
 
-Optuna chooses five integers, each an index into one of the lists in LEVELS:
-
-    gamma   θγ
-    alpha   θα's share of 1 - θγ; θβ has the rest
-    phi     θφ
-    delta   θδ's share of 1 - θφ; θε has the rest
-    rho     θρ
-
-All named structures lie on corners and edges of the two simplices, which real numbers would never hit: with
-lists, a share is 1 in a quarter of all draws. The lists hold the fractions of all structures of the paper. At
-width 128 a twelfth more is a factor of 1.5 in size, and the divisors of a width are seldom closer. Exchanging
-the two cores (α with β, δ with ε) gives the same matrices, so that shares of α start at 1/2.
+Optuna chooses five integers, each an index into one of the lists in LEVELS: θγ; θα's share of 1 - θγ, of
+which θβ has the rest; θφ; θδ's share of 1 - θφ, of which θε has the rest; and θρ. The lists hold the
+fractions of all structures of the paper. Named structures lie on corners and edges of the two simplices,
+which real numbers would never hit. Exchanging the two cores (α with β, δ with ε) gives the same matrices, so
+that shares of α start at 1/2.
 
 The model of a θ: among the widths in the list, and for θρ > 0 the ranks within a quarter of d^θρ, those whose
 FLOPs per token are within the tolerance; of these the one whose integer sizes are nearest to d^θ.
@@ -24,12 +17,13 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-from experiments import launcher
+from experiments.launcher import Run, make_run, tokens_per_iter, train_defaults
 from structured import STRUCTURES, Sizes, Theta
 
 PARTS = tuple(map(Fraction, ("0", "1/4", "1/3", "1/2", "2/3", "3/4", "1")))
 LEVELS = {"gamma": PARTS, "alpha": PARTS[3:], "phi": PARTS, "delta": PARTS,
           "rho": tuple(map(Fraction, ("0", "1/8", "1/4", "1/3", "1/2", "3/4")))}
+NAMED = {name: theta for name, theta in STRUCTURES.items() if theta is not None}
 RANK_SLACK = 1.25   # ranks from d^θρ / 1.25 to d^θρ * 1.25 are tried
 # keys of train.py that the search sets: those of a structure and its rate, and those that any config may have
 STRUCTURAL = ("struct", "theta", "rank", "layers", "num_experts", "top_k", "ffn_experts", "head_aligned",
@@ -67,13 +61,13 @@ def theta_text(theta) -> str:
     return " ".join(str(Fraction(e).limit_denominator(64)) for e in theta)
 
 
-def structure_name(theta: Theta) -> str | None:
-    """The structure that θ is, whatever its rank; None if it has no name."""
-    for name, known in STRUCTURES.items():
-        if known and (known.rho > 0) == (theta.rho > 0):
+def structure_name(theta: Theta) -> str:
+    """The structure that θ is, whatever its rank; '' if it has no name."""
+    for name, known in NAMED.items():
+        if (known.rho > 0) == (theta.rho > 0):
             if any(math.dist(known[:6], same[:6]) < 1e-9 for same in (theta, swapped(theta))):
                 return name
-    return None
+    return ""
 
 
 class Point(NamedTuple):
@@ -99,21 +93,22 @@ class Point(NamedTuple):
     def structure(self) -> str:
         """'btt' or 'btt, 8 experts, top 2'; '' if θ has no name."""
         name = structure_name(self.theta)
-        return name + self._experts_text() if name else ""
+        return name and name + self.experts
 
     @property
     def label(self) -> str:
         """What tables and figures call it."""
-        return f"{structure_name(self.theta) or 'θ'} {theta_text(self.theta)}{self._experts_text()}"
+        return f"{structure_name(self.theta) or 'θ'} {theta_text(self.theta)}{self.experts}"
+
+    @property
+    def experts(self) -> str:
+        return f", {self.num_experts} experts, top {self.top_k}" if self.num_experts else ""
 
     def facts(self) -> dict:
         """What a study keeps of it."""
         return dict(point=self.name, label=self.label, structure=self.structure, theta=self.theta,
                     width=self.width, rank=self.rank, sizes=[str(s) for s in self.sizes],
                     flops_per_token=self.flops_per_token)
-
-    def _experts_text(self) -> str:
-        return f", {self.num_experts} experts, top {self.top_k}" if self.num_experts else ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,11 +132,6 @@ class Space:
         sizes = [STRUCTURES["dense"].sizes(*d_in_out) for d_in_out in _maps(self.dense_width)]
         return self.flops_of(sizes, self.dense_width)
 
-    @property
-    def tokens_per_iter(self) -> int:
-        s = self.settings
-        return s["gradient_accumulation_steps"] * s["batch_size"] * s["block_size"]
-
     def request(self) -> dict:
         """What must be the same for all trials of a study, in the types of JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self) | dict(flops_per_token=self.flops_per_token)))
@@ -157,8 +147,7 @@ class Space:
         """The model of θ at the requested FLOPs per token. Raises ValueError if there is none."""
         if theta.nu > self.max_nu + 1e-9:
             raise ValueError(f"θ = {theta_text(theta)} has ν = {theta.nu:.3g}, more than {self.max_nu:g}")
-        point = self._nearest(theta, experts, top_k)
-        if point is None:
+        if (point := self._nearest(theta, experts, top_k)) is None:
             raise ValueError(f"θ = {theta_text(theta)} has no width among the {len(self.widths)} with FLOPs "
                              f"per token within {self.tolerance:.0%} of {self.flops_per_token:.3g}")
         return point
@@ -167,12 +156,11 @@ class Space:
         """{name of a structure: its model with the fewest experts, or a sentence why it has none}."""
         found: dict[str, Point | str] = {}
         experts = min(self.experts)
-        for name, theta in STRUCTURES.items():
-            if theta is not None:
-                try:
-                    found[name] = self.point(theta, experts, self.top_ks[0] if experts else 0)
-                except ValueError as error:
-                    found[name] = str(error)
+        for name, theta in NAMED.items():
+            try:
+                found[name] = self.point(theta, experts, self.top_ks[0] if experts else 0)
+            except ValueError as error:
+                found[name] = str(error)
         return found
 
     def flops_of(self, sizes, width: float, experts: int = 0, top_k: int = 0) -> float:
@@ -209,25 +197,23 @@ class Space:
                  for d_in, d_out in _maps(d)]
         return self.flops_of(sizes, d, experts, top_k)
 
-    def runs(self, point: Point, root: str) -> list[launcher.Run]:
+    def runs(self, point: Point, root: str) -> list[Run]:
         """A run of the point for each learning rate. Raises ValueError if train.py cannot make such a model.
-
-        Iterations are a multiple of the evaluations: all trials evaluate at the same shares of the budget.
-        Dense is train.py's own, without weight norm; all others are plain einsums, not aligned with heads.
-        """
-        every = max(1, round(self.flops / (point.flops_per_token * self.tokens_per_iter * self.evals)))
+        Dense is train.py's own, without weight norm; all others are plain einsums, not aligned with heads."""
+        # all trials evaluate at the same shares of the budget
+        flops_per_iter = point.flops_per_token * tokens_per_iter(self.settings)
+        every = max(1, round(self.flops / (flops_per_iter * self.evals)))
+        values = self.settings | dict(n_embd=point.width, max_iters=every * self.evals, eval_interval=every)
         if point.structure == "dense":
-            structure = dict(struct="dense")
+            values |= dict(struct="dense")
         else:
-            structure = dict(struct="einsum", theta=tuple(point.theta))
-        values = self.settings | structure
-        values |= dict(n_embd=point.width, max_iters=every * self.evals, eval_interval=every)
+            values |= dict(struct="einsum", theta=tuple(point.theta))
         if point.rank != max(1, round(point.width ** point.theta.rho)):
             values |= dict(rank=point.rank)
         if point.num_experts:
             values |= dict(num_experts=point.num_experts, top_k=point.top_k)
-        defaults = launcher.train_defaults()
-        runs = [launcher.make_run(point.label, values | dict(learning_rate=rate), defaults, root)
+        defaults = train_defaults()
+        runs = [make_run(point.label, values | dict(learning_rate=rate), defaults, root)
                 for rate in self.learning_rates]
         if abs(runs[0].flops / self.flops - 1) > self.tolerance + 1e-9:
             raise ValueError(f"a run of {point.label} would cost {runs[0].flops:.3g} FLOPs, not "

@@ -1,4 +1,4 @@
-"""The search as an Optuna study: its storage, sampler and pruner, and the objective, which trains a point.
+"""The search as an Optuna study, and its objective, which trains a point.
 
 Optuna's heartbeats tell which trials a dead process has left. They fail, and Optuna's retry callback queues a
 copy of each; its runs go on from the checkpoints in the folder of its point. User attributes of a trial:
@@ -26,9 +26,8 @@ import filelock
 
 from configurator import fail, show
 from experiments import launcher
-from experiments.search.space import Point, Space, indices_of
+from experiments.search.space import NAMED, Point, Space, indices_of
 from lib.log import read_log
-from structured import STRUCTURES
 
 try:
     import optuna
@@ -86,10 +85,8 @@ class LockedStorage(optuna.storages.RDBStorage):
 def open_study(url: str | None, name: str, folder: str, *, expiry: int = 120, create: bool = False,
                **options) -> optuna.Study:
     """The study in a database: any URL that Optuna takes; None is the SQLite file study.db in the folder.
-
-    create: make what does not exist. expiry: seconds without a heartbeat until a trial is taken over.
-    options: sampler, pruner. Raises ValueError, one sentence, if the study cannot be opened.
-    """
+    expiry: seconds without a heartbeat until a trial is taken over. options: sampler, pruner. Raises
+    ValueError if the study cannot be opened."""
     if url is None:
         path = os.path.join(folder, "study.db")
         if not create and not os.path.exists(path):
@@ -112,16 +109,13 @@ def open_study(url: str | None, name: str, folder: str, *, expiry: int = 120, cr
 
 def begin(study: optuna.Study, space: Space, named: bool, first_rung: int) -> None:
     """Queue the named structures if asked for, then store the request: a study without one has not begun.
-
-    Raises ValueError if the study has begun with another request.
-    """
+    Raises ValueError if it has begun with another one."""
     asked, stored = space.request(), study.user_attrs.get("request")
     if stored is None:
-        for name, theta in STRUCTURES.items():
-            if named and theta is not None:
-                options = dict(num_experts=sorted(space.experts), top_k=space.top_ks)
-                params = indices_of(theta) | {key: v[0] for key, v in options.items() if len(v) > 1}
-                study.enqueue_trial(params, user_attrs=dict(named=name), skip_if_exists=True)
+        for name, theta in NAMED.items() if named else ():
+            options = dict(num_experts=sorted(space.experts), top_k=space.top_ks)
+            params = indices_of(theta) | {key: v[0] for key, v in options.items() if len(v) > 1}
+            study.enqueue_trial(params, user_attrs=dict(named=name), skip_if_exists=True)
         study.set_user_attr("first_rung", first_rung)
         study.set_user_attr("request", asked)
     elif stored != asked:
@@ -166,14 +160,11 @@ def end(trial: optuna.Trial, **why) -> NoReturn:
 
 
 class Training:
-    """A run of a trial: what its log says, and the process that writes it, if one is needed.
-
-    losses   {evaluation: validation loss}, from the first after the start; inf if it was not finite
-    error    why the run has failed, or ''
-    """
+    """A run of a trial: what its log says, and the process that writes it, if one is needed."""
     def __init__(self, run: launcher.Run, evals: int):
-        self.run, self.evals, self.error = run, evals, ""
-        self.losses: dict[int, float] = {}
+        self.run, self.evals = run, evals
+        self.error = ""     # why it has failed
+        self.losses: dict[int, float] = {}  # by evaluation, from the first after the start; inf if not finite
         self.process: subprocess.Popen | None = None
 
     def read(self) -> None:
@@ -190,10 +181,8 @@ class Training:
             self.error = f"ended {how}: {launcher.last_words(self.run)}"
 
     def launch(self, job: int, **options) -> None:
-        """Start train.py, unless it is at work or need not be. Arguments: see launcher.launch.
-
-        A train.py that has outlived its search may still write into the folder: its log is followed then.
-        """
+        """Start train.py, unless it need not be, or one that has outlived its search is at work: its log is
+        followed then. Arguments: see launcher.launch."""
         is_over = self.error or self.evals in self.losses
         if self.process is None and not is_over and not launcher.is_training(self.run.folder):
             self.process = launcher.launch(self.run, job, **options)
@@ -313,10 +302,8 @@ class Search:
             self.free_jobs.put(job)
 
     def follow(self, trial: optuna.Trial, trainings: list[Training], job: int) -> float:
-        """Report the evaluations of the runs, and launch those that need it.
-
-        Of several learning rates the best at each evaluation counts; those that have failed are left out.
-        """
+        """Report the evaluations of the runs, and launch those that need it. Of several learning rates the
+        best at each evaluation counts; those that have failed are left out."""
         reported: set[int] = set()
         while True:
             for training in trainings:

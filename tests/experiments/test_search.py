@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 optuna = pytest.importorskip("optuna")
@@ -24,14 +25,15 @@ optuna = pytest.importorskip("optuna")
 from experiments.search import report, study
 from experiments.search.space import Space
 from structured import STRUCTURES, Theta
+from tests.experiments.logs import write_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 NAMED = {name: theta for name, theta in STRUCTURES.items() if theta is not None}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# A run whose loss follows from its θ and rate, and which goes on from what its log says. Like train.py, it locks
-# its folder. Beside it, the file 'launched' has a line for each run that got its lock, and while there is a file
-# 'hold', no run goes beyond so many evaluations.
+# A run whose loss follows from its θ and rate, and which goes on from what its log says. Like train.py, it
+# locks its folder. Beside it, the file 'launched' has a line for each run that got its lock, and while there
+# is a file 'hold', no run goes beyond so many evaluations.
 STAND_IN = '''
 import fcntl, json, os, sys, time
 flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
@@ -73,7 +75,8 @@ with open(log, "a") as f:
 '''
 LATER_IS_WORSE = STAND_IN.replace("loss = ", "loss = launched + ")
 FLAGS = ["--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=1", "--n_layer=1", "--n_head=4",
-         "--decay_lr=False", "--dense_width=64", "--flops=2e9", "--widths=" + ",".join(map(str, range(32, 160, 4)))]
+         "--decay_lr=False", "--dense_width=64", "--flops=2e9",
+         "--widths=" + ",".join(map(str, range(32, 160, 4)))]
 RANDOM = ["--named=False", "--sampler=random", "--sampler_seed=0"]
 
 
@@ -91,7 +94,8 @@ class Searcher:
     def __call__(self, *flags, command="run"):
         """The command in this process: it spares the imports."""
         arguments, handlers = sys.argv, {number: signal.getsignal(number) for number in SIGNALS}
-        sys.argv = ["search", command, *(self.flags if command == "run" else self.flags[-3:-2]), *map(str, flags)]
+        shared = self.flags if command == "run" else self.flags[-3:-2]
+        sys.argv = ["search", command, *shared, *map(str, flags)]
         try:
             runpy.run_module("experiments.search", run_name="__main__")
         except SystemExit as end:
@@ -146,7 +150,8 @@ class Searcher:
 @pytest.fixture
 def search(run, capsys, python_text, tmp_path):
     """A Searcher, in memory if there is a folder there: SQLite waits for the disk at every commit."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         yield Searcher(Path(folder), run, capsys, python_text)
 
 
@@ -163,7 +168,7 @@ def assert_refused(done, word):
     assert done.err.count("\n") == 1, done.err
 
 
-# ---- Which trials there are -----------------------------------------------------------------------------------
+# ---- Which trials there are --------------------------------------------------------------------------------
 
 def test_named_structures_come_first_and_others_are_pruned_at_the_rungs(search):
     done = search("--trials=14", "--sampler_seed=1")
@@ -176,7 +181,8 @@ def test_named_structures_come_first_and_others_are_pruned_at_the_rungs(search):
     assert len(pruned) >= 3 and {t.last_step for t in pruned} <= {2, 4} and not search.states()["FAIL"]
     for trial in trials:
         log = search.out / trial.user_attrs["run"]["folder"] / "log.jsonl"
-        losses = [p["val_loss"] for p in map(json.loads, log.read_text().splitlines()) if p["type"] == "eval"][1:]
+        points = map(json.loads, log.read_text().splitlines())
+        losses = [p["val_loss"] for p in points if p["type"] == "eval"][1:]
         reported = [loss for _, loss in sorted(trial.intermediate_values.items())]
         assert reported == losses[:len(reported)] and trial.value == reported[-1]
         assert len(reported) == 8 or trial in pruned
@@ -206,7 +212,8 @@ def held''').replace("held(i // every)", "launched == 2 and i == 2 * every"))
 
 
 def test_the_pruner_decides_on_evaluations_that_were_logged_before(search):
-    """The runs of a study that is lost have gone on to their end; the second was behind at its second evaluation."""
+    """The runs of a study that is lost have gone on to their end; the second was behind at its second
+    evaluation."""
     search.write(LATER_IS_WORSE)
     assert search("--trials=2", *RANDOM, "--pruner=none").returncode == 0
     (search.out / "study.db").unlink()
@@ -250,7 +257,8 @@ def test_the_best_of_several_rates_counts(search):
     for trial in search.trials():
         run = trial.user_attrs["run"]
         assert run["settings"]["learning_rate"] == 1.9e-3
-        assert trial.value == json.loads((search.out / run["folder"] / "log.jsonl").read_text().splitlines()[-1])["val_loss"]
+        log = (search.out / run["folder"] / "log.jsonl").read_text()
+        assert trial.value == json.loads(log.splitlines()[-1])["val_loss"]
 
 
 def test_a_pruned_trial_is_described_by_its_best_rate(search):
@@ -260,20 +268,22 @@ def test_a_pruned_trial_is_described_by_its_best_rate(search):
     assert [t.user_attrs["run"]["settings"]["learning_rate"] for t in search.trials()] == [1.9e-3, 1.9e-3]
 
 
-# ---- Several processes, and kills -------------------------------------------------------------------------------
+# ---- Several processes, and kills --------------------------------------------------------------------------
 
 def test_two_processes_share_a_study(search):
-    """They begin at once, and each launches a run before the first one ends; every point is trained once. What Optuna
-    calls experimental is not the user's concern."""
+    """They begin at once, and each launches a run before the first one ends; every point is trained once.
+    What Optuna calls experimental is not the user's concern."""
     search.hold.write_text("1")
     flags = ("--trials=6", "--widths=32,64,96,128", "--tolerance=0.3", "--sampler=random")
-    with search.in_process(*flags, "--sampler_seed=1") as one, search.in_process(*flags, "--sampler_seed=2") as other:
+    with (search.in_process(*flags, "--sampler_seed=1") as one,
+          search.in_process(*flags, "--sampler_seed=2") as other):
         wait_until(lambda: len({flags["parent"] for flags in search.launched()}) == 2)
         search.hold.unlink()
     assert [(done[0].returncode, done[0].stderr) for done in (one, other)] == [(0, "")] * 2, (one, other)
     assert search.states()["COMPLETE"] + search.states()["PRUNED"] == 6
     assert len(search.launched()) == 6 == len(set(search.points()))
-    queued = Counter(t.user_attrs["named"] for t in study.latest_trials(search.study()) if "named" in t.user_attrs)
+    queued = Counter(t.user_attrs["named"] for t in study.latest_trials(search.study())
+                     if "named" in t.user_attrs)
     assert queued == Counter(NAMED.keys())
 
 
@@ -288,7 +298,8 @@ def test_a_killed_search_goes_on_from_its_checkpoints(search, number):
         for job in killed if number == signal.SIGKILL else ():
             os.kill(job["pid"], number)
     search.hold.unlink()
-    assert done[0].returncode == (-9 if number == signal.SIGKILL else 130) and "Traceback" not in done[0].stderr
+    assert done[0].returncode == (-9 if number == signal.SIGKILL else 130)
+    assert "Traceback" not in done[0].stderr
     assert search.states() == ({"RUNNING": 2} if number == signal.SIGKILL else {"WAITING": 2})
     search.end_heartbeats()
     again = search(*flags)
@@ -312,7 +323,8 @@ def test_a_run_that_outlives_its_search_is_not_trained_twice(search):
         wait_until(lambda: search.states() == {"RUNNING": 1})
         search.end_heartbeats()
         with search.in_process("--trials=1", "--pruner=none") as done:
-            wait_until(lambda: len(search.trials()[0].intermediate_values) == 3 and search.trials()[0].number > 0)
+            wait_until(lambda: len(search.trials()[0].intermediate_values) == 3
+                       and search.trials()[0].number > 0)
             search.hold.unlink()
     assert done[0].returncode == 0 and search.states() == {"COMPLETE": 1}, done
     assert len(search.launched()) == 1 and search.evaluations() == [9]
@@ -336,7 +348,7 @@ def test_nobody_waits_for_a_trial_whose_process_died_before_it_had_a_point(searc
     assert search("--trials=2").returncode == 0 and search.states() == {"COMPLETE": 2}
 
 
-# ---- Failures ---------------------------------------------------------------------------------------------------
+# ---- Failures ----------------------------------------------------------------------------------------------
 
 def test_failures_are_reported_and_the_search_goes_on(search):
     done = search("--trials=9", "--seed=13", "--pruner=none", "--sampler_seed=0")
@@ -365,7 +377,8 @@ def test_nothing_but_failures_ends_the_search_and_the_next_one_tries_them_again(
     search.write(STAND_IN)
     done = search("--trials=6")
     assert done.returncode == 0 and "3 trials that have failed are tried again" in done.out, done
-    assert search.states() == {"COMPLETE": 6} and {t.user_attrs["named"] for t in search.trials()} == set(NAMED)
+    assert search.states() == {"COMPLETE": 6}
+    assert {t.user_attrs["named"] for t in search.trials()} == set(NAMED)
     assert "tried again" not in search("--trials=6").out and len(search.launched()) == 6
 
 
@@ -382,7 +395,7 @@ def test_a_trial_that_cannot_start_fails_and_the_search_goes_on(search, monkeypa
     assert done.out.count("FAILED, no such model") == 2 and len(search.launched()) == 4
 
 
-# ---- What a user asks for ---------------------------------------------------------------------------------------
+# ---- What a user asks for ----------------------------------------------------------------------------------
 
 def test_a_database_url_holds_the_study_too(search):
     url = f"--storage=sqlite:///{search.folder}/other.db"
@@ -398,17 +411,20 @@ def test_a_database_url_holds_the_study_too(search):
 def test_a_study_goes_on_with_the_same_request_only(search):
     assert search("--trials=1").returncode == 0
     for flag, words in (("--flops=3e9", "flops = 2000000000.0, not 3"), ("--seed=5", "seed = 1337, not 5"),
-                        ("--bias=True", "bias = None, not True"), ("--learning_rates=1e-3", "learning_rates")):
+                        ("--bias=True", "bias = None, not True"),
+                        ("--learning_rates=1e-3", "learning_rates")):
         assert_refused(search("--trials=2", flag), words)
     assert len(search.launched()) == 1
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--jobs=0"], "jobs"), (["--flops=1e9"], "flops"), (["--sampler=cmaes"], "cmaes"), (["--pruner=none!"], "none!"),
+    (["--jobs=0"], "jobs"), (["--flops=1e9"], "flops"), (["--sampler=cmaes"], "cmaes"),
+    (["--pruner=none!"], "none!"),
     (["--reduction=1"], "reduction"), (["--widths=33"], "33"), (["--experts=-1"], "experts"),
     (["--n_embd=64"], "n_embd"), (["--dataset=nowhere"], "nowhere"), (["--trails=3"], "trials"),
     (["--n_lyer=3"], "n_lyer"), (["config/nowhere.py"], "nowhere"), (["--top_ks=1.5"], "top_ks"),
-    (["--storage=mongo://x"], "mongo"), (["--learning_rates="], "learning_rates"), (["--experts=0,1"], "experts"),
+    (["--storage=mongo://x"], "mongo"), (["--learning_rates="], "learning_rates"),
+    (["--experts=0,1"], "experts"),
     (["--dropout=1.5"], "dropout"), (["--ffn_experts=4"], "ffn_experts"), (["config/moe.py"], "ffn_experts"),
     (["config/btt.py"], "struct"), (["--head_aligned=True"], "head_aligned"), (["--gpus=100"], "gpus"),
     (["--batch_size=0"], "batch_size"), (["--n_head=0"], "n_head"), (["--n_layer=0"], "n_layer"),
@@ -425,15 +441,17 @@ def test_a_password_stays_out_of_the_message(search):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["sweep"], "sweep"), ([""], "run or report"), (["report"], "search first"), (["report", "--top=-1"], "top"),
-    (["report", "--times=0"], "times"), (["report", "--seeds=1.5"], "seeds")])
+    (["sweep"], "sweep"), ([""], "run or report"), (["report"], "search first"),
+    (["report", "--top=-1"], "top"), (["report", "--times=0"], "times"),
+    (["report", "--seeds=1.5"], "seeds")])
 def test_a_bad_command_is_refused(search, arguments, word):
     assert_refused(search(*arguments[1:], command=arguments[0]), word)
 
 
 def test_help_lists_the_keys(search):
     done = search(command="--help")
-    assert done.returncode == 0 and "--trials=40" in done.out and "python -m experiments.search run" in done.out
+    assert done.returncode == 0 and "--trials=40" in done.out
+    assert "python -m experiments.search run" in done.out
 
 
 def no_optuna():
@@ -458,10 +476,11 @@ def test_a_dry_run_describes_the_search(search):
 
 def test_named_structures_that_are_left_out_are_listed(search):
     done = search("--trials=1", "--widths=64")
-    assert done.returncode == 0 and "monarch is left out: " in done.out and "dense is left out" not in done.out
+    assert done.returncode == 0 and "monarch is left out: " in done.out
+    assert "dense is left out" not in done.out
 
 
-# ---- Report -------------------------------------------------------------------------------------------------------
+# ---- Report ------------------------------------------------------------------------------------------------
 
 def test_a_report_has_a_table_a_csv_file_and_a_figure(search):
     assert search("--trials=14", "--sampler_seed=2", "--first_rung=3").returncode == 0
@@ -478,7 +497,8 @@ def test_a_report_has_a_table_a_csv_file_and_a_figure(search):
     for row in rows:
         trial = by_number[row["trial"]]
         theta = Theta(*trial.user_attrs["model"]["theta"])
-        assert [float(row[k]) for k in ("omega", "psi", "nu")] == pytest.approx([theta.omega, theta.psi, theta.nu], abs=1e-5)
+        taxonomy = [float(row[k]) for k in ("omega", "psi", "nu")]
+        assert taxonomy == pytest.approx([theta.omega, theta.psi, theta.nu], abs=1e-5)
         assert float(row["loss"]) == pytest.approx(trial.value, abs=1e-5)
         assert float(row["share_of_budget"]) in ((1,) if row["state"] == "complete" else (0.375, 0.75))
     parts = text.split("## Pruned")
@@ -492,13 +512,15 @@ def test_a_report_has_a_table_a_csv_file_and_a_figure(search):
 
 def test_the_best_become_a_config_of_train_and_a_plan_of_scaling(run, search, python_text, tmp_path):
     """With train.py itself, and two tiny trials."""
-    done = search("config/cpu.py", "--program=train.py", "--batch_size=4", "--widths=64,96,100,104", "--flops=4e8",
-                  "--trials=2", "--eval_iters=2", "--evals=4", "--sample_tokens=0", "--warmup_iters=2",
+    done = search("config/cpu.py", "--program=train.py", "--batch_size=4", "--widths=64,96,100,104",
+                  "--flops=4e8", "--trials=2", "--eval_iters=2", "--evals=4", "--sample_tokens=0",
+                  "--warmup_iters=2",
                   "--tolerance=0.2", "--pruner=none", "--jobs=2")
     assert done.returncode == 0, done
     for log in search.out.rglob("log.jsonl"):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        assert lines[-1]["flops"] == pytest.approx(4e8, rel=0.2) and sum(p["type"] == "eval" for p in lines) == 5
+        assert lines[-1]["flops"] == pytest.approx(4e8, rel=0.2)
+        assert sum(p["type"] == "eval" for p in lines) == 5
     done = search(f"--results={tmp_path}/results", "--times=2", command="report")
     assert done.returncode == 0 and "share of dense's compute" in done.out, done
     best = run("train.py", tmp_path / "results" / "best.py", f"--out_dir={tmp_path}/again")
@@ -508,10 +530,13 @@ def test_the_best_become_a_config_of_train_and_a_plan_of_scaling(run, search, py
     once, again = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
                    for folder in (search.out / rows[0]["run"], tmp_path / "again"))
     assert once[-1]["val_loss"] == again[-1]["val_loss"] == pytest.approx(float(rows[0]["loss"]), abs=1e-5)
-    assert all(once[0]["config"][k] == v for k, v in again[0]["config"].items() if k not in ("out_dir", "init_from"))
-    settings = {r["name"]: json.loads((search.out / r["run"] / "settings.json").read_text())["settings"] for r in rows}
+    assert all(once[0]["config"][k] == v for k, v in again[0]["config"].items()
+               if k not in ("out_dir", "init_from"))
+    settings = {r["name"]: json.loads((search.out / r["run"] / "settings.json").read_text())["settings"]
+                for r in rows}
     assert {name: s["struct"] for name, s in settings.items()} == {"dense": "dense", "tt": "einsum"}
-    command = re.search("python -m experiments.scaling sweep .*", (tmp_path / "results" / "follow.py").read_text())[0]
+    follow = (tmp_path / "results" / "follow.py").read_text()
+    command = re.search("python -m experiments.scaling sweep .*", follow)[0]
     plan = run("experiments.scaling", *command.split()[3:], "--dry_run=True")
     lines = plan.stdout.splitlines()
     assert plan.returncode == 0 and len(lines) == 5, plan.stderr
@@ -522,26 +547,44 @@ def test_the_best_become_a_config_of_train_and_a_plan_of_scaling(run, search, py
 
 def test_the_share_of_dense_is_interpolated_and_bounded():
     curve = report.DenseCurve([1e12, 4e12, 2e12, 8e12], [3.0, 2.0, 2.5, 2.1], "by hand")
-    assert curve.share(1e12, 2.5) == "0.5" and curve.share(4e12, 2.0) == "1" and curve.share(1e12, 1.9) == "< 0.25"
+    assert curve.share(1e12, 2.5) == "0.5" and curve.share(4e12, 2.0) == "1"
+    assert curve.share(1e12, 1.9) == "< 0.25"
     assert curve.share(1e12, 3.1) == "—" and curve.share(1e12, math.nan) == "—"
     between = curve.share(1e12, math.sqrt(3.0 * 2.5))    # halfway in logarithms
     assert float(between) == pytest.approx(1 / math.sqrt(2), rel=0.01)
 
 
 def test_a_dense_curve_leaves_out_what_is_not_finite(tmp_path):
-    points = [dict(type="eval", iter=i, flops=1e12 * i, val_loss=loss) for i, loss in enumerate((4.0, 3.0, None, 2.5))]
+    points = [dict(type="eval", iter=i, flops=1e12 * i, val_loss=loss)
+              for i, loss in enumerate((4.0, 3.0, None, 2.5))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     curve = report.dense_curve(None, [dict(name="dense", run=".", trial=0)], str(tmp_path), {})
     assert list(curve.flops) == [1e12, 3e12] and list(curve.losses) == [3.0, 2.5]
+
+
+def test_seeds_of_dense_runs_in_a_folder_count_as_their_mean(tmp_path):
+    """Two seeds 0.2 apart: the curve is between them, and no envelope of both."""
+    tokens = np.arange(1, 9) * 1e6
+    losses = np.linspace(3.0, 2.3, 8)
+    for seed, off in ((1, 0.1), (2, -0.1)):
+        write_log(tmp_path / f"seed{seed}", "dense", dict(n_embd=8, seed=seed), 1e6, tokens, losses + off)
+    write_log(tmp_path / "btt", "btt", dict(n_embd=8), 1e6, tokens, losses - 1)
+    measure = dict(dataset="d", block_size=8, eval_iters=2, batch_size=4)
+    curve = report.dense_curve(str(tmp_path), [], "", measure)
+    assert curve.source == f"the frontier of 1 runs in {tmp_path}" and len(curve.flops) > 8
+    expected = np.interp(np.log(curve.flops), np.log(1e6 * tokens), losses)
+    assert curve.losses == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_dense_curve_from_elsewhere_must_measure_the_same_loss(tmp_path):
     fit = dict(axes=dict(flops=dict(dense=dict(x=[1e12, 2e12], loss=[3.0, 2.5]))),
                measure=dict(block_size=64, eval_iters=200))
     (tmp_path / "fit.json").write_text(json.dumps(fit))
-    curve = report.dense_curve(str(tmp_path / "fit.json"), [], "", dict(block_size=64))  # eval_iters as in train.py
+    # eval_iters is that of train.py
+    curve = report.dense_curve(str(tmp_path / "fit.json"), [], "", dict(block_size=64))
     assert curve.share(1e12, 2.5) == "0.5" and "fit.json" in curve.source
-    for settings, key in ((dict(block_size=64, eval_iters=20), "eval_iters"), (dict(eval_iters=200), "block_size")):
+    for settings, key in ((dict(block_size=64, eval_iters=20), "eval_iters"),
+                          (dict(eval_iters=200), "block_size")):
         with pytest.raises(ValueError, match=f"do not measure the same loss: {key} is"):
             report.dense_curve(str(tmp_path / "fit.json"), [], "", settings)
     (tmp_path / "other.json").write_text("{}")

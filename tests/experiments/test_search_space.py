@@ -15,15 +15,17 @@ from experiments.search.space import LEVELS, Space, indices_of, swapped, theta_o
 from experiments.search.study import Search, begin, counted, make_pruner, make_sampler, open_study
 from structured import STRUCTURES, Theta
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:Heartbeat of storage")
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning",
+                                        "ignore:Heartbeat of storage")
 NAMED = {name: theta for name, theta in STRUCTURES.items() if theta is not None}
-SETTINGS = dict(n_layer=3, n_head=4, block_size=128, batch_size=16, gradient_accumulation_steps=1, dataset="d", seed=1,
-                decay_lr=False)
+SETTINGS = dict(n_layer=3, n_head=4, block_size=128, batch_size=16, gradient_accumulation_steps=1,
+                dataset="d", seed=1, decay_lr=False)
 
 
 def make_space(**changes):
-    options = dict(dense_width=96, flops=1e13, widths=tuple(range(32, 513, 4)), tolerance=0.05, learning_rates=(3e-3,),
-                   experts=(0,), top_ks=(2,), max_nu=1.0, evals=8, settings=SETTINGS, vocab_size=96)
+    options = dict(dense_width=96, flops=1e13, widths=tuple(range(32, 513, 4)), tolerance=0.05,
+                   learning_rates=(3e-3,), experts=(0,), top_ks=(2,), max_nu=1.0, evals=8, settings=SETTINGS,
+                   vocab_size=96)
     return Space(**options | changes)
 
 
@@ -42,7 +44,8 @@ def make_study(kind="random", seed=0, **options):
 class Untrained(Search):
     """A search that does not train its points, but asks value(trial, point) for their losses."""
     def train(self, trial, point):
-        trial.set_user_attr("run", dict(settings=dict(learning_rate=1e-3), flops=1e13, ms_per_iter=1, iterations=1))
+        trial.set_user_attr("run", dict(settings=dict(learning_rate=1e-3), flops=1e13, ms_per_iter=1,
+                                        iterations=1))
         return self.value(trial, point)
 
 
@@ -53,7 +56,7 @@ def searched(study, space, trials, value, tmp_path):
     return counted(study)
 
 
-# ---- The space ----------------------------------------------------------------------------------------------------
+# ---- The space ---------------------------------------------------------------------------------------------
 
 def test_all_structures_of_the_paper_are_in_the_space():
     """Exactly, or with their cores exchanged."""
@@ -75,7 +78,8 @@ def test_points_have_the_requested_compute_and_an_allowed_width():
     """By the FLOPs that a model counts itself."""
     import torch
     from model import GPT, GPTConfig
-    space = make_space(settings=SETTINGS | dict(n_layer=2), experts=(0, 4), top_ks=(1, 2), widths=tuple(range(32, 513, 8)))
+    space = make_space(settings=SETTINGS | dict(n_layer=2), experts=(0, 4), top_ks=(1, 2),
+                       widths=tuple(range(32, 513, 8)))
     checked = 0
     dense = GPT(GPTConfig(block_size=128, vocab_size=96, n_layer=2, n_head=4, n_embd=96))
     assert space.flops_per_token == 3 * dense.flops_per_token()
@@ -85,9 +89,9 @@ def test_points_have_the_requested_compute_and_an_allowed_width():
         except ValueError:
             continue
         with torch.device("meta"):
-            model = GPT(GPTConfig(block_size=128, vocab_size=96, n_layer=2, n_head=4, n_embd=point.width, struct="einsum",
-                                  rank=point.rank, theta=tuple(point.theta), num_experts=point.num_experts,
-                                  top_k=max(1, point.top_k)))
+            model = GPT(GPTConfig(block_size=128, vocab_size=96, n_layer=2, n_head=4, n_embd=point.width,
+                                  struct="einsum", rank=point.rank, theta=tuple(point.theta),
+                                  num_experts=point.num_experts, top_k=max(1, point.top_k)))
         assert point.flops_per_token == 3 * model.flops_per_token()
         assert abs(point.flops_per_token / space.flops_per_token - 1) <= 0.05 and point.width in space.widths
         exact = point.width ** theta.rho
@@ -101,11 +105,12 @@ def test_a_point_has_a_run_of_the_requested_cost_for_each_rate(python_text, tmp_
     for name in ("dense", "btt", "low_rank"):
         point = space.point(NAMED[name])
         runs = space.runs(point, str(tmp_path))
-        assert [run.settings["learning_rate"] for run in runs] == [1e-3, 2e-3] and len({run.folder for run in runs}) == 2
+        assert [run.settings["learning_rate"] for run in runs] == [1e-3, 2e-3]
+        assert len({run.folder for run in runs}) == 2
         for run in runs:
             assert abs(run.flops / 1e13 - 1) < 0.05 and run.max_iters == 8 * run.settings["eval_interval"]
             assert run.settings["n_embd"] == point.width
-            if name == "dense":     # the model of config/dense.py, so that it is the one that others measure too
+            if name == "dense":     # the model of config/dense.py, which others measure too
                 assert run.settings["struct"] == "dense" and "theta" not in run.settings
             else:
                 assert run.settings["struct"] == "einsum" and run.settings["theta"] == tuple(NAMED[name])
@@ -122,7 +127,8 @@ def test_points_have_the_same_name_if_their_matrices_are_the_same():
     generic = Theta(1/2, 1/4, 1/4, 1/4, 1/2, 1/4, 1/4)
     assert SPACE.point(generic).name == SPACE.point(swapped(generic)).name
     assert len({SPACE.point(theta).name for theta in NAMED.values()}) == len(NAMED)
-    narrow, by_sizes = make_space(widths=(16,), dense_width=16, tolerance=3.0), {}  # many θ come to the same sizes
+    # many θ come to the same sizes
+    narrow, by_sizes = make_space(widths=(16,), dense_width=16, tolerance=3.0), {}
     for theta in set(t for t in random_thetas(150) if t.nu <= 1):
         point = narrow.point(theta)
         by_sizes.setdefault(tuple(frozenset((s, s.swapped())) for s in point.sizes), []).append(point.name)
@@ -132,13 +138,14 @@ def test_points_have_the_same_name_if_their_matrices_are_the_same():
 
 @pytest.mark.parametrize("changes, theta, words", [
     ({}, Theta(1, 0, 0, 1, 0, 0, 1/2), "ν = 1.5"), ({}, NAMED["monarch"], "no width"),
-    (dict(widths=(127,), tolerance=0.5, settings=SETTINGS | dict(n_head=1)), NAMED["monarch"], "no width")])    # a prime
+    # a prime
+    (dict(widths=(127,), tolerance=0.5, settings=SETTINGS | dict(n_head=1)), NAMED["monarch"], "no width")])
 def test_a_theta_without_a_model_has_no_point(changes, theta, words):
     with pytest.raises(ValueError, match=words):
         make_space(**dict(widths=(96,)) | changes).point(theta)
 
 
-# ---- Which points are trained ---------------------------------------------------------------------------------------
+# ---- Which points are trained ------------------------------------------------------------------------------
 
 def test_a_theta_without_a_model_is_asked_for_but_never_trained(tmp_path):
     trained = []
@@ -177,7 +184,8 @@ def test_a_point_is_trained_once_and_other_thetas_get_its_value(tmp_path):
             first = study.trials[trial.user_attrs["same_as"]]
             same = trial.params == first.params
             kinds[same, first.state.name] += 1
-            assert trial.state.name == ("FAIL" if same else first.state.name) and (same or trial.value == first.value)
+            assert trial.state.name == ("FAIL" if same else first.state.name)
+            assert same or trial.value == first.value
             assert same or trial.intermediate_values == first.intermediate_values
     assert all(kinds[same, state] for same in (True, False) for state in ("COMPLETE", "PRUNED")), kinds
 
@@ -210,7 +218,7 @@ def test_dense_with_experts_is_not_dense(tmp_path):
     assert [row["name"] for row in rows_of(study)] == ["dense", "dense, 4 experts, top 2"]
 
 
-# ---- Sampler, pruner and importances ----------------------------------------------------------------------------------
+# ---- Sampler, pruner and importances -----------------------------------------------------------------------
 
 def synthetic(theta):
     """What the paper says, and of what is left some ν is the best: 1.5 at ω = 0, ψ = 1, ν = 2/3."""
@@ -225,7 +233,8 @@ def test_the_sampler_finds_the_best_region_more_often_than_random_search(tmp_pat
         rng = np.random.default_rng(seed)
         trials = searched(make_study(kind, seed), SPACE, 50,
                           lambda _, point: synthetic(point.theta) + 0.02 * rng.standard_normal(), tmp_path)
-        losses = [synthetic(Theta(*t.user_attrs["model"]["theta"])) for t in sorted(trials, key=lambda t: t.value)]
+        losses = [synthetic(Theta(*t.user_attrs["model"]["theta"]))
+                  for t in sorted(trials, key=lambda t: t.value)]
         in_region[kind] = [loss <= 1.5 + 0.4 / 8 + 1e-9 for loss in losses]
     assert in_region["tpe"][0] and sum(in_region["tpe"]) > sum(in_region["random"]), in_region
 
@@ -243,7 +252,8 @@ def test_importances_say_which_parameter_decides():
 
 @pytest.mark.parametrize("kind", ["halving", "hyperband", "none"])
 def test_pruners_decide_at_the_rungs(kind):
-    """Successive halving: one in `reduction` goes on at 2, 4, 8 ... evaluations; hyperband begins later for some."""
+    """Successive halving: one in `reduction` goes on at 2, 4, 8 ... evaluations; hyperband begins later for
+    some."""
     study, ends = make_study(pruner=make_pruner(kind, 2, 2, 8)), Counter()
     for i in range(32):
         trial = study.ask()
@@ -254,7 +264,8 @@ def test_pruners_decide_at_the_rungs(kind):
                 break
         else:
             ends["end"] += 1
-        study.tell(trial, i if step == 8 else None, state=None if step == 8 else optuna.trial.TrialState.PRUNED)
+        study.tell(trial, i if step == 8 else None,
+                   state=None if step == 8 else optuna.trial.TrialState.PRUNED)
     assert set(ends) <= {2, 4, 8, "end"}
     if kind == "halving":
         assert 10 <= ends[2] <= 20 and ends[2] > ends[4] > 0
@@ -269,7 +280,7 @@ def in_threads(count, function):
         thread.join()
 
 
-# ---- The study in its database ----------------------------------------------------------------------------------------
+# ---- The study in its database -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("calls", range(len(NAMED) + 2))
 def test_a_study_that_was_killed_while_it_began_begins_again(tmp_path, monkeypatch, calls):

@@ -20,7 +20,8 @@ def test_a_row_is_what_the_layer_has(name):
     _, theta, sizes, params, params_share, flops, flops_share, psi, nu, omega, cores = ROWS[name]
     layer = linear(name, 96, 384, weight_norm=False)
     weights = dict(layer.named_parameters())
-    count, executed = sum(p.numel() for p in weights.values()), counted_flops(lambda: layer(torch.randn(1, 96)))
+    count = sum(p.numel() for p in weights.values())
+    executed = counted_flops(lambda: layer(torch.randn(1, 96)))
     assert (int(params.replace(",", "")), int(flops.replace(",", ""))) == (count, executed)
     assert float(params_share) == pytest.approx(count / (96 * 384), abs=6e-4)
     assert float(flops_share) == pytest.approx(executed / (2 * 96 * 384), abs=6e-4)
