@@ -135,13 +135,8 @@ class Sizes(NamedTuple("Sizes", [(name, int) for name in INDICES])):
     """Integer sizes of the seven indices."""
     __slots__ = ()
 
-    @property
-    def d_in(self) -> int:
-        return self.alpha * self.beta * self.gamma
-
-    @property
-    def d_out(self) -> int:
-        return self.delta * self.epsilon * self.phi
+    d_in = property(lambda self: self.alpha * self.beta * self.gamma)
+    d_out = property(lambda self: self.delta * self.epsilon * self.phi)
 
     def core_sizes(self) -> dict[str, int]:
         """Entries of each core. A core of one entry is a scalar that the other absorbs: it is left out."""
@@ -302,9 +297,8 @@ class Einsum(Structured):
     """The two-factor einsum at the top of this file, for given sizes.
 
     forward: x (..., d_in) -> (..., d_out); with experts, x (N, d_in) and ends (E,) -> (N, d_out). Each core
-    is one batched product. Where B goes first, A and B exchange their letters:
-        first    a batch over γ:  (Tβ, α) x (α, ρφδ)
-        second   a batch over φ:  (δT, γρβ) x (γρβ, ε)
+    is one batched product (where B goes first, A and B exchange their letters): the first over γ, (Tβ, α) x
+    (α, ρφδ), and the second over φ, (δT, γρβ) x (γρβ, ε).
     """
 
     def __init__(self, sizes: Sizes, config: LayerConfig, *, zero_init: bool = False, **kwargs):
@@ -315,23 +309,30 @@ class Einsum(Structured):
         super().__init__(sizes.d_in, sizes.d_out, dict(zip(order, shapes)), sizes.fans(), config,
                          zero_core=order[-1] if zero_init else None, **kwargs)
         self.sizes, self.order, self.contraction, self.swapped = sizes, order, contraction, order[0] == "B"
+        self.plain = len(order) == 1 or b == g == d == f == 1  # dense or low rank: whole matrices
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
-        cores = [self.core(name) for name in self.order]
-        if len(cores) == 1 and ends is None:  # dense: one matrix
-            return F.linear(x, cores[0].squeeze(0), self.bias)
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
-        y = kernels.contract(rows, cores, self.contraction, self.swapped, ends)
+        cores = [self.core(name) for name in self.order]
+        if self.plain:
+            y = rows
+            for core in (core.squeeze(-3) for core in cores):  # (out, in), with experts (E, out, in)
+                y = F.linear(y, core) if ends is None else kernels.grouped_product(y, core, ends)
+        elif ends is None:
+            y = kernels.einsum(rows, *(core[None] for core in cores), self.contraction, self.swapped)[0]
+        else:
+            experts = torch.searchsorted(ends, torch.arange(len(rows), device=x.device), right=True)[:, None]
+            y = kernels.einsum(rows, *cores, self.contraction, self.swapped, experts=experts)[0]
         return self.add_bias(y.view(*x.shape[:-1], self.d_out), ends)
 
     def mixture(self, x: Tensor, router: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, ...]:
-        """These experts with a router, as one operator for CPUs: kernels.routed_einsum."""
+        """These experts with a router: x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k)."""
         cores = (self.core(name) for name in self.order)
-        y, logits, chosen = kernels.routed_einsum(x, router, balance, *cores, top_k, self.contraction,
-                                                  self.swapped)
+        y, logits, chosen = kernels.einsum(x, *cores, self.contraction, self.swapped, router=router,
+                                           balance=balance, top_k=top_k)
         if self.bias is not None:
-            gates = kernels.gate_weights(logits, chosen)  # (T, k)
-            y = y + (gates[..., None] * self.bias[chosen]).sum(1).to(y.dtype)
+            gates = kernels.gate_weights(logits, chosen)[..., None]  # (T, k, 1)
+            y = y + (gates * self.bias[chosen]).sum(1).to(y.dtype)
         return y, logits, chosen
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
@@ -443,7 +444,7 @@ class Aux(NamedTuple):
 
 class MoE(nn.Module):
     """Sparse mixture of experts: y = Σ_{e in top-k} gate_e · expert_e(x), gates the softmax of the k chosen
-    logits.
+    logits; for k = 1, where that is constant, the expert's probability among all (Switch Transformer).
 
     `experts(rows, ends)` maps rows sorted by expert, (T·k, d_in) -> (T·k, d_out): an Einsum or Dyad with
     experts is a structured MoE of one projection; a whole MLP of such layers is the standard MoE. Only the
@@ -473,8 +474,7 @@ class MoE(nn.Module):
         """x (..., d_in) -> y (..., d_out), or (y, Aux)."""
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
         router = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
-        two_cores = isinstance(self.experts, Einsum) and len(self.experts.order) == 2
-        if two_cores and kernels.use_cpu_operators(x):
+        if isinstance(self.experts, Einsum) and not self.experts.plain:
             y, logits, chosen = self.experts.mixture(rows, router, self.balance, self.top_k)
         else:
             y, logits, chosen = self._dispatch(rows, router)
@@ -483,9 +483,7 @@ class MoE(nn.Module):
 
     def _dispatch(self, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k), with rows gathered by expert."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(router.dtype), router)  # (T, E)
-        chosen = (logits.detach() + self.balance).topk(self.top_k).indices  # (T, k)
+        logits, chosen = kernels.route(x, router, self.balance, self.top_k)
         gates = kernels.gate_weights(logits, chosen)  # (T, k)
         order = chosen.flatten().argsort(stable=True)  # (T·k,) assignments by expert
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))

@@ -45,7 +45,7 @@ num_experts: NonNegativeInt = 0         # experts inside every structured projec
 top_k: PositiveInt = 2                  # experts that each token uses
 ffn_experts: NonNegativeInt = 0         # standard MoE: experts that are whole MLPs; 0: none
 aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 · z loss), mean over routers
-router_balance_rate: NonNegativeFloat = 0.1  # step of the biases that even out the experts' load; 0: none
+router_balance_rate: NonNegativeFloat = 0.0  # step of biases that even out the experts' load; 0: none
 weight_norm: bool | None = None         # cap the rms of each core at its initial value; None: all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
 head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt without experts
@@ -109,7 +109,8 @@ from data.batches import Batches
 from data.common import check_token_ids, open_dataset
 from lib import distributed, kernels
 from lib.checkpoint import Checkpoints, Progress, changed_settings, progress_of
-from lib.device import autocast, check_memory, choose_device, choose_dtype, device_name, peak_flops
+from lib.device import (autocast, check_memory, choose_device, choose_dtype, device_name,
+                        keep_freed_memory, peak_flops)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
 from lib.log import Logger, format_duration, print0
 from lib.signals import DeferredSignals
@@ -143,7 +144,7 @@ compile = device_type == "cuda" if compile is None else compile
 if device_type == "cuda":
     torch.cuda.set_device(device)
 elif device_type == "cpu":
-    kernels.keep_freed_memory()  # fresh memory for every tensor can cost more than the products
+    keep_freed_memory()  # fresh memory for every tensor can cost more than the products
 torch.backends.cuda.matmul.fp32_precision = "tf32"  # what dtype 'float32' means on a GPU
 torch.backends.cudnn.fp32_precision = "tf32"
 amp = autocast(device_type, dtype)
@@ -229,13 +230,12 @@ peak, peak_source = peak_flops(device, dtype)
 peak *= ddp_world_size
 train_flops_per_token = 3 * raw_model.flops_per_token()  # forward, and twice as much backward
 print0(f"model: {raw_model.num_params():,} parameters, {raw_model.num_params(active=True):,} active, "
-       f"{raw_model.flops_per_token():,} forward FLOPs per token, vocabulary {vocab_size}")
-for line in raw_model.describe():
-    print0("  " + line)
+       f"{raw_model.flops_per_token():,} forward FLOPs per token, vocabulary {vocab_size}\n  "
+       + "\n  ".join(raw_model.describe()))
 print0(f"data: {dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens, "
        f"{tokens_per_iter:,} tokens per iteration")
-print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile else 'eager'}, utilization "
-       f"(MFU) is of {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile else 'eager'}, einsums by "
+       f"{kernels.describe_body(device_type, dtype)}, MFU of {peak / 1e12:.3g} TFLOP/s ({peak_source})")
 
 # points of a log that the run is about to make again are dropped; from scratch, all are
 logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master)

@@ -52,7 +52,7 @@ from torch import nn
 
 import structured
 from lib import kernels
-from lib.device import autocast, choose_device, choose_dtype, device_name
+from lib.device import autocast, choose_device, choose_dtype, device_name, keep_freed_memory
 from model import GPT, GPTConfig
 
 if any(w < 1 or w != int(w) for w in widths):
@@ -103,11 +103,9 @@ def memory(run) -> tuple[int, int] | tuple[None, None]:
         return left, torch.cuda.max_memory_allocated() - before
     if device_type != "cpu":
         return None, None
-    kernels.release_scratch()
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as trace:
         result = run()
-        kernels.release_scratch()   # all layers share it in turn: it counts for the peak alone
     del result
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trace.json")
@@ -203,6 +201,7 @@ def machine() -> dict:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
     return dict(device=name, threads=torch.get_num_threads(), dtype=dtype, compiled=compile,
+                einsums=kernels.describe_body(device_type, dtype),
                 torch=torch.__version__, python=platform.python_version(),
                 system=platform.platform(terse=True))
 
@@ -230,7 +229,7 @@ def print_table(title: str, columns: dict[str, str], rows: Iterable[dict]) -> li
 
 def main() -> None:
     if device_type == "cpu":
-        kernels.keep_freed_memory()     # as train.py does
+        keep_freed_memory()     # as train.py does
     if compile:
         torch._dynamo.config.recompile_limit = 1000     # every structure and width compiles the same code
     result = dict(machine=machine(), config=config, layers=[], steps=[])

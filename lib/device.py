@@ -1,5 +1,6 @@
 """The device of a program, the type it computes in, and how fast the device could be."""
 import contextlib
+import ctypes
 import os
 import re
 import time
@@ -82,3 +83,16 @@ def check_memory(params: int, device_type: str) -> None:
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise ValueError(f"a model of {params:,} parameters needs {size / 1e9:,.0f} GB of memory, more than "
                          "there is: take a smaller n_embd or n_layer")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the process, for programs that do the same thing over and over on a
+    CPU.
+
+    Otherwise large tensors are returned to the system when freed, and made of fresh pages every time, which
+    can cost more than the products that fill them. Without glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink

@@ -1,0 +1,811 @@
+/* Two-factor einsums and mixtures of them on a CPU: forward and backward.  See c_body.py, which compiles and
+ * calls this file, and plan.py for the three primitives, which are the same for every body.
+ *
+ * Letters are those of the contraction, in which the first core comes first (structured.py):
+ *     a alpha  b beta  g gamma  d delta  e epsilon  f phi  r rho
+ *     u = (g, b), U of them     v = (f, d), V of them     p = (g, r, b)     q = (r, f, d)
+ * A token's input is x[u][a] and its output y[v][e]; for the tile's rows
+ *     z[u][q] = sum_a x[u][a] first[g][q][a]          dz[v][p] = gate sum_e dy[v][e] second[f][e][p]
+ *     y[v][e] = gate sum_p z[u][q] second[f][e][p]    dx[u][a] = sum_q dz[v][p] first[g][q][a]
+ * so that the backward is the forward with its roles exchanged.  Each of the six products of a layer is the
+ * same small one, C[m][n] (+)= scale[m] sum_k A[m][k] B[k][n], with n contiguous in memory and A read one
+ * number at a time, from wherever it lies: nothing is transposed on the way.
+ *
+ * Each slot (a thread's share) has a range of tokens, taken in blocks: a block's tokens are routed, their
+ * assignments sorted by expert, and the rows of an expert taken in tiles of at most TILE.  Rows are read from
+ * x and added to y in place.  All sums have an order that depends on the number of slots alone.
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef REAL
+#define REAL float
+#endif
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define VECTOR_BYTES 64
+#define MR 8    /* rows of a register block, two vectors wide */
+#elif defined(__AVX__)
+#include <immintrin.h>
+#define VECTOR_BYTES 32
+#define MR 6
+#else
+#define VECTOR_BYTES 16
+#define MR 8
+#endif
+#define VL ((int64_t)(VECTOR_BYTES / sizeof(REAL)))  /* numbers in a vector */
+#define TILE 32     /* rows of a tile */
+#define BLOCK 512   /* tokens of a block */
+#define FEW 8       /* rows up to which the cores are not packed */
+
+typedef REAL vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef REAL loose __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+INLINE vec load(const REAL *p) { return *(const loose *)p; }
+INLINE void store(REAL *p, vec v) { *(loose *)p = v; }
+
+#if defined(__AVX__) && !defined(__AVX512F__)
+INLINE __m256i lanes(int64_t n) {   /* a mask of the first n words of 32 bits */
+    static const int32_t mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    return _mm256_loadu_si256((const __m256i *)(mask + 8 - n));
+}
+#endif
+
+/* The first n numbers of a vector, 1 <= n <= VL; the others are 0, and are left alone in memory. */
+INLINE vec load_part(const REAL *p, int64_t n) {
+#if defined(__AVX512F__)
+    if (sizeof(REAL) == 4) return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+    return (vec)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+#elif defined(__AVX__)
+    if (sizeof(REAL) == 4) return (vec)_mm256_maskload_ps((const float *)p, lanes(n));
+    return (vec)_mm256_maskload_pd((const double *)p, lanes(2 * n));
+#else
+    vec v = {0};
+    memcpy(&v, p, n * sizeof(REAL));
+    return v;
+#endif
+}
+
+INLINE void store_part(REAL *p, vec v, int64_t n) {
+#if defined(__AVX512F__)
+    if (sizeof(REAL) == 4) _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+    else _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX__)
+    if (sizeof(REAL) == 4) _mm256_maskstore_ps((float *)p, lanes(n), (__m256)v);
+    else _mm256_maskstore_pd((double *)p, lanes(2 * n), (__m256d)v);
+#else
+    memcpy(p, &v, n * sizeof(REAL));
+#endif
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t round_up(int64_t n) { return (n + VL - 1) / VL * VL; }
+
+/* ---- The small product --------------------------------------------------------------------------------- */
+
+enum { ROWS,    /* A[m][k], k contiguous; B rows a fixed step apart */
+       SUMS,    /* A[m][ka[k]]: k anywhere; B rows a fixed step apart */
+       CORE };  /* A[m][k * step]; B rows anywhere */
+
+/* acc[m][j] += sum_k A[m][k] B[k][j], for M <= MR rows of A and NV <= 2 vectors of B's columns.
+ *   a[m] + (ROWS: k, SUMS: at[k], CORE: k * step) is where A[m][k] is;
+ *   b + k * step (ROWS, SUMS) or bk[k] + offset (CORE) is where B's row k begins. */
+INLINE void multiply(const int kind, const int M, const int NV, const int part, const int64_t tail, vec acc[MR][2],
+                     const int64_t K, const REAL *const a[MR], const int64_t *at, const REAL *b,
+                     const REAL *const *bk, const int64_t offset, const int64_t step) {
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int j = 0; j < NV; j++) acc[m][j] = (vec){0};
+    for (int64_t k = 0; k < K; k++) {
+        const REAL *row = kind == CORE ? bk[k] + offset : b + k * step;
+        const int64_t i = kind == ROWS ? k : kind == SUMS ? at[k] : k * step;
+        vec bv[2];
+        UNROLL for (int j = 0; j < NV; j++)
+            bv[j] = part && j == NV - 1 ? load_part(row + j * VL, tail) : load(row + j * VL);
+        UNROLL for (int m = 0; m < M; m++) {
+            const REAL am = a[m][i];
+            UNROLL for (int j = 0; j < NV; j++) acc[m][j] += am * bv[j];
+        }
+    }
+}
+
+/* Runs body(NV, part, n, tail) over the columns 0 <= n < N. */
+#define COLUMNS(N, body) do { \
+        int64_t n = 0; \
+        for (; n + 2 * VL <= (N); n += 2 * VL) { body(2, 0, n, 0) } \
+        const int64_t left = (N) - n; \
+        if (left > VL) { body(2, 1, n, left - VL) } \
+        else if (left == VL) { body(1, 0, n, 0) } \
+        else if (left > 0) { body(1, 1, n, left) } \
+    } while (0)
+
+/* Runs body(M) for blocks of rows i ... i + M, with i going from first to end. */
+#define BLOCKS(first, end, body) do { \
+        int64_t i = (first); \
+        for (; i + MR <= (end); i += MR) body(MR); \
+        if (MR > 4 && i + 4 <= (end)) { body(4); i += 4; } \
+        for (; i + 2 <= (end); i += 2) body(2); \
+        if (i < (end)) body(1); \
+    } while (0)
+
+INLINE vec load_n(const REAL *p, const int whole, const int64_t n) { return whole ? load(p) : load_part(p, n); }
+INLINE void store_n(REAL *p, vec v, const int whole, const int64_t n) { if (whole) store(p, v); else store_part(p, v, n); }
+
+/* ---- The three primitives ------------------------------------------------------------------------------ */
+
+typedef struct {            /* rows of a tile */
+    int64_t count;
+    const REAL *in[TILE];   /* what the first product reads */
+    REAL *out[TILE];        /* where the result goes */
+    const REAL *old[TILE];  /* what is added to it, or NULL */
+    REAL scale[TILE];
+} tile;
+
+typedef struct {            /* z: a group's rows lie together, (groups, TILE, width), each padded */
+    int64_t groups, width, row, group;  /* row, group: steps */
+} layout;
+
+INLINE layout z_layout(int64_t groups, int64_t width) {
+    layout z = {groups, width, round_up(width), 0};
+    z.group = z.row * TILE + VL;    /* not a multiple of 4 KiB, or all groups would share lines of the cache */
+    return z;
+}
+
+/* z[group][row][n] = scale[row] sum_k in[row][group * K + k] w[group / share][k][n] */
+INLINE void rows_block(const int M, const int64_t i, const tile *t, const int64_t K, const int64_t N,
+                       const int64_t offset, const REAL *w, const int64_t ldw, REAL *z, const int64_t z_row,
+                       const int scaled) {
+    const REAL *a[MR];
+    UNROLL for (int m = 0; m < M; m++) {
+        a[m] = t->in[i + m] + offset;
+    }
+#define BODY(NV, part, n, tail) { \
+        vec acc[MR][2]; \
+        multiply(ROWS, M, NV, part, tail, acc, K, a, NULL, w + n, NULL, 0, ldw); \
+        UNROLL for (int m = 0; m < M; m++) \
+            UNROLL for (int j = 0; j < NV; j++) \
+                store_n(z + (i + m) * z_row + n + j * VL, scaled ? acc[m][j] * t->scale[i + m] : acc[m][j], \
+                        !(part && j == NV - 1), tail); \
+    }
+    COLUMNS(N, BODY);
+#undef BODY
+}
+
+static void rows_to_z(const tile *t, int64_t K, int64_t share, const REAL *w, int64_t ldw, layout to,
+                      REAL *z, int scaled) {
+    for (int64_t group = 0; group < to.groups; group++) {
+        const REAL *core = w + group / share * K * ldw;
+        REAL *zs = z + group * to.group;
+#define BODY(M) rows_block(M, i, t, K, to.width, group * K, core, ldw, zs, to.row, scaled)
+        BLOCKS(0, t->count, BODY);
+#undef BODY
+    }
+}
+
+/* out[row][group * N + n] = old[row][...] + sum_k z[from[group] + at[k] + row * step] w[group / share][k][n]
+ * dot (TILE, VL), or NULL: adds what the rows' products with in[row][...] are, lane by lane. */
+INLINE void sums_block(const int M, const int64_t i, const tile *t, const int64_t g0, const int64_t g1,
+                       const int64_t share, const int64_t K, const int64_t N, const REAL *z, const int64_t step,
+                       const int64_t *from, const int64_t *at, const REAL *w, const int64_t ldw, const int scaled,
+                       REAL *dot) {
+    vec sum[MR];
+    UNROLL for (int m = 0; m < M; m++) sum[m] = dot ? load(dot + (i + m) * VL) : (vec){0};
+    for (int64_t group = g0; group < g1; group++) {
+        const REAL *a[MR], *core = w + group / share * K * ldw;
+        UNROLL for (int m = 0; m < M; m++) a[m] = z + from[group] + (i + m) * step;
+#define BODY(NV, part, n, tail) { \
+            vec acc[MR][2]; \
+            multiply(SUMS, M, NV, part, tail, acc, K, a, at, core + n, NULL, 0, ldw); \
+            UNROLL for (int m = 0; m < M; m++) \
+                UNROLL for (int j = 0; j < NV; j++) { \
+                    const int whole = !(part && j == NV - 1); \
+                    const int64_t to = group * N + n + j * VL; \
+                    vec v = scaled ? acc[m][j] * t->scale[i + m] : acc[m][j]; \
+                    if (dot) sum[m] += v * load_n(t->in[i + m] + to, whole, tail); \
+                    if (t->old[i + m]) v += load_n(t->old[i + m] + to, whole, tail); \
+                    store_n(t->out[i + m] + to, v, whole, tail); \
+                } \
+        }
+        COLUMNS(N, BODY);
+#undef BODY
+    }
+    if (dot) UNROLL for (int m = 0; m < M; m++) store(dot + (i + m) * VL, sum[m]);
+}
+
+INLINE void z_to_rows(const tile *t, int64_t groups, int64_t share, int64_t K, int64_t N, const REAL *z,
+                      int64_t step, const int64_t *from, const int64_t *at, const REAL *w, int64_t ldw,
+                      const int scaled, REAL *dot) {
+    /* VL neighbouring groups read the same lines of z */
+    for (int64_t g = 0; g < groups; g += VL) {
+        const int64_t end = least(groups, g + VL);
+#define BODY(M) sums_block(M, i, t, g, end, share, K, N, z, step, from, at, w, ldw, scaled, dot)
+        BLOCKS(0, t->count, BODY);
+#undef BODY
+    }
+}
+
+/* Its three uses, each compiled on its own. */
+static void outputs(const tile *t, int64_t groups, int64_t share, int64_t K, int64_t N, const REAL *z, int64_t step,
+                    const int64_t *from, const int64_t *at, const REAL *w, int64_t ldw) {
+    z_to_rows(t, groups, share, K, N, z, step, from, at, w, ldw, 0, NULL);
+}
+
+static void gated_outputs(const tile *t, int64_t groups, int64_t share, int64_t K, int64_t N, const REAL *z,
+                          int64_t step, const int64_t *from, const int64_t *at, const REAL *w, int64_t ldw) {
+    z_to_rows(t, groups, share, K, N, z, step, from, at, w, ldw, 1, NULL);
+}
+
+static void outputs_and_dots(const tile *t, int64_t groups, int64_t share, int64_t K, int64_t N, const REAL *z,
+                             int64_t step, const int64_t *from, const int64_t *at, const REAL *w, int64_t ldw,
+                             REAL *dot) {
+    z_to_rows(t, groups, share, K, N, z, step, from, at, w, ldw, 0, dot);
+}
+
+/* core[group / share][m][n] (+)= sum_row z[from[group] + at[m] + row * step] in[row][group * N + n] */
+INLINE void core_block(const int M, const int64_t i, const tile *t, const int64_t g0, const int64_t g1,
+                       const int64_t share, const int64_t all, const int64_t N, const REAL *z,
+                       const int64_t step, const int64_t *from, const int64_t *at, REAL *core, const int add) {
+    for (int64_t group = g0; group < g1; group++) {
+        const REAL *a[MR];
+        REAL *to = core + (group / share * all + i) * N;
+        const int more = add || group % share;
+        UNROLL for (int m = 0; m < M; m++) a[m] = z + from[group] + at[i + m];
+#define BODY(NV, part, n, tail) { \
+            vec acc[MR][2]; \
+            multiply(CORE, M, NV, part, tail, acc, t->count, a, NULL, NULL, t->in, group * N + n, step); \
+            UNROLL for (int m = 0; m < M; m++) \
+                UNROLL for (int j = 0; j < NV; j++) { \
+                    const int whole = !(part && j == NV - 1); \
+                    REAL *p = to + m * N + n + j * VL; \
+                    store_n(p, more ? acc[m][j] + load_n(p, whole, tail) : acc[m][j], whole, tail); \
+                } \
+        }
+        COLUMNS(N, BODY);
+#undef BODY
+    }
+}
+
+static void core_gradient(const tile *t, int64_t groups, int64_t share, int64_t M_all, int64_t N, const REAL *z,
+                          int64_t step, const int64_t *from, const int64_t *at, REAL *core, int add) {
+    for (int64_t g = 0; g < groups; g += VL) {
+        const int64_t end = least(groups, g + VL);
+#define BODY(M) core_block(M, i, t, g, end, share, M_all, N, z, step, from, at, core, add)
+        BLOCKS(0, M_all, BODY);
+#undef BODY
+    }
+}
+
+/* ---- Transposition ------------------------------------------------------------------------------------- */
+
+#if VECTOR_BYTES == 64
+#define LANES32(M, s) M(0,s),M(1,s),M(2,s),M(3,s),M(4,s),M(5,s),M(6,s),M(7,s),M(8,s),M(9,s),M(10,s),M(11,s), \
+                      M(12,s),M(13,s),M(14,s),M(15,s)
+#define LANES64(M, s) M(0,s),M(1,s),M(2,s),M(3,s),M(4,s),M(5,s),M(6,s),M(7,s)
+#elif VECTOR_BYTES == 32
+#define LANES32(M, s) M(0,s),M(1,s),M(2,s),M(3,s),M(4,s),M(5,s),M(6,s),M(7,s)
+#define LANES64(M, s) M(0,s),M(1,s),M(2,s),M(3,s)
+#else
+#define LANES32(M, s) M(0,s),M(1,s),M(2,s),M(3,s)
+#define LANES64(M, s) M(0,s),M(1,s)
+#endif
+#ifdef DOUBLE
+#define LANES LANES64
+#define LANE_COUNT (VECTOR_BYTES / 8)
+#else
+#define LANES LANES32
+#define LANE_COUNT (VECTOR_BYTES / 4)
+#endif
+/* Lanes of the exchange at distance s: of the pair (x, y), the first takes x where lane & s is 0 and else y
+ * shifted up by s; the second y where lane & s is not 0 and else x shifted down. */
+#define FIRST(j, s) ((j) & (s) ? LANE_COUNT + (j) - (s) : (j))
+#define SECOND(j, s) ((j) & (s) ? LANE_COUNT + (j) : (j) + (s))
+#define EXCHANGE(s) \
+    if (LANE_COUNT > s) UNROLL for (int i = 0; i < LANE_COUNT; i++) if (!(i & s)) { \
+        const vec x = v[i], y = v[(i + s) % LANE_COUNT]; \
+        v[i] = __builtin_shufflevector(x, y, LANES(FIRST, (s < LANE_COUNT ? s : 0))); \
+        v[(i + s) % LANE_COUNT] = __builtin_shufflevector(x, y, LANES(SECOND, (s < LANE_COUNT ? s : 0))); \
+    }
+
+/* out[j][i] = in[i][j], i < height, j < width; added to what is there if add. */
+static void transpose(const REAL *in, int64_t in_row, REAL *out, int64_t out_row, int64_t height, int64_t width,
+                      int add) {
+    for (int64_t i = 0; i < height; i += LANE_COUNT)
+        for (int64_t j = 0; j < width; j += LANE_COUNT) {
+            if (i + LANE_COUNT <= height && j + LANE_COUNT <= width) {
+                vec v[LANE_COUNT];
+                UNROLL for (int k = 0; k < LANE_COUNT; k++) v[k] = load(in + (i + k) * in_row + j);
+                EXCHANGE(1) EXCHANGE(2) EXCHANGE(4) EXCHANGE(8)
+                UNROLL for (int k = 0; k < LANE_COUNT; k++) {
+                    REAL *to = out + (j + k) * out_row + i;
+                    store(to, add ? v[k] + load(to) : v[k]);
+                }
+            } else
+                for (int64_t x = i; x < least(height, i + LANE_COUNT); x++)
+                    for (int64_t y = j; y < least(width, j + LANE_COUNT); y++)
+                        out[y * out_row + x] = in[x * in_row + y] + (add ? out[y * out_row + x] : 0);
+        }
+}
+
+/* ---- Threads ------------------------------------------------------------------------------------------- */
+
+typedef void (*gomp)(void (*)(void *), void *, unsigned, unsigned);
+
+typedef struct job {
+    void (*run)(const struct job *, int64_t);
+    int64_t items, next;
+    const struct call *call;
+} job;
+
+static void work(void *data) {
+    job *j = data;
+    int64_t i;
+    while ((i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->items) j->run(j, i);
+}
+
+static void *work_thread(void *data) { work(data); return NULL; }
+
+/* run(0) ... run(items - 1), by OpenMP's threads if its entry point is given (they are torch's own). */
+static void parallel(const struct call *call, gomp start, int64_t threads, int64_t items,
+                     void (*run)(const job *, int64_t)) {
+    job j = {run, items, 0, call};
+    threads = least(threads, items);
+    if (threads <= 1) work(&j);
+    else if (start) start(work, &j, (unsigned)threads, 0);
+    else {
+        pthread_t ids[64];
+        int64_t n = 0;
+        while (n < least(threads, 64) - 1 && pthread_create(&ids[n], NULL, work_thread, &j) == 0) n++;
+        work(&j);
+        while (n > 0) pthread_join(ids[--n], NULL);
+    }
+}
+
+/* ---- Calls --------------------------------------------------------------------------------------------- */
+
+/* Sizes of a call, in the order in which c_body.py passes them. */
+typedef struct {
+    int64_t T, E, k, routed;    /* tokens, experts (1 without), per token (1 without); with a router? */
+    int64_t a, b, g, d, e, f, r, swapped;
+    int64_t slots;
+} sizes;
+
+typedef struct call {
+    sizes s;
+    int64_t U, V, P, Q, d_in, d_out, first_size, second_size;
+    int64_t in_moved, out_moved;    /* x is (g, a, b), or y is (f, e, d): their rows are copied */
+    int64_t lda, ldb;               /* rows of the forward's cores, padded */
+    const REAL *x, *first, *second, *router, *balance, *dy, *dlogits;
+    const int64_t *experts;         /* (T,): the expert of each token, without a router */
+    REAL *y, *logits, *dx, *dfirst, *dsecond, *drouter;
+    int64_t *chosen;                /* (T, k) */
+    gomp start;
+    REAL *cores_a, *cores_b;        /* first[E][g][a][q], second[E][f][p][e] */
+    REAL *router_t;                 /* (d_in, padded E) */
+    int64_t *offsets;               /* tables: from_u, from_v, at_p, at_q */
+    const int64_t *z_from, *dz_from, *z_at, *dz_at;
+    layout z, dz;
+    REAL *scratch;                  /* of the slots, slot_size each */
+    int64_t slot_size, backward;
+} call;
+
+typedef struct {                    /* scratch of one slot */
+    REAL *z, *dz, *in, *out, *grad, *dot, *dlogits, *s, *gates;
+    REAL *first, *second, *router;  /* gradients */
+    int64_t *seen;
+    int32_t *order, *start;
+} slot;
+
+/* Lays out a slot's scratch; returns its size in REALs. */
+static int64_t slot_layout(const call *c, REAL *base, slot *to) {
+    const sizes *s = &c->s;
+    const int64_t block = least(BLOCK, s->T);
+    int64_t at = 0;
+#define TAKE(name, n) do { to->name = base + at; at += ((int64_t)(n) + 15) / 16 * 16; } while (0)
+    TAKE(z, c->z.group * c->U);
+    TAKE(dz, c->backward ? c->dz.group * c->V : 0);
+    TAKE(in, c->in_moved ? c->d_in * TILE : 0);
+    TAKE(out, c->out_moved ? c->d_out * TILE : 0);
+    TAKE(grad, c->backward && c->in_moved ? c->d_in * TILE : 0);
+    TAKE(dot, TILE * VL);
+    TAKE(dlogits, c->backward ? block * s->E : 0);
+    TAKE(s, block * s->k);
+    TAKE(gates, block * s->k);
+    TAKE(first, c->backward ? c->first_size * s->E : 0);
+    TAKE(second, c->backward ? c->second_size * s->E : 0);
+    TAKE(router, c->backward && s->routed ? c->d_in * s->E : 0);
+    REAL *words;
+#undef TAKE
+    words = base + at;
+    to->seen = (int64_t *)words;
+    to->start = (int32_t *)(to->seen + s->E);
+    to->order = to->start + s->E + 2;
+    at += (8 * s->E + 4 * (s->E + 2 + block * s->k)) / (int64_t)sizeof(REAL) + 16;
+    return (at + 15) / 16 * 16;
+}
+
+/* Everything that follows from the sizes. Returns the scratch that the call needs, in REALs. */
+static int64_t prepare(call *c, const int64_t *dims, int64_t backward, REAL *scratch) {
+    sizes *s = &c->s;
+    memcpy(s, dims, sizeof *s);
+    c->backward = backward;
+    c->U = s->g * s->b, c->V = s->f * s->d, c->P = s->g * s->r * s->b, c->Q = s->r * s->f * s->d;
+    c->d_in = s->a * c->U, c->d_out = s->e * c->V;
+    c->first_size = s->g * c->Q * s->a, c->second_size = s->f * s->e * c->P;
+    c->in_moved = s->swapped && s->b > 1, c->out_moved = !s->swapped && s->d > 1;
+    c->lda = round_up(c->Q), c->ldb = round_up(s->e);
+    c->z = z_layout(c->U, c->Q), c->dz = z_layout(c->V, c->P);
+    int64_t at = 0;
+#define TAKE(name, type, n) do { c->name = (type *)(scratch + at); \
+        at += ((int64_t)(n) * (int64_t)sizeof(type) / (int64_t)sizeof(REAL) + 15) / 16 * 16; } while (0)
+    TAKE(cores_a, REAL, s->E * s->g * s->a * c->lda);
+    TAKE(cores_b, REAL, s->E * s->f * c->P * c->ldb);
+    TAKE(router_t, REAL, s->routed ? c->d_in * round_up(s->E) : 0);
+    TAKE(offsets, int64_t, s->E + c->U + c->V + c->P + c->Q);
+    c->scratch = scratch + at;
+#undef TAKE
+    slot ignored;
+    c->slot_size = slot_layout(c, NULL, &ignored);
+    if (scratch) {
+        int64_t *to = c->offsets;
+        for (int64_t e = 0; e < s->E; e++) *to++ = e;
+        c->z_from = to;     /* of v: where z's q = (r = 0, v) is */
+        for (int64_t v = 0; v < c->V; v++) *to++ = v;
+        c->dz_from = to;    /* of u = (g, b): where dz's p = (g, r = 0, b) is */
+        for (int64_t u = 0; u < c->U; u++) *to++ = u / s->b * s->r * s->b + u % s->b;
+        c->z_at = to;       /* of p = (g, r, b): z's group u and, within it, r */
+        for (int64_t p = 0; p < c->P; p++)
+            *to++ = (p / (s->r * s->b) * s->b + p % s->b) * c->z.group + p / s->b % s->r * c->V;
+        c->dz_at = to;      /* of q = (r, v): dz's group v and, within it, r */
+        for (int64_t q = 0; q < c->Q; q++) *to++ = q % c->V * c->dz.group + q / c->V * s->b;
+    }
+    return at + c->slot_size * s->slots;
+}
+
+int64_t scratch_size(const int64_t *dims, int64_t backward) {
+    call c = {0};
+    return prepare(&c, dims, backward, NULL);
+}
+
+int64_t vector_bits(void) { return 8 * VECTOR_BYTES; }
+
+/* The cores as the forward reads them; one item is a group of one core of one expert. */
+static void pack(const job *j, int64_t i) {
+    const call *c = j->call;
+    const sizes *s = &c->s;
+    if (i < s->E * s->g)
+        transpose(c->first + i * c->Q * s->a, s->a, c->cores_a + i * s->a * c->lda, c->lda, c->Q, s->a, 0);
+    else if ((i -= s->E * s->g) < s->E * s->f)
+        transpose(c->second + i * s->e * c->P, c->P, c->cores_b + i * c->P * c->ldb, c->ldb, s->e, c->P, 0);
+    else
+        transpose(c->router, c->d_in, c->router_t, round_up(s->E), s->E, c->d_in, 0);
+}
+
+static void pack_all(const call *c, int64_t second) {
+    const sizes *s = &c->s;
+    int64_t items = s->E * s->g + (second ? s->E * s->f + (s->routed ? 1 : 0) : 0);
+    parallel(c, c->start, s->slots, items, pack);
+}
+
+/* The k experts of a token: those with the largest logit + balance, in falling order; ties go to the first. */
+static void choose(const call *c, int64_t t) {
+    const int64_t E = c->s.E, k = c->s.k;
+    for (int64_t i = 0; i < k; i++) {
+        int64_t best = -1;
+        REAL most = 0;
+        for (int64_t e = 0; e < E; e++) {
+            const REAL score = c->logits[t * E + e] + c->balance[e];
+            int taken = 0;
+            for (int64_t n = 0; n < i; n++) taken |= c->chosen[t * k + n] == e;
+            if (!taken && (best < 0 || score > most)) best = e, most = score;
+        }
+        c->chosen[t * k + i] = best;
+    }
+}
+
+/* The logits of tokens t0 ... t1, and their experts. */
+static void route(const call *c, int64_t t0, int64_t t1) {
+    const int64_t E = c->s.E;
+    tile rows;
+    const layout to = {1, E, E, 0};
+    for (int64_t t = t0; t < t1; t += TILE) {
+        rows.count = least(TILE, t1 - t);
+        for (int64_t m = 0; m < rows.count; m++) rows.in[m] = c->x + (t + m) * c->d_in;
+        rows_to_z(&rows, c->d_in, 1, c->router_t, round_up(E), to, c->logits + t * E, 0);
+    }
+    for (int64_t t = t0; t < t1; t++) choose(c, t);
+}
+
+/* The gates of a token: the softmax of its chosen logits; for k = 1, the probability among all experts. */
+static void gates_of(const call *c, int64_t t, REAL *gates) {
+    const int64_t E = c->s.E, k = c->s.k, *chosen = c->chosen + t * k;
+    const REAL *logits = c->logits + t * E;
+    const int64_t n = k == 1 ? E : k;
+    REAL most = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const REAL v = logits[k == 1 ? i : chosen[i]];
+        most = v > most || v != v ? v : most;
+    }
+    for (int64_t i = 0; i < n; i++) sum += (REAL)exp(logits[k == 1 ? i : chosen[i]] - most);
+    for (int64_t i = 0; i < k; i++) gates[i] = (REAL)exp(logits[chosen[i]] - most) / sum;
+}
+
+/* The assignments t * k + i of a block, t counted from t0, sorted by expert: those of e are
+ * order[start[e]] ... order[start[e + 1]]. */
+static void sort(const call *c, int64_t t0, int64_t t1, int32_t *start, int32_t *order) {
+    const int64_t E = c->s.E, k = c->s.k, *chosen = (c->s.routed ? c->chosen : c->experts);
+    memset(start, 0, (E + 2) * sizeof *start);
+    if (!chosen) {
+        start[1] = (int32_t)(t1 - t0);
+        for (int64_t t = 0; t < t1 - t0; t++) order[t] = (int32_t)t;
+        return;
+    }
+    chosen += t0 * k;
+    for (int64_t i = 0; i < (t1 - t0) * k; i++) start[chosen[i] + 2]++;
+    for (int64_t e = 0; e < E; e++) start[e + 2] += start[e + 1];
+    for (int64_t i = 0; i < (t1 - t0) * k; i++) order[start[chosen[i] + 1]++] = (int32_t)i;
+}
+
+/* Whether expert e comes first among those of the token: its rows are stored, the later ones' added. */
+static int is_first(const call *c, int64_t t, int64_t e) {
+    if (!c->s.routed) return 1;
+    for (int64_t i = 0; i < c->s.k; i++)
+        if (c->chosen[t * c->s.k + i] < e) return 0;
+    return 1;
+}
+
+/* Copies rows, or sends them back, with the last two axes of each of n groups exchanged. */
+static void exchange(const REAL *in, REAL *out, int64_t groups, int64_t height, int64_t width, int add) {
+    for (int64_t i = 0; i < groups; i++)
+        transpose(in + i * height * width, width, out + i * height * width, height, height, width, add);
+}
+
+static void forward_slot(const job *j, int64_t number) {
+    const call *c = j->call;
+    const sizes *s = &c->s;
+    slot w;
+    slot_layout(c, c->scratch + number * c->slot_size, &w);
+    const int64_t begin = s->T * number / s->slots, end = s->T * (number + 1) / s->slots;
+    tile t;
+    for (int64_t t0 = begin; t0 < end; t0 += BLOCK) {
+        const int64_t t1 = least(end, t0 + BLOCK);
+        if (s->routed) {
+            route(c, t0, t1);
+            for (int64_t i = t0; i < t1; i++) gates_of(c, i, w.gates + (i - t0) * s->k);
+        }
+        sort(c, t0, t1, w.start, w.order);
+        for (int64_t e = 0; e < s->E; e++)
+            for (int64_t i = w.start[e]; i < w.start[e + 1]; i += TILE) {
+                t.count = least(TILE, w.start[e + 1] - i);
+                for (int64_t m = 0; m < t.count; m++) {
+                    const int64_t at = w.order[i + m], token = t0 + at / s->k;
+                    t.in[m] = c->x + token * c->d_in;
+                    if (c->in_moved) {
+                        exchange(t.in[m], w.in + m * c->d_in, s->g, s->a, s->b, 0);
+                        t.in[m] = w.in + m * c->d_in;
+                    }
+                    t.out[m] = c->out_moved ? w.out + m * c->d_out : c->y + token * c->d_out;
+                    t.old[m] = c->out_moved || is_first(c, token, e) ? NULL : t.out[m];
+                    t.scale[m] = s->routed ? w.gates[at] : 1;
+                }
+                rows_to_z(&t, s->a, s->b, c->cores_a + e * s->g * s->a * c->lda, c->lda, c->z, w.z, 0);
+                const REAL *second = c->cores_b + e * s->f * c->P * c->ldb;
+                (s->routed ? gated_outputs : outputs)(&t, c->V, s->d, c->P, s->e, w.z, c->z.row, c->z_from,
+                                                                 c->z_at, second, c->ldb);
+                if (c->out_moved)
+                    for (int64_t m = 0; m < t.count; m++) {
+                        const int64_t token = t0 + w.order[i + m] / s->k;
+                        exchange(t.out[m], c->y + token * c->d_out, s->f, s->d, s->e, !is_first(c, token, e));
+                    }
+            }
+    }
+}
+
+static REAL dot_product(const REAL *x, const REAL *y, int64_t n) {
+    vec sum[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        UNROLL for (int j = 0; j < 4; j++) sum[j] += load(x + i + j * VL) * load(y + i + j * VL);
+    for (; i + VL <= n; i += VL) sum[0] += load(x + i) * load(y + i);
+    if (i < n) sum[1] += load_part(x + i, n - i) * load_part(y + i, n - i);
+    sum[0] += sum[1] + (sum[2] + sum[3]);
+    REAL total = 0;
+    for (int64_t l = 0; l < VL; l++) total += sum[0][l];
+    return total;
+}
+
+/* The forward for a few rows, by dot products with the cores as they are: packing them would take longer. */
+static void forward_few(const call *c) {
+    const sizes *s = &c->s;
+    slot w;
+    slot_layout(c, c->scratch, &w);
+    for (int64_t t = 0; t < s->T; t++) {
+        const REAL *x = c->x + t * c->d_in;
+        REAL *y = c->y + t * c->d_out;
+        if (s->routed) {
+            for (int64_t e = 0; e < s->E; e++)
+                c->logits[t * s->E + e] = dot_product(c->router + e * c->d_in, x, c->d_in);
+            choose(c, t);
+            gates_of(c, t, w.gates);
+        }
+        if (c->in_moved) {
+            exchange(x, w.in, s->g, s->a, s->b, 0);
+            x = w.in;
+        }
+        for (int64_t i = 0; i < s->k; i++) {
+            const int64_t e = s->routed ? c->chosen[t * s->k + i] : c->experts ? c->experts[t] : 0;
+            for (int64_t u = 0; u < c->U; u++)
+                for (int64_t q = 0; q < c->Q; q++)  /* into z[v][p] */
+                    w.z[q % c->V * c->P + (u / s->b * s->r + q / c->V) * s->b + u % s->b] = dot_product(
+                        c->first + e * c->first_size + (u / s->b * c->Q + q) * s->a, x + u * s->a, s->a);
+            for (int64_t v = 0; v < c->V; v++)
+                for (int64_t n = 0; n < s->e; n++) {
+                    const REAL part = dot_product(c->second + e * c->second_size + (v / s->d * s->e + n) * c->P,
+                                                  w.z + v * c->P, c->P) * (s->routed ? w.gates[i] : 1);
+                    REAL *to = y + (c->out_moved ? (v / s->d * s->e + n) * s->d + v % s->d : v * s->e + n);
+                    *to = i ? *to + part : part;
+                }
+        }
+    }
+}
+
+/* Gradient of the block's logits, from s, each assignment's gate times its gate's gradient. */
+static void logit_gradients(const call *c, int64_t t0, int64_t t1, const slot *w) {
+    const int64_t E = c->s.E, k = c->s.k;
+    for (int64_t t = t0; t < t1; t++) {
+        const REAL *s = w->s + (t - t0) * k, *g = w->gates + (t - t0) * k;
+        const int64_t *chosen = c->chosen + t * k;
+        REAL *d = w->dlogits + (t - t0) * E, sum = 0;
+        if (c->dlogits) memcpy(d, c->dlogits + t * E, E * sizeof(REAL));
+        else memset(d, 0, E * sizeof(REAL));
+        for (int64_t i = 0; i < k; i++) sum += s[i];
+        if (k > 1) {
+            for (int64_t i = 0; i < k; i++) d[chosen[i]] += s[i] - g[i] * sum;
+            continue;
+        }
+        const REAL *logits = c->logits + t * E, at = logits[chosen[0]];
+        for (int64_t e = 0; e < E; e++) d[e] -= (REAL)exp(logits[e] - at) * g[0] * sum;
+        d[chosen[0]] += sum;
+    }
+}
+
+/* dx += dlogits router and drouter += dlogits^T x, for a block. */
+static void router_gradients(const call *c, int64_t t0, int64_t t1, const slot *w, int add) {
+    const int64_t E = c->s.E;
+    tile rows;
+    const int64_t from[1] = {0}, *at = c->offsets;  /* 0, 1, 2 ...: the experts */
+    for (int64_t t = t0; t < t1; t += TILE) {
+        rows.count = least(TILE, t1 - t);
+        for (int64_t m = 0; m < rows.count; m++) {
+            rows.in[m] = c->x + (t + m) * c->d_in;
+            rows.out[m] = c->dx + (t + m) * c->d_in;
+            rows.old[m] = rows.out[m];
+        }
+        const REAL *d = w->dlogits + (t - t0) * E;
+        outputs(&rows, 1, 1, E, c->d_in, d, E, from, at, c->router, c->d_in);
+        core_gradient(&rows, 1, 1, E, c->d_in, d, E, from, at, w->router, add || t > t0);
+    }
+}
+
+static void backward_slot(const job *j, int64_t number) {
+    const call *c = j->call;
+    const sizes *s = &c->s;
+    slot w;
+    slot_layout(c, c->scratch + number * c->slot_size, &w);
+    const int64_t begin = s->T * number / s->slots, end = s->T * (number + 1) / s->slots;
+    tile in, out;   /* x to dx, and dy */
+    memset(w.seen, 0, s->E * sizeof *w.seen);
+    for (int64_t t0 = begin; t0 < end; t0 += BLOCK) {
+        const int64_t t1 = least(end, t0 + BLOCK);
+        if (s->routed)
+            for (int64_t i = t0; i < t1; i++) gates_of(c, i, w.gates + (i - t0) * s->k);
+        sort(c, t0, t1, w.start, w.order);
+        for (int64_t e = 0; e < s->E; e++)
+            for (int64_t i = w.start[e]; i < w.start[e + 1]; i += TILE) {
+                in.count = out.count = least(TILE, w.start[e + 1] - i);
+                for (int64_t m = 0; m < in.count; m++) {
+                    const int64_t at = w.order[i + m], token = t0 + at / s->k;
+                    in.in[m] = c->x + token * c->d_in;
+                    if (c->in_moved) {
+                        exchange(in.in[m], w.in + m * c->d_in, s->g, s->a, s->b, 0);
+                        in.in[m] = w.in + m * c->d_in;
+                    }
+                    in.out[m] = c->in_moved ? w.grad + m * c->d_in : c->dx + token * c->d_in;
+                    in.old[m] = c->in_moved || is_first(c, token, e) ? NULL : in.out[m];
+                    out.in[m] = c->dy + token * c->d_out;
+                    if (c->out_moved) {
+                        exchange(out.in[m], w.out + m * c->d_out, s->f, s->e, s->d, 0);
+                        out.in[m] = w.out + m * c->d_out;
+                    }
+                    in.scale[m] = out.scale[m] = s->routed ? w.gates[at] : 1;
+                }
+                if (s->routed) memset(w.dot, 0, in.count * VL * sizeof(REAL));
+                const REAL *first = c->first + e * c->first_size, *second = c->second + e * c->second_size;
+                rows_to_z(&in, s->a, s->b, c->cores_a + e * s->g * s->a * c->lda, c->lda, c->z, w.z, s->routed);
+                core_gradient(&out, c->V, s->d, c->P, s->e, w.z, c->z.row, c->z_from, c->z_at,
+                              w.second + e * c->second_size, w.seen[e] != 0);
+                rows_to_z(&out, s->e, s->d, second, c->P, c->dz, w.dz, s->routed);
+                core_gradient(&in, c->U, s->b, c->Q, s->a, w.dz, c->dz.row, c->dz_from, c->dz_at,
+                              w.first + e * c->first_size, w.seen[e] != 0);
+                if (s->routed)
+                    outputs_and_dots(&in, c->U, s->b, c->Q, s->a, w.dz, c->dz.row, c->dz_from, c->dz_at, first, s->a,
+                                  w.dot);
+                else
+                    outputs(&in, c->U, s->b, c->Q, s->a, w.dz, c->dz.row, c->dz_from, c->dz_at, first,
+                                    s->a);
+                w.seen[e] = 1;
+                for (int64_t m = 0; m < in.count; m++) {
+                    const int64_t at = w.order[i + m], token = t0 + at / s->k;
+                    if (c->in_moved)
+                        exchange(in.out[m], c->dx + token * c->d_in, s->g, s->b, s->a, !is_first(c, token, e));
+                    if (s->routed) {
+                        REAL sum = 0;
+                        for (int64_t l = 0; l < VL; l++) sum += w.dot[m * VL + l];
+                        w.s[at] = sum;
+                    }
+                }
+            }
+        if (s->routed) {
+            logit_gradients(c, t0, t1, &w);
+            router_gradients(c, t0, t1, &w, t0 > begin);
+        }
+    }
+    for (int64_t e = 0; e < s->E; e++)
+        if (!w.seen[e]) {
+            memset(w.first + e * c->first_size, 0, c->first_size * sizeof(REAL));
+            memset(w.second + e * c->second_size, 0, c->second_size * sizeof(REAL));
+        }
+    if (s->routed && begin == end) memset(w.router, 0, c->d_in * s->E * sizeof(REAL));
+}
+
+/* Adds the slots' gradients up; one item is an expert's group of a core, or the router. */
+static void reduce(const job *j, int64_t i) {
+    const call *c = j->call;
+    const sizes *s = &c->s;
+    slot w0, w;
+    slot_layout(c, c->scratch, &w0);
+    REAL *total;
+    int64_t at, n;
+    const int part = i < s->E * s->g ? 0 : i < s->E * (s->g + s->f) ? 1 : 2;
+    if (part == 0) n = c->Q * s->a, at = i * n, total = w0.first + at;
+    else if (part == 1) n = c->P * s->e, at = (i - s->E * s->g) * n, total = w0.second + at;
+    else n = c->d_in * s->E, at = 0, total = w0.router;
+    for (int64_t k = 1; k < s->slots; k++) {
+        slot_layout(c, c->scratch + k * c->slot_size, &w);
+        const REAL *from = (part == 0 ? w.first : part == 1 ? w.second : w.router) + at;
+        for (int64_t l = 0; l < n; l++) total[l] += from[l];
+    }
+    if (part == 0) memcpy(c->dfirst + at, total, n * sizeof(REAL));
+    else if (part == 1) transpose(total, s->e, c->dsecond + at, c->P, c->P, s->e, 0);
+    else memcpy(c->drouter, total, n * sizeof(REAL));
+}
+
+void forward(const int64_t *dims, REAL *scratch, void *start, const REAL *x, const REAL *first,
+             const REAL *second, const REAL *router, const REAL *balance, const int64_t *experts, REAL *y,
+             REAL *logits, int64_t *chosen) {
+    call c = {.x = x, .first = first, .second = second, .router = router, .balance = balance,
+              .experts = experts, .y = y, .logits = logits, .chosen = chosen, .start = (gomp)start};
+    prepare(&c, dims, 0, scratch);
+    if (c.s.T * c.s.k <= FEW) {
+        forward_few(&c);
+        return;
+    }
+    pack_all(&c, 1);
+    parallel(&c, c.start, c.s.slots, c.s.slots, forward_slot);
+}
+
+void backward(const int64_t *dims, REAL *scratch, void *start, const REAL *dy, const REAL *dlogits,
+              const REAL *x, const REAL *first, const REAL *second, const REAL *router, const int64_t *experts,
+              const REAL *logits, const int64_t *chosen, REAL *dx, REAL *dfirst, REAL *dsecond, REAL *drouter) {
+    call c = {.x = x, .first = first, .second = second, .router = router, .experts = experts, .dy = dy,
+              .dlogits = dlogits, .logits = (REAL *)logits, .chosen = (int64_t *)chosen, .dx = dx,
+              .dfirst = dfirst, .dsecond = dsecond, .drouter = drouter, .start = (gomp)start};
+    prepare(&c, dims, 1, scratch);
+    pack_all(&c, 0);
+    parallel(&c, c.start, c.s.slots, c.s.slots, backward_slot);
+    parallel(&c, c.start, c.s.slots, c.s.E * (c.s.g + c.s.f) + c.s.routed, reduce);
+}

@@ -1,0 +1,139 @@
+"""The einsum of two cores as one operator of torch.library, with and without experts and their router.
+
+The operator is opaque to torch.compile and its shapes do not depend on the routing. Its body is chosen when
+it runs: `c` on a CPU in float32 and float64, if it can be compiled, and else `torch`. The backward computes z,
+the result of the first product, again.
+"""
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lib.kernels import c_body, torch_body
+
+BODIES = {"torch": torch_body, "c": c_body}
+
+
+def body_name(device_type: str, dtype: torch.dtype) -> str:
+    """The body that computes einsums of this type on this device: 'c' or 'torch'."""
+    available = device_type == "cpu" and dtype in c_body.MACROS and c_body.library(dtype) is not None
+    return "c" if available else "torch"
+
+
+def describe_body(device_type: str, dtype: str) -> str:
+    """For a program's first lines, with dtype 'float32' or another: 'c (vectors of 512 bits)' or 'torch'."""
+    dtype = getattr(torch, dtype)
+    name = body_name(device_type, dtype)
+    return f"c (vectors of {c_body.library(dtype).vector_bits()} bits)" if name == "c" else name
+
+
+def _body(name: str, *tensors: Tensor | None):
+    """The body of a call on these tensors; name: '', or the one to take."""
+    types = {t.dtype for t in tensors if t is not None}
+    if not name:
+        name = body_name(tensors[0].device.type, types.pop()) if len(types) == 1 else "torch"
+    return BODIES[name]
+
+
+@torch.library.custom_op("structured::einsum", mutates_args=())
+def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, balance: Tensor | None,
+            experts: Tensor | None, top_k: int, sizes: list[int], swapped: bool,
+            body: str) -> tuple[Tensor, Tensor, Tensor]:
+    y, logits, chosen = _body(body, x, first, second, router, balance).forward(
+        x, first, second, router, balance, experts, top_k, sizes, swapped)
+    if router is None:  # an operator returns tensors, and none of its inputs
+        return y, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
+    return y, logits, chosen
+
+
+@_einsum.register_fake
+def _(x, first, second, router, balance, experts, top_k, sizes, swapped, body):
+    y = first.new_empty(x.shape[0], sizes[3] * sizes[4] * sizes[5])
+    if router is None:
+        return y, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
+    return (y, router.new_empty(x.shape[0], router.shape[0]),
+            x.new_empty(x.shape[0], top_k, dtype=torch.int64))
+
+
+@torch.library.custom_op("structured::einsum_backward", mutates_args=())
+def _einsum_backward(dy: Tensor, dlogits: Tensor | None, x: Tensor, first: Tensor, second: Tensor,
+                     router: Tensor | None, experts: Tensor | None, logits: Tensor, chosen: Tensor,
+                     sizes: list[int], swapped: bool, body: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if router is None:
+        logits, chosen = None, experts
+    dx, dfirst, dsecond, drouter = _body(body, x, first, second, router, logits, dy).backward(
+        dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped)
+    return dx, dfirst, dsecond, x.new_empty(0) if drouter is None else drouter
+
+
+@_einsum_backward.register_fake
+def _(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped, body):
+    drouter = x.new_empty(0) if router is None else torch.empty_like(router)
+    return torch.empty_like(x), torch.empty_like(first), torch.empty_like(second), drouter
+
+
+def _setup(ctx, inputs, output):
+    x, first, second, router, _, experts, _, ctx.sizes, ctx.swapped, ctx.body = inputs
+    y, logits, chosen = output
+    ctx.save_for_backward(x, first, second, router, experts, logits, chosen)
+    ctx.mark_non_differentiable(chosen)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dy, dlogits, _):
+    x, first, second, router, *_ = ctx.saved_tensors
+    if router is None:
+        dlogits = None
+    if dy is None and dlogits is None:
+        return (None,) * 10
+    if dy is None:
+        dy = first.new_zeros(x.shape[0], ctx.sizes[3] * ctx.sizes[4] * ctx.sizes[5])
+    dlogits = None if dlogits is None else dlogits.contiguous()
+    dx, dfirst, dsecond, drouter = _einsum_backward(dy.contiguous(), dlogits, *ctx.saved_tensors, ctx.sizes,
+                                                    ctx.swapped, ctx.body)
+    return dx, dfirst, dsecond, None if router is None else drouter, None, None, None, None, None, None
+
+
+_einsum.register_autograd(_autograd, setup_context=_setup)
+
+
+def _product_flops(rows: int, sizes) -> tuple[int, int]:
+    """FLOPs of each of the two products."""
+    a, b, g, d, e, f, r = sizes
+    return 2 * rows * g * b * a * r * f * d, 2 * rows * f * d * e * g * r * b
+
+
+@register_flop_formula(torch.ops.structured.einsum)
+def _(x_shape, first_shape, second_shape, router_shape, balance_shape, experts_shape, top_k, sizes, *args,
+      **kwargs) -> int:
+    router = 2 * x_shape[0] * x_shape[1] * router_shape[0] if router_shape else 0
+    return router + sum(_product_flops(x_shape[0] * top_k, sizes))
+
+
+@register_flop_formula(torch.ops.structured.einsum_backward)
+def _(dy_shape, dlogits_shape, x_shape, first_shape, second_shape, router_shape, experts_shape, logits_shape,
+      chosen_shape, sizes, *args, **kwargs) -> int:
+    top_k = chosen_shape[1] if router_shape else 1
+    router = 4 * x_shape[0] * x_shape[1] * router_shape[0] if router_shape else 0
+    first, second = _product_flops(x_shape[0] * top_k, sizes)
+    return router + 3 * first + 2 * second  # the first product is computed again
+
+
+def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, router: Tensor | None = None,
+           balance: Tensor | None = None, top_k: int = 1, experts: Tensor | None = None,
+           body: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """The einsum of two cores: x (T, d_in) -> y (T, d_out), logits, chosen. Takes part in autocast.
+
+    sizes are the seven of the contraction, swapped where B goes first. There are three kinds of call:
+        one matrix     first (1, γ, ρφδ, α), second (1, φ, ε, γρβ): y = W x; logits and chosen are empty
+        a mixture      first (E, ...), second (E, ...), router (E, d_in) and balance (E,) in at least float32:
+                       y[t] = Σ_{e in chosen[t]} gate · W[e] x[t]; logits = x routerᵀ (T, E); chosen (T, top_k),
+                       the largest of logits + balance; gates by routing.gate_weights
+        given experts  experts (T, 1): y[t] = W[experts[t]] x[t]; logits and chosen are empty
+    body: 'c' or 'torch' to force one.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype) if router is None else x  # the router sees it as it is
+        first, second = first.to(dtype), second.to(dtype)
+    return _einsum(x.contiguous(), first.contiguous(), second.contiguous(), router, balance, experts, top_k,
+                   list(sizes), swapped, body)

@@ -1,0 +1,34 @@
+"""The router's arithmetic: scores, choices, gates and their gradients. Shapes: tokens T, experts E, k each."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def route(x: Tensor, router: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """x (T, d_in), router (E, d_in), balance (E,) -> logits (T, E), and the experts chosen: (T, k).
+
+    Chosen are the largest of logits + balance. The product is taken in the router's type.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        logits = F.linear(x.to(router.dtype), router)
+    return logits, (logits.detach() + balance).topk(top_k).indices
+
+
+def gate_weights(logits: Tensor, chosen: Tensor) -> Tensor:
+    """logits (T, E), chosen (T, k) -> gates (T, k).
+
+    The softmax of the chosen logits; for k = 1, where that is 1 whatever the logit, the chosen expert's
+    probability among all (Switch Transformer, arXiv 2101.03961, equation 2). Not by gather, whose gradient
+    is wrong in compiled code (torch 2.13).
+    """
+    one_hot = F.one_hot(chosen, logits.shape[1])  # (T, k, E)
+    if chosen.shape[1] == 1:
+        return (one_hot * logits.softmax(dim=1)[:, None]).sum(2)
+    return (one_hot * logits[:, None]).sum(2).softmax(dim=1)
+
+
+def logits_gradient(logits: Tensor, chosen: Tensor, gates: Tensor, s: Tensor) -> Tensor:
+    """Gradient of the logits (T, E) from s = gate · gradient of the gate, (T, k): gate_weights' backward."""
+    if chosen.shape[1] == 1:
+        return torch.zeros_like(logits).scatter_(1, chosen, s) - s * logits.softmax(dim=1)
+    return torch.zeros_like(logits).scatter_(1, chosen, s - gates * s.sum(1, keepdim=True))

@@ -1,0 +1,152 @@
+"""The einsum operator in plain PyTorch: any device and float type. The reference for the other bodies.
+
+Letters are those of the contraction (structured.py), where the first core comes first:
+    a α   b β   g γ   d δ   e ε   f φ   r ρ;  t tiles of P rows, N = t · P
+    x[g, b, a] and y[f, d, e] of a row; swapped: x[g, a, b], and otherwise y[f, e, d]
+    first (E, g, rfd, a)    second (E, f, e, grb)
+
+Three primitives make the six products of a layer: rows_to_z and z_to_rows (x -> z -> y, and dy -> dz -> dx
+with the cores' roles exchanged), and core_gradient.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.kernels.plan import Plan, make_plan, tile_rows
+from lib.kernels.routing import gate_weights, logits_gradient, route
+
+
+def _first_rows(x: Tensor, tiles: int, sizes, swapped: bool) -> Tensor:
+    """x (N, d_in) -> (t, g, Pb, a)."""
+    a, b, g, *_ = sizes
+    x = x.view(tiles, -1, g, a, b).mT if swapped else x.view(tiles, -1, g, b, a)
+    return x.transpose(1, 2).reshape(tiles, g, -1, a)
+
+
+def _second_rows(y: Tensor, tiles: int, sizes, swapped: bool) -> Tensor:
+    """y (N, d_out) -> (t, f, Pd, e)."""
+    _, _, _, d, e, f, _ = sizes
+    y = y.view(tiles, -1, f, d, e) if swapped else y.view(tiles, -1, f, e, d).mT
+    return y.transpose(1, 2).reshape(tiles, f, -1, e)
+
+
+def _first_rows_back(x: Tensor, sizes, swapped: bool) -> Tensor:
+    """The way back of _first_rows: (t, g, Pb, a) -> (N, d_in)."""
+    a, b, g, *_ = sizes
+    x = x.view(x.shape[0], g, -1, b, a).transpose(1, 2)
+    return (x.mT if swapped else x).reshape(-1, a * b * g)
+
+
+def _second_rows_back(y: Tensor, sizes, swapped: bool) -> Tensor:
+    """The way back of _second_rows: (t, f, Pd, e) -> (N, d_out)."""
+    _, _, _, d, e, f, _ = sizes
+    y = y.view(y.shape[0], f, -1, d, e).transpose(1, 2)
+    return (y if swapped else y.mT).reshape(-1, d * e * f)
+
+
+def _z_for_second(z: Tensor, sizes) -> Tensor:
+    """z (t, g, Pb, rfd) -> (t, f, Pd, grb)."""
+    a, b, g, d, e, f, r = sizes
+    z = z.view(z.shape[0], g, -1, b, r, f, d).permute(0, 5, 2, 6, 1, 4, 3)  # (t, f, P, d, g, r, b)
+    return z.reshape(z.shape[0], f, -1, g * r * b)
+
+
+def _z_for_first(z: Tensor, sizes) -> Tensor:
+    """The way back of _z_for_second: (t, f, Pd, grb) -> (t, g, Pb, rfd)."""
+    a, b, g, d, e, f, r = sizes
+    z = z.view(z.shape[0], f, -1, d, g, r, b).permute(0, 4, 2, 6, 5, 1, 3)  # (t, g, P, b, r, f, d)
+    return z.reshape(z.shape[0], g, -1, r * f * d)
+
+
+def rows_to_z(rows: Tensor, core: Tensor) -> Tensor:
+    """rows (t, groups, n, K), each tile's core (t, groups, M, K) -> (t, groups, n, M)."""
+    return rows @ core.mT
+
+
+def z_to_rows(z: Tensor, core: Tensor) -> Tensor:
+    """z (t, groups, n, M), each tile's core (t, groups, K, M) -> (t, groups, n, K)."""
+    return z @ core.mT
+
+
+def core_gradient(left: Tensor, right: Tensor, tile_expert: Tensor, like: Tensor) -> Tensor:
+    """left (t, groups, n, M), right (t, groups, n, K) -> (E, groups, M, K), summed over an expert's tiles.
+
+    The sum over tiles is a product with a one-hot matrix, in at least float32: deterministic, no atomics.
+    """
+    tiles = left.mT @ right  # (t, groups, M, K)
+    if len(like) == 1 and len(tiles) == 1:
+        return tiles.to(like.dtype)
+    dtype = torch.promote_types(tiles.dtype, torch.float32)
+    one_hot = (tile_expert == torch.arange(len(like), device=tiles.device)[:, None]).to(dtype)  # (E, t)
+    return (one_hot @ tiles.flatten(1).to(dtype)).view(like.shape).to(like.dtype)
+
+
+def _plan(x: Tensor, first: Tensor, experts: Tensor | None) -> Plan | None:
+    """None: one matrix, whose rows are one tile."""
+    if experts is None:
+        return None
+    return make_plan(experts, len(first), tile_rows(experts.numel(), len(first)))
+
+
+def _take(t: Tensor, plan: Plan | None) -> Tensor:
+    """The rows (N, d) of a plan from those of tokens (T, d)."""
+    return t if plan is None else t.index_select(0, plan.row_token)
+
+
+def _cores(plan: Plan | None, *cores: Tensor) -> list[Tensor]:
+    """The cores of each tile."""
+    return list(cores) if plan is None else [core.index_select(0, plan.tile_expert) for core in cores]
+
+
+def _sum_over_choices(rows: Tensor, plan: Plan | None, gates: Tensor | None = None) -> Tensor:
+    """rows (N, d), gates (T, k) -> (T, d): the sum of a token's rows, times their gates."""
+    if plan is None:
+        return rows
+    if gates is not None:
+        gates = gates.to(rows.dtype)
+    return F.embedding_bag(plan.place, rows, per_sample_weights=gates, mode="sum")
+
+
+def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
+    """See operators.einsum."""
+    logits, chosen = (None, experts) if router is None else route(x, router, balance, top_k)
+    x = x.to(first.dtype)  # the router has seen it as it was
+    plan = _plan(x, first, chosen)
+    tiles = 1 if plan is None else len(plan.tile_expert)
+    w1, w2 = _cores(plan, first, second)
+    z = rows_to_z(_first_rows(_take(x, plan), tiles, sizes, swapped), w1)
+    rows = _second_rows_back(z_to_rows(_z_for_second(z, sizes), w2), sizes, swapped)
+    gates = None if router is None else gate_weights(logits, chosen)
+    return _sum_over_choices(rows, plan, gates), logits, chosen
+
+
+def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped):
+    """See operators.einsum. z is computed again: that takes less time and memory than to keep it."""
+    x_seen, x = x, x.to(first.dtype)
+    plan = _plan(x, first, experts if router is None else chosen)
+    tiles = 1 if plan is None else len(plan.tile_expert)
+    w1, w2 = _cores(plan, first, second)
+    xs = _first_rows(_take(x, plan), tiles, sizes, swapped)  # (t, g, Pb, a)
+    dys = _take(dy, plan)
+    if plan is not None:  # the gates, 0 in padding rows
+        gates = chosen.new_ones(chosen.shape, dtype=dy.dtype) if router is None else gate_weights(logits, chosen)
+        row_gate = F.pad(gates.flatten(), (0, 1)).index_select(0, plan.row_choice)
+        dys = dys * row_gate[:, None].to(dys.dtype)
+    dys = _second_rows(dys, tiles, sizes, swapped)  # (t, f, Pd, e)
+    z = _z_for_second(rows_to_z(xs, w1), sizes)  # (t, f, Pd, grb)
+    tile_expert = None if plan is None else plan.tile_expert
+    dsecond = core_gradient(dys, z, tile_expert, second)
+    dz = _z_for_first(rows_to_z(dys, w2.mT), sizes)  # (t, g, Pb, rfd)
+    dfirst = core_gradient(dz, xs, tile_expert, first)
+    dx_rows = z_to_rows(dz, w1.mT)  # (t, g, Pb, a)
+    dx = _sum_over_choices(_first_rows_back(dx_rows, sizes, swapped), plan)
+    if router is None:
+        return dx.to(x_seen.dtype), dfirst, dsecond, None
+    # gate · its gradient is the product of a row's input with the input's gradient
+    s = _first_rows_back(dx_rows * xs, sizes, swapped).sum(1, dtype=logits.dtype)[plan.place]  # (T, k)
+    dlogit = logits_gradient(logits, chosen, gates, s)
+    if dlogits is not None:
+        dlogit = dlogit + dlogits
+    drouter = dlogit.T @ x_seen.to(router.dtype)
+    dx = dx.to(x_seen.dtype) + (dlogit @ router).to(x_seen.dtype)
+    return dx, dfirst, dsecond, drouter
