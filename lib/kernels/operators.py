@@ -34,10 +34,21 @@ def _body(name: str, *tensors: Tensor | None):
     return BODIES[name]
 
 
+def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes):
+    """y, logits and chosen of the operator's shapes and types, with nothing in them."""
+    y = first.new_empty(x.shape[0], sizes[3] * sizes[4] * sizes[5])
+    if router is None:
+        return y, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
+    return (y, router.new_empty(x.shape[0], router.shape[0]),
+            x.new_empty(x.shape[0], top_k, dtype=torch.int64))
+
+
 @torch.library.custom_op("structured::einsum", mutates_args=())
 def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, balance: Tensor | None,
             experts: Tensor | None, top_k: int, sizes: list[int], swapped: bool,
             body: str) -> tuple[Tensor, Tensor, Tensor]:
+    if not len(x):
+        return _empty_outputs(x, first, router, top_k, sizes)
     y, logits, chosen = _body(body, x, first, second, router, balance).forward(
         x, first, second, router, balance, experts, top_k, sizes, swapped)
     if router is None:  # an operator returns tensors, and none of its inputs
@@ -47,17 +58,16 @@ def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, bal
 
 @_einsum.register_fake
 def _(x, first, second, router, balance, experts, top_k, sizes, swapped, body):
-    y = first.new_empty(x.shape[0], sizes[3] * sizes[4] * sizes[5])
-    if router is None:
-        return y, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
-    return (y, router.new_empty(x.shape[0], router.shape[0]),
-            x.new_empty(x.shape[0], top_k, dtype=torch.int64))
+    return _empty_outputs(x, first, router, top_k, sizes)
 
 
 @torch.library.custom_op("structured::einsum_backward", mutates_args=())
 def _einsum_backward(dy: Tensor, dlogits: Tensor | None, x: Tensor, first: Tensor, second: Tensor,
                      router: Tensor | None, experts: Tensor | None, logits: Tensor, chosen: Tensor,
                      sizes: list[int], swapped: bool, body: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not len(x):
+        drouter = x.new_empty(0) if router is None else torch.zeros_like(router)
+        return torch.empty_like(x), torch.zeros_like(first), torch.zeros_like(second), drouter
     if router is None:
         logits, chosen = None, experts
     dx, dfirst, dsecond, drouter = _body(body, x, first, second, router, logits, dy).backward(
