@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from structured import DYAD_VARIANTS, STRUCTURES, linear
+from structured import DYAD_VARIANTS, STRUCTURES, Einsum, MoE, linear
 
 B_FIRST = (0.1, 0.6, 0.3, 0.6, 0.1, 0.3, 0.25)  # min(β, δ) > min(α, ε): contracting B first costs less
 NAMED = [name for name in STRUCTURES if name not in ("einsum", "dyad")]
@@ -60,6 +60,19 @@ def counted_flops(run):
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+def recomputed_flops(module, rows):
+    """FLOPs of the first products that the backward of `rows` tokens executes again: those of all einsums of
+    two cores but low rank, in each chosen expert."""
+    mixtures = {m.experts: m.top_k for m in module.modules() if isinstance(m, MoE)}
+    total = 0
+    for layer in module.modules():
+        if isinstance(layer, Einsum) and not layer.plain:
+            inside = [k for experts, k in mixtures.items() if layer in set(experts.modules())]
+            a, b, g, d, e, f, r = layer.contraction
+            total += 2 * rows * (inside or [1])[0] * g * b * a * r * f * d
+    return total
 
 
 # DESIGN.md, section 2, in the letters of structured.py

@@ -141,8 +141,7 @@ PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
     ("moe", ["blocks.0.mlp", "blocks.1.mlp"])])
 def test_biases_balance_the_routers(config, routers, trained):
     """From the first evaluation on. Without them the load is uneven, and they stay zero."""
-    settings = dict(eval_iters=16)
-    balanced, free = trained(config, **settings), trained(config, **settings, router_balance_rate=0)
+    balanced, free = (trained(config, eval_iters=16, router_balance_rate=rate) for rate in (0.1, 0))
     [run], _, evals = read_log(balanced)
     assert run["routers"] == routers
     for p in evals.values():

@@ -13,13 +13,15 @@ from lib.kernels.grouped import grouped_product
 from lib.kernels.operators import describe_body, einsum
 from lib.kernels.routing import gate_weights, route
 
-__all__ = ["batched_product", "combine", "describe_body", "dispatch", "einsum", "gate_weights", "grouped_product",
-           "normalize_core", "route", "router_losses"]
+__all__ = ["batched_product", "combine", "describe_body", "dispatch", "einsum", "gate_weights",
+           "grouped_product", "normalize_core", "route", "router_losses"]
 
 
 def batched_product(x: Tensor, w: Tensor, ends: Tensor | None) -> Tensor:
-    """y[b] = x[b] @ w[b]ᵀ: x (B, N, K), w (B, M, K) -> (B, N, M); with `ends`, see grouped_product, w is (E, B,
-    M, K)."""
+    """y[b] = x[b] @ w[b]ᵀ: x (B, N, K), w (B, M, K) -> (B, N, M).
+
+    With `ends`, for which see grouped_product, w is (E, B, M, K).
+    """
     if ends is None:
         return x @ w.mT
     return torch.stack([grouped_product(rows, matrices, ends) for rows, matrices in zip(x, w.unbind(1))])

@@ -100,7 +100,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     try:
         return load(build(dtype, cache_folder()))
     except (OSError, RuntimeError) as e:  # RuntimeError: there is no home folder
-        warnings.warn(f"einsums take PyTorch's products, which are slower, since {e}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"einsums take PyTorch's products, which are slower, since {e}", RuntimeWarning,
+                      stacklevel=2)
         return None
 
 
@@ -147,6 +148,6 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
     drouter = torch.empty_like(router) if routed else None
     scratch = x.new_empty(lib.scratch_size(dims, ctypes.c_int64(1)))
     lib.backward(dims, *_pointers(scratch), _openmp(),
-                 *_pointers(dy, dlogits, x, first, second, router, experts, logits, chosen, dx, dfirst, dsecond,
-                            drouter))
+                 *_pointers(dy, dlogits, x, first, second, router, experts, logits, chosen, dx, dfirst,
+                            dsecond, drouter))
     return dx, dfirst, dsecond, drouter

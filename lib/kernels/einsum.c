@@ -96,9 +96,9 @@ enum { ROWS,    /* A[m][k], k contiguous; B rows a fixed step apart */
 /* acc[m][j] += sum_k A[m][k] B[k][j], for M <= MR rows of A and NV <= 2 vectors of B's columns.
  *   a[m] + (ROWS: k, SUMS: at[k], CORE: k * step) is where A[m][k] is;
  *   b + k * step (ROWS, SUMS) or bk[k] + offset (CORE) is where B's row k begins. */
-INLINE void multiply(const int kind, const int M, const int NV, const int part, const int64_t tail, vec acc[MR][2],
-                     const int64_t K, const REAL *const a[MR], const int64_t *at, const REAL *b,
-                     const REAL *const *bk, const int64_t offset, const int64_t step) {
+INLINE void multiply(const int kind, const int M, const int NV, const int part, const int64_t tail,
+                     vec acc[MR][2], const int64_t K, const REAL *const a[MR], const int64_t *at,
+                     const REAL *b, const REAL *const *bk, const int64_t offset, const int64_t step) {
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int j = 0; j < NV; j++) acc[m][j] = (vec){0};
     for (int64_t k = 0; k < K; k++) {
@@ -133,8 +133,14 @@ INLINE void multiply(const int kind, const int M, const int NV, const int part, 
         if (i < (end)) body(1); \
     } while (0)
 
-INLINE vec load_n(const REAL *p, const int whole, const int64_t n) { return whole ? load(p) : load_part(p, n); }
-INLINE void store_n(REAL *p, vec v, const int whole, const int64_t n) { if (whole) store(p, v); else store_part(p, v, n); }
+INLINE vec load_n(const REAL *p, const int whole, const int64_t n) {
+    return whole ? load(p) : load_part(p, n);
+}
+
+INLINE void store_n(REAL *p, vec v, const int whole, const int64_t n) {
+    if (whole) store(p, v);
+    else store_part(p, v, n);
+}
 
 /* ---- The three primitives ------------------------------------------------------------------------------ */
 
@@ -152,11 +158,22 @@ typedef struct {            /* z: a group's rows lie together, (groups, TILE, wi
 
 INLINE layout z_layout(int64_t groups, int64_t width) {
     layout z = {groups, width, round_up(width), 0};
-    z.group = z.row * TILE + VL;    /* not a multiple of 4 KiB, or all groups would share lines of the cache */
+    z.group = z.row * TILE + VL;    /* no multiple of 4 KiB, or all groups would share lines of the cache */
     return z;
 }
 
-/* z[group][row][n] = scale[row] sum_k in[row][group * K + k] w[group / share][k][n] */
+typedef struct {            /* the cores of groups: share groups have one core after another, rows ld apart */
+    const REAL *w;
+    int64_t share, ld;
+} cores;
+
+typedef struct {            /* single numbers of z: z[from[group] + at[k] + row * step] */
+    const REAL *z;
+    int64_t step;
+    const int64_t *from, *at;
+} numbers;
+
+/* z[group][row][n] = scale[row] sum_k in[row][group * K + k] core[k][n] */
 INLINE void rows_block(const int M, const int64_t i, const tile *t, const int64_t K, const int64_t N,
                        const int64_t offset, const REAL *w, const int64_t ldw, REAL *z, const int64_t z_row,
                        const int scaled) {
@@ -176,31 +193,29 @@ INLINE void rows_block(const int M, const int64_t i, const tile *t, const int64_
 #undef BODY
 }
 
-static void rows_to_z(const tile *t, int64_t K, int64_t share, const REAL *w, int64_t ldw, layout to,
-                      REAL *z, int scaled) {
+static void rows_to_z(const tile *t, int64_t K, cores w, layout to, REAL *z, int scaled) {
     for (int64_t group = 0; group < to.groups; group++) {
-        const REAL *core = w + group / share * K * ldw;
+        const REAL *core = w.w + group / w.share * K * w.ld;
         REAL *zs = z + group * to.group;
-#define BODY(M) rows_block(M, i, t, K, to.width, group * K, core, ldw, zs, to.row, scaled)
+#define BODY(M) rows_block(M, i, t, K, to.width, group * K, core, w.ld, zs, to.row, scaled)
         BLOCKS(0, t->count, BODY);
 #undef BODY
     }
 }
 
-/* out[row][group * N + n] = old[row][...] + sum_k z[from[group] + at[k] + row * step] w[group / share][k][n]
- * dot (TILE, VL), or NULL: adds what the rows' products with in[row][...] are, lane by lane. */
+/* out[row][group * N + n] = old[row][...] + scale[row] sum_k from(group, k, row) core[k][n]
+ * dot (TILE, VL), or NULL: adds what the products of the rows with in[row][...] are, lane by lane. */
 INLINE void sums_block(const int M, const int64_t i, const tile *t, const int64_t g0, const int64_t g1,
-                       const int64_t share, const int64_t K, const int64_t N, const REAL *z, const int64_t step,
-                       const int64_t *from, const int64_t *at, const REAL *w, const int64_t ldw, const int scaled,
+                       const int64_t K, const int64_t N, const numbers from, const cores w, const int scaled,
                        REAL *dot) {
     vec sum[MR];
     UNROLL for (int m = 0; m < M; m++) sum[m] = dot ? load(dot + (i + m) * VL) : (vec){0};
     for (int64_t group = g0; group < g1; group++) {
-        const REAL *a[MR], *core = w + group / share * K * ldw;
-        UNROLL for (int m = 0; m < M; m++) a[m] = z + from[group] + (i + m) * step;
+        const REAL *a[MR], *core = w.w + group / w.share * K * w.ld;
+        UNROLL for (int m = 0; m < M; m++) a[m] = from.z + from.from[group] + (i + m) * from.step;
 #define BODY(NV, part, n, tail) { \
             vec acc[MR][2]; \
-            multiply(SUMS, M, NV, part, tail, acc, K, a, at, core + n, NULL, 0, ldw); \
+            multiply(SUMS, M, NV, part, tail, acc, K, a, from.at, core + n, NULL, 0, w.ld); \
             UNROLL for (int m = 0; m < M; m++) \
                 UNROLL for (int j = 0; j < NV; j++) { \
                     const int whole = !(part && j == NV - 1); \
@@ -217,47 +232,44 @@ INLINE void sums_block(const int M, const int64_t i, const tile *t, const int64_
     if (dot) UNROLL for (int m = 0; m < M; m++) store(dot + (i + m) * VL, sum[m]);
 }
 
-INLINE void z_to_rows(const tile *t, int64_t groups, int64_t share, int64_t K, int64_t N, const REAL *z,
-                      int64_t step, const int64_t *from, const int64_t *at, const REAL *w, int64_t ldw,
+INLINE void z_to_rows(const tile *t, int64_t groups, int64_t K, int64_t N, numbers from, cores w,
                       const int scaled, REAL *dot) {
     /* VL neighbouring groups read the same lines of z */
     for (int64_t g = 0; g < groups; g += VL) {
         const int64_t end = least(groups, g + VL);
-#define BODY(M) sums_block(M, i, t, g, end, share, K, N, z, step, from, at, w, ldw, scaled, dot)
+#define BODY(M) sums_block(M, i, t, g, end, K, N, from, w, scaled, dot)
         BLOCKS(0, t->count, BODY);
 #undef BODY
     }
 }
 
 /* Its three uses, each compiled on its own. */
-static void outputs(const tile *t, int64_t groups, int64_t share, int64_t K, int64_t N, const REAL *z, int64_t step,
-                    const int64_t *from, const int64_t *at, const REAL *w, int64_t ldw) {
-    z_to_rows(t, groups, share, K, N, z, step, from, at, w, ldw, 0, NULL);
+static void outputs(const tile *t, int64_t groups, int64_t K, int64_t N, numbers from, cores w) {
+    z_to_rows(t, groups, K, N, from, w, 0, NULL);
 }
 
-static void gated_outputs(const tile *t, int64_t groups, int64_t share, int64_t K, int64_t N, const REAL *z,
-                          int64_t step, const int64_t *from, const int64_t *at, const REAL *w, int64_t ldw) {
-    z_to_rows(t, groups, share, K, N, z, step, from, at, w, ldw, 1, NULL);
+static void gated_outputs(const tile *t, int64_t groups, int64_t K, int64_t N, numbers from, cores w) {
+    z_to_rows(t, groups, K, N, from, w, 1, NULL);
 }
 
-static void outputs_and_dots(const tile *t, int64_t groups, int64_t share, int64_t K, int64_t N, const REAL *z,
-                             int64_t step, const int64_t *from, const int64_t *at, const REAL *w, int64_t ldw,
+static void outputs_and_dots(const tile *t, int64_t groups, int64_t K, int64_t N, numbers from, cores w,
                              REAL *dot) {
-    z_to_rows(t, groups, share, K, N, z, step, from, at, w, ldw, 0, dot);
+    z_to_rows(t, groups, K, N, from, w, 0, dot);
 }
 
-/* core[group / share][m][n] (+)= sum_row z[from[group] + at[m] + row * step] in[row][group * N + n] */
+/* core[group / share][m][n] (+)= sum_row from(group, m, row) in[row][group * N + n] */
 INLINE void core_block(const int M, const int64_t i, const tile *t, const int64_t g0, const int64_t g1,
-                       const int64_t share, const int64_t all, const int64_t N, const REAL *z,
-                       const int64_t step, const int64_t *from, const int64_t *at, REAL *core, const int add) {
+                       const int64_t share, const int64_t all, const int64_t N, const numbers from,
+                       REAL *core, const int add) {
     for (int64_t group = g0; group < g1; group++) {
         const REAL *a[MR];
         REAL *to = core + (group / share * all + i) * N;
         const int more = add || group % share;
-        UNROLL for (int m = 0; m < M; m++) a[m] = z + from[group] + at[i + m];
+        UNROLL for (int m = 0; m < M; m++) a[m] = from.z + from.from[group] + from.at[i + m];
 #define BODY(NV, part, n, tail) { \
             vec acc[MR][2]; \
-            multiply(CORE, M, NV, part, tail, acc, t->count, a, NULL, NULL, t->in, group * N + n, step); \
+            multiply(CORE, M, NV, part, tail, acc, t->count, a, NULL, NULL, t->in, group * N + n, \
+                     from.step); \
             UNROLL for (int m = 0; m < M; m++) \
                 UNROLL for (int j = 0; j < NV; j++) { \
                     const int whole = !(part && j == NV - 1); \
@@ -270,12 +282,12 @@ INLINE void core_block(const int M, const int64_t i, const tile *t, const int64_
     }
 }
 
-static void core_gradient(const tile *t, int64_t groups, int64_t share, int64_t M_all, int64_t N, const REAL *z,
-                          int64_t step, const int64_t *from, const int64_t *at, REAL *core, int add) {
+static void core_gradient(const tile *t, int64_t groups, int64_t share, int64_t all, int64_t N, numbers from,
+                          REAL *core, int add) {
     for (int64_t g = 0; g < groups; g += VL) {
         const int64_t end = least(groups, g + VL);
-#define BODY(M) core_block(M, i, t, g, end, share, M_all, N, z, step, from, at, core, add)
-        BLOCKS(0, M_all, BODY);
+#define BODY(M) core_block(M, i, t, g, end, share, all, N, from, core, add)
+        BLOCKS(0, all, BODY);
 #undef BODY
     }
 }
@@ -312,8 +324,8 @@ static void core_gradient(const tile *t, int64_t groups, int64_t share, int64_t 
     }
 
 /* out[j][i] = in[i][j], i < height, j < width; added to what is there if add. */
-static void transpose(const REAL *in, int64_t in_row, REAL *out, int64_t out_row, int64_t height, int64_t width,
-                      int add) {
+static void transpose(const REAL *in, int64_t in_row, REAL *out, int64_t out_row, int64_t height,
+                      int64_t width, int add) {
     for (int64_t i = 0; i < height; i += LANE_COUNT)
         for (int64_t j = 0; j < width; j += LANE_COUNT) {
             if (i + LANE_COUNT <= height && j + LANE_COUNT <= width) {
@@ -491,7 +503,8 @@ static void pack_all(const call *c, int64_t second) {
     parallel(c, c->start, s->slots, items, pack);
 }
 
-/* The k experts of a token: those with the largest logit + balance, in falling order; ties go to the first. */
+/* The k experts of a token: those with the largest logit + balance, in falling order; of equal ones the
+ * first. */
 static void choose(const call *c, int64_t t) {
     const int64_t E = c->s.E, k = c->s.k;
     for (int64_t i = 0; i < k; i++) {
@@ -515,7 +528,7 @@ static void route(const call *c, int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; t += TILE) {
         rows.count = least(TILE, t1 - t);
         for (int64_t m = 0; m < rows.count; m++) rows.in[m] = c->x + (t + m) * c->d_in;
-        rows_to_z(&rows, c->d_in, 1, c->router_t, round_up(E), to, c->logits + t * E, 0);
+        rows_to_z(&rows, c->d_in, (cores){c->router_t, 1, round_up(E)}, to, c->logits + t * E, 0);
     }
     for (int64_t t = t0; t < t1; t++) choose(c, t);
 }
@@ -592,10 +605,11 @@ static void forward_slot(const job *j, int64_t number) {
                     t.old[m] = c->out_moved || is_first(c, token, e) ? NULL : t.out[m];
                     t.scale[m] = s->routed ? w.gates[at] : 1;
                 }
-                rows_to_z(&t, s->a, s->b, c->cores_a + e * s->g * s->a * c->lda, c->lda, c->z, w.z, 0);
-                const REAL *second = c->cores_b + e * s->f * c->P * c->ldb;
-                (s->routed ? gated_outputs : outputs)(&t, c->V, s->d, c->P, s->e, w.z, c->z.row, c->z_from,
-                                                                 c->z_at, second, c->ldb);
+                const cores first = {c->cores_a + e * s->g * s->a * c->lda, s->b, c->lda};
+                const cores second = {c->cores_b + e * s->f * c->P * c->ldb, s->d, c->ldb};
+                const numbers z = {w.z, c->z.row, c->z_from, c->z_at};
+                rows_to_z(&t, s->a, first, c->z, w.z, 0);
+                (s->routed ? gated_outputs : outputs)(&t, c->V, c->P, s->e, z, second);
                 if (c->out_moved)
                     for (int64_t m = 0; m < t.count; m++) {
                         const int64_t token = t0 + w.order[i + m] / s->k;
@@ -644,8 +658,8 @@ static void forward_few(const call *c) {
                         c->first + e * c->first_size + (u / s->b * c->Q + q) * s->a, x + u * s->a, s->a);
             for (int64_t v = 0; v < c->V; v++)
                 for (int64_t n = 0; n < s->e; n++) {
-                    const REAL part = dot_product(c->second + e * c->second_size + (v / s->d * s->e + n) * c->P,
-                                                  w.z + v * c->P, c->P) * (s->routed ? w.gates[i] : 1);
+                    const REAL *core = c->second + e * c->second_size + (v / s->d * s->e + n) * c->P;
+                    const REAL part = dot_product(core, w.z + v * c->P, c->P) * (s->routed ? w.gates[i] : 1);
                     REAL *to = y + (c->out_moved ? (v / s->d * s->e + n) * s->d + v % s->d : v * s->e + n);
                     *to = i ? *to + part : part;
                 }
@@ -686,8 +700,9 @@ static void router_gradients(const call *c, int64_t t0, int64_t t1, const slot *
             rows.old[m] = rows.out[m];
         }
         const REAL *d = w->dlogits + (t - t0) * E;
-        outputs(&rows, 1, 1, E, c->d_in, d, E, from, at, c->router, c->d_in);
-        core_gradient(&rows, 1, 1, E, c->d_in, d, E, from, at, w->router, add || t > t0);
+        const numbers logits = {d, E, from, at};
+        outputs(&rows, 1, E, c->d_in, logits, (cores){c->router, 1, c->d_in});
+        core_gradient(&rows, 1, 1, E, c->d_in, logits, w->router, add || t > t0);
     }
 }
 
@@ -724,24 +739,25 @@ static void backward_slot(const job *j, int64_t number) {
                     in.scale[m] = out.scale[m] = s->routed ? w.gates[at] : 1;
                 }
                 if (s->routed) memset(w.dot, 0, in.count * VL * sizeof(REAL));
-                const REAL *first = c->first + e * c->first_size, *second = c->second + e * c->second_size;
-                rows_to_z(&in, s->a, s->b, c->cores_a + e * s->g * s->a * c->lda, c->lda, c->z, w.z, s->routed);
-                core_gradient(&out, c->V, s->d, c->P, s->e, w.z, c->z.row, c->z_from, c->z_at,
-                              w.second + e * c->second_size, w.seen[e] != 0);
-                rows_to_z(&out, s->e, s->d, second, c->P, c->dz, w.dz, s->routed);
-                core_gradient(&in, c->U, s->b, c->Q, s->a, w.dz, c->dz.row, c->dz_from, c->dz_at,
-                              w.first + e * c->first_size, w.seen[e] != 0);
-                if (s->routed)
-                    outputs_and_dots(&in, c->U, s->b, c->Q, s->a, w.dz, c->dz.row, c->dz_from, c->dz_at, first, s->a,
-                                  w.dot);
-                else
-                    outputs(&in, c->U, s->b, c->Q, s->a, w.dz, c->dz.row, c->dz_from, c->dz_at, first,
-                                    s->a);
+                const cores again = {c->cores_a + e * s->g * s->a * c->lda, s->b, c->lda};
+                const cores first = {c->first + e * c->first_size, s->b, s->a};
+                const cores second = {c->second + e * c->second_size, s->d, c->P};
+                const numbers z = {w.z, c->z.row, c->z_from, c->z_at};
+                const numbers dz = {w.dz, c->dz.row, c->dz_from, c->dz_at};
+                REAL *dfirst = w.first + e * c->first_size, *dsecond = w.second + e * c->second_size;
+                const int add = w.seen[e] != 0;
+                rows_to_z(&in, s->a, again, c->z, w.z, s->routed);
+                core_gradient(&out, c->V, s->d, c->P, s->e, z, dsecond, add);
+                rows_to_z(&out, s->e, second, c->dz, w.dz, s->routed);
+                core_gradient(&in, c->U, s->b, c->Q, s->a, dz, dfirst, add);
+                if (s->routed) outputs_and_dots(&in, c->U, c->Q, s->a, dz, first, w.dot);
+                else outputs(&in, c->U, c->Q, s->a, dz, first);
                 w.seen[e] = 1;
                 for (int64_t m = 0; m < in.count; m++) {
                     const int64_t at = w.order[i + m], token = t0 + at / s->k;
                     if (c->in_moved)
-                        exchange(in.out[m], c->dx + token * c->d_in, s->g, s->b, s->a, !is_first(c, token, e));
+                        exchange(in.out[m], c->dx + token * c->d_in, s->g, s->b, s->a,
+                                 !is_first(c, token, e));
                     if (s->routed) {
                         REAL sum = 0;
                         for (int64_t l = 0; l < VL; l++) sum += w.dot[m * VL + l];
@@ -784,6 +800,7 @@ static void reduce(const job *j, int64_t i) {
     else memcpy(c->drouter, total, n * sizeof(REAL));
 }
 
+/* experts: (T,), or NULL; router, balance, logits and chosen: NULL without a router. */
 void forward(const int64_t *dims, REAL *scratch, void *start, const REAL *x, const REAL *first,
              const REAL *second, const REAL *router, const REAL *balance, const int64_t *experts, REAL *y,
              REAL *logits, int64_t *chosen) {
@@ -799,8 +816,9 @@ void forward(const int64_t *dims, REAL *scratch, void *start, const REAL *x, con
 }
 
 void backward(const int64_t *dims, REAL *scratch, void *start, const REAL *dy, const REAL *dlogits,
-              const REAL *x, const REAL *first, const REAL *second, const REAL *router, const int64_t *experts,
-              const REAL *logits, const int64_t *chosen, REAL *dx, REAL *dfirst, REAL *dsecond, REAL *drouter) {
+              const REAL *x, const REAL *first, const REAL *second, const REAL *router,
+              const int64_t *experts, const REAL *logits, const int64_t *chosen, REAL *dx, REAL *dfirst,
+              REAL *dsecond, REAL *drouter) {
     call c = {.x = x, .first = first, .second = second, .router = router, .experts = experts, .dy = dy,
               .dlogits = dlogits, .logits = (REAL *)logits, .chosen = (int64_t *)chosen, .dx = dx,
               .dfirst = dfirst, .dsecond = dsecond, .drouter = drouter, .start = (gomp)start};

@@ -1,8 +1,8 @@
 """The einsum of two cores as one operator of torch.library, with and without experts and their router.
 
 The operator is opaque to torch.compile and its shapes do not depend on the routing. Its body is chosen when
-it runs: `c` on a CPU in float32 and float64, if it can be compiled, and else `torch`. The backward computes z,
-the result of the first product, again.
+it runs: `c` on a CPU in float32 and float64, if it can be compiled, and else `torch`. The backward computes
+z, the result of the first product, again.
 """
 import torch
 from torch import Tensor
@@ -136,8 +136,8 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
     sizes are the seven of the contraction, swapped where B goes first. There are three kinds of call:
         one matrix     first (1, γ, ρφδ, α), second (1, φ, ε, γρβ): y = W x; logits and chosen are empty
         a mixture      first (E, ...), second (E, ...), router (E, d_in) and balance (E,) in at least float32:
-                       y[t] = Σ_{e in chosen[t]} gate · W[e] x[t]; logits = x routerᵀ (T, E); chosen (T, top_k),
-                       the largest of logits + balance; gates by routing.gate_weights
+                       y[t] = Σ_{e in chosen[t]} gate · W[e] x[t]; logits = x routerᵀ (T, E); chosen
+                       (T, top_k), the largest of logits + balance; gates by routing.gate_weights
         given experts  experts (T, 1): y[t] = W[experts[t]] x[t]; logits and chosen are empty
     body: 'c' or 'torch' to force one.
     """

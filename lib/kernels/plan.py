@@ -14,7 +14,7 @@ from torch import Tensor
 class Plan(NamedTuple):
     tile_expert: Tensor  # (tiles,) the expert of each tile
     row_token: Tensor    # (N,) the token that a row reads; 0 in a padding row
-    row_choice: Tensor   # (N,) the assignment, token · k + choice, that a row computes; T · k in a padding row
+    row_choice: Tensor   # (N,) the assignment, token · k + choice, of a row; T · k in a padding row
     place: Tensor        # (T, k) where a token's rows are
 
 

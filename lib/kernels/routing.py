@@ -1,4 +1,4 @@
-"""The router's arithmetic: scores, choices, gates and their gradients. Shapes: tokens T, experts E, k each."""
+"""The router's arithmetic: logits, choices, gates and their gradients. T tokens, E experts, k per token."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor

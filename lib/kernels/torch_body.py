@@ -129,7 +129,8 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
     xs = _first_rows(_take(x, plan), tiles, sizes, swapped)  # (t, g, Pb, a)
     dys = _take(dy, plan)
     if plan is not None:  # the gates, 0 in padding rows
-        gates = chosen.new_ones(chosen.shape, dtype=dy.dtype) if router is None else gate_weights(logits, chosen)
+        given = chosen if router is not None else experts
+        gates = given.new_ones(given.shape, dtype=dy.dtype) if router is None else gate_weights(logits, given)
         row_gate = F.pad(gates.flatten(), (0, 1)).index_select(0, plan.row_choice)
         dys = dys * row_gate[:, None].to(dys.dtype)
     dys = _second_rows(dys, tiles, sizes, swapped)  # (t, f, Pd, e)
