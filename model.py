@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, d n_embd, nh heads, hs = d / nh head size, V vocabulary, R routers, E experts.
 Scales follow µP, structure-aware: see configure_optimizers here, and docs/mup.md.
 """
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
@@ -82,13 +83,26 @@ def layer_config(config: GPTConfig, part: str) -> LayerConfig:
     return config if config.layers in ("all", part) else LayerConfig("dense", bias=config.bias)
 
 
-def apply_layer(layer: nn.Module, x: Tensor, aux: list) -> Tensor:
-    """layer(x). If the layer is a MoE, its Aux is appended to the list aux."""
-    if not isinstance(layer, structured.MoE):
+def apply_layer(layer: nn.Module, x: Tensor, aux: list | None) -> Tensor:
+    """layer(x). If the layer is a MoE, its Aux is appended to the list aux, where there is one."""
+    if not isinstance(layer, structured.MoE) or aux is None:
         return layer(x)
     y, report = layer(x, return_aux=True)
     aux.append(report)
     return y
+
+
+@contextlib.contextmanager
+def fixed_cores(model: nn.Module):
+    """Within, cores are normalized once and not at every call: for generation, while no weight changes."""
+    layers = [m for m in model.modules() if isinstance(m, structured.Structured)]
+    try:
+        for layer in layers:
+            layer.fixed = {name: layer.core(name).detach() for name in layer.fans()}
+        yield
+    finally:
+        for layer in layers:
+            layer.fixed = {}
 
 
 class KVCache:
@@ -124,7 +138,7 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = nn.LayerNorm(self.head_size, bias=config.bias) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, aux: list, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, aux: list | None, cache: KVCache | None = None) -> Tensor:
         B, T, d = x.shape
         heads = (B, T, self.n_head, self.head_size)
         q = self.q_norm(apply_layer(self.q, x, aux).view(heads)).transpose(1, 2)  # (B, nh, T, hs)
@@ -157,7 +171,7 @@ class MLP(nn.Module):
         self.up = projection(config, "mlp", config.n_embd, 4 * config.n_embd)
         self.down = projection(config, "mlp", 4 * config.n_embd, config.n_embd, zero_init=True)
 
-    def forward(self, x: Tensor, aux: list) -> Tensor:
+    def forward(self, x: Tensor, aux: list | None) -> Tensor:
         return apply_layer(self.down, F.gelu(apply_layer(self.up, x, aux)), aux)
 
     def flops_per_token(self) -> int:
@@ -196,7 +210,7 @@ class Block(nn.Module):
         # relative to a model of 3 layers: the sum of all branches does not grow with the depth
         self.branch_scale = math.sqrt(3 / config.n_layer)
 
-    def forward(self, x: Tensor, aux: list, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, aux: list | None, cache: KVCache | None = None) -> Tensor:
         x = x + self.branch_scale * self.attn(self.ln_1(x), aux, cache)
         h = self.ln_2(x)
         h = self.mlp(h, aux) if isinstance(self.mlp, MLP) else apply_layer(self.mlp, h, aux)
@@ -242,7 +256,7 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit block_size = {self.config.block_size}")
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.dropout(self.wte(idx) + self.wpe(positions))  # (B, T, d)
-        aux: list[structured.Aux] = []
+        aux: list[structured.Aux] | None = [] if return_aux else None
         for block in self.blocks:
             x = block(x, aux, cache)
         if cache is not None:
@@ -368,9 +382,14 @@ class GPT(nn.Module):
         when it is full, its oldest quarter is forgotten and the rest read again (positions are learned, so
         that keys of shifted tokens cannot be kept). With or without the cache the tokens are the same.
         """
-        block = self.config.block_size
         if idx.shape[1] < 1:
             raise ValueError("generation needs a prompt of at least one token")
+        with fixed_cores(self):
+            yield from self._stream(idx, max_new_tokens, temperature, top_k, use_cache, generator)
+
+    def _stream(self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None,
+                use_cache: bool, generator: torch.Generator | None) -> Iterator[Tensor]:
+        block = self.config.block_size
         window = idx[:, -block:]
         cache = None
         for _ in range(max_new_tokens):

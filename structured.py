@@ -115,8 +115,7 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
         return _nearest_sizes(self, d_in, d_out, rank, gamma, phi)
 
 
-# Structures by name. ρ = 1 in dense, kronecker, monarch; 'einsum' takes its θ from the caller, 'dyad' has
-# none.
+# ρ = 1 in dense, kronecker and monarch; 'einsum' takes its θ from the caller, and 'dyad' has none
 STRUCTURES: dict[str, Theta | None] = {
     "dense":     Theta(1, 0, 0, 1, 0, 0, 0),
     "low_rank":  Theta(1, 0, 0, 0, 1, 0, 1 / 2),
@@ -253,6 +252,7 @@ class Structured(nn.Module):
             if config.weight_norm and not normalized:
                 self.register_parameter(f"gain_{name}", nn.Parameter(torch.ones(num_experts or 1)))
         self.bias = nn.Parameter(torch.zeros(*lead, d_out)) if config.bias else None
+        self.fixed: dict[str, Tensor] = {}  # the cores as they act, while model.fixed_cores keeps them
 
     def fans(self) -> dict[str, tuple[int, int]]:
         """{parameter name: (fan_in, fan_out)} of each core; of one expert, where there are experts."""
@@ -276,8 +276,8 @@ class Structured(nn.Module):
 
     def core(self, name: str) -> Tensor:
         """The core as it acts, normalized and scaled: (batch, out, in), with experts (E, batch, out, in)."""
-        core = getattr(self, name)
-        if not self.weight_norm:
+        core = self.fixed.get(name, getattr(self, name))
+        if not self.weight_norm or name in self.fixed:
             return core
         gain = getattr(self, f"gain_{name}", None)
         if gain is not None:

@@ -142,6 +142,24 @@ def test_attention_logits_scale_with_8_over_head_size(n_embd, n_head):
     torch.testing.assert_close(seen[0][0, 1], expected)
 
 
+@pytest.mark.parametrize("kind", ["btt", "btt_moe", "moe", "dyad"])
+def test_weights_that_change_after_generation_count(kind):
+    """Cores are kept normalized while tokens are generated, and no longer."""
+    model, idx = random_model(kind), tokens(2, 5)
+    with torch.no_grad():
+        before = model(idx)[0]
+        model.generate(idx, 2)
+        assert torch.equal(model(idx)[0], before)
+        for layer in model.modules():
+            if isinstance(layer, Structured):
+                for name in layer.fans():
+                    getattr(layer, name).mul_(-0.5)
+        assert not torch.allclose(model(idx)[0], before)
+    fresh = build(kind).double().eval()
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(idx)[0], model(idx)[0])
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", ["btt_moe", "low_rank_moe", "dense_moe", "moe", "moe of btt", "dyad_moe"])
 def test_every_router_learns_from_the_loss_alone(kind, top_k):

@@ -91,6 +91,8 @@ def load(path: Path) -> ctypes.CDLL:
     """The library with its functions' types. Raises OSError."""
     library = ctypes.CDLL(str(path))
     library.scratch_size.restype = library.vector_bits.restype = ctypes.c_int64
+    library.forward.argtypes = [ctypes.c_void_p] * 12
+    library.backward.argtypes = [ctypes.c_void_p] * 16
     return library
 
 
@@ -103,6 +105,13 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         warnings.warn(f"einsums take PyTorch's products, which are slower, since {e}", RuntimeWarning,
                       stacklevel=2)
         return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _scratch(dtype: torch.dtype, dims: bytes, backward: int) -> int:
+    """Numbers of scratch that a call needs."""
+    sizes = (ctypes.c_int64 * 13).from_buffer_copy(dims)
+    return library(dtype).scratch_size(sizes, ctypes.c_int64(backward))
 
 
 @functools.cache
@@ -122,8 +131,8 @@ def _sizes(x: Tensor, first: Tensor, routed: bool, top_k: int, sizes, swapped: b
     return (ctypes.c_int64 * 13)(T, len(first), top_k, routed, *sizes, swapped, slots)
 
 
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
 def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
@@ -134,7 +143,7 @@ def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
     y = x.new_empty(x.shape[0], d * e * f)
     logits = x.new_empty(x.shape[0], len(first)) if routed else None
     chosen = x.new_empty(x.shape[0], top_k, dtype=torch.int64) if routed else experts
-    scratch = x.new_empty(lib.scratch_size(dims, ctypes.c_int64(0)))
+    scratch = x.new_empty(_scratch(x.dtype, bytes(dims), 0))
     lib.forward(dims, *_pointers(scratch), _openmp(),
                 *_pointers(x, first, second, router, balance, experts, y, logits, chosen))
     return y, logits, chosen
@@ -146,7 +155,7 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
     dims = _sizes(x, first, routed, chosen.shape[1] if routed else 1, sizes, swapped)
     dx, dfirst, dsecond = (torch.empty_like(t) for t in (x, first, second))
     drouter = torch.empty_like(router) if routed else None
-    scratch = x.new_empty(lib.scratch_size(dims, ctypes.c_int64(1)))
+    scratch = x.new_empty(_scratch(x.dtype, bytes(dims), 1))
     lib.backward(dims, *_pointers(scratch), _openmp(),
                  *_pointers(dy, dlogits, x, first, second, router, experts, logits, chosen, dx, dfirst,
                             dsecond, drouter))

@@ -619,17 +619,27 @@ static void forward_slot(const job *j, int64_t number) {
     }
 }
 
-static REAL dot_product(const REAL *x, const REAL *y, int64_t n) {
+INLINE REAL sum_of_lanes(vec v) {
+#if defined(__AVX512F__)
+    if (sizeof(REAL) == 4) return (REAL)_mm512_reduce_add_ps((__m512)v);
+    return (REAL)_mm512_reduce_add_pd((__m512d)v);
+#else
+    REAL total = 0;
+    for (int64_t l = 0; l < VL; l++) total += v[l];
+    return total;
+#endif
+}
+
+INLINE REAL dot_product(const REAL *x, const REAL *y, int64_t n) {
+    if (n == VL) return sum_of_lanes(load(x) * load(y));
+    if (n < VL) return sum_of_lanes(load_part(x, n) * load_part(y, n));
     vec sum[4] = {{0}};
     int64_t i = 0;
     for (; i + 4 * VL <= n; i += 4 * VL)
         UNROLL for (int j = 0; j < 4; j++) sum[j] += load(x + i + j * VL) * load(y + i + j * VL);
     for (; i + VL <= n; i += VL) sum[0] += load(x + i) * load(y + i);
     if (i < n) sum[1] += load_part(x + i, n - i) * load_part(y + i, n - i);
-    sum[0] += sum[1] + (sum[2] + sum[3]);
-    REAL total = 0;
-    for (int64_t l = 0; l < VL; l++) total += sum[0][l];
-    return total;
+    return sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 /* The forward for a few rows, by dot products with the cores as they are: packing them would take longer. */
@@ -652,17 +662,23 @@ static void forward_few(const call *c) {
         }
         for (int64_t i = 0; i < s->k; i++) {
             const int64_t e = s->routed ? c->chosen[t * s->k + i] : c->experts ? c->experts[t] : 0;
-            for (int64_t u = 0; u < c->U; u++)
-                for (int64_t q = 0; q < c->Q; q++)  /* into z[v][p] */
-                    w.z[q % c->V * c->P + (u / s->b * s->r + q / c->V) * s->b + u % s->b] = dot_product(
-                        c->first + e * c->first_size + (u / s->b * c->Q + q) * s->a, x + u * s->a, s->a);
-            for (int64_t v = 0; v < c->V; v++)
-                for (int64_t n = 0; n < s->e; n++) {
-                    const REAL *core = c->second + e * c->second_size + (v / s->d * s->e + n) * c->P;
-                    const REAL part = dot_product(core, w.z + v * c->P, c->P) * (s->routed ? w.gates[i] : 1);
-                    REAL *to = y + (c->out_moved ? (v / s->d * s->e + n) * s->d + v % s->d : v * s->e + n);
+            const REAL gate = s->routed ? w.gates[i] : 1;
+            for (int64_t u = 0; u < c->U; u++) {
+                const REAL *core = c->first + e * c->first_size + u / s->b * c->Q * s->a;
+                REAL *z = w.z + u / s->b * s->r * s->b + u % s->b;  /* z[v][p] */
+                for (int64_t r = 0; r < s->r; r++)
+                    for (int64_t v = 0; v < c->V; v++, core += s->a)
+                        z[v * c->P + r * s->b] = dot_product(core, x + u * s->a, s->a);
+            }
+            for (int64_t v = 0; v < c->V; v++) {
+                const REAL *core = c->second + e * c->second_size + v / s->d * s->e * c->P;
+                REAL *to = c->out_moved ? y + v / s->d * s->e * s->d + v % s->d : y + v * s->e;
+                const int64_t step = c->out_moved ? s->d : 1;
+                for (int64_t n = 0; n < s->e; n++, core += c->P, to += step) {
+                    const REAL part = gate * dot_product(core, w.z + v * c->P, c->P);
                     *to = i ? *to + part : part;
                 }
+            }
         }
     }
 }

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lib.kernels import c_body, torch_body
 
 BODIES = {"torch": torch_body, "c": c_body}
+FEW = 16  # tokens up to which a call without gradients goes to the body directly
 
 
 def body_name(device_type: str, dtype: torch.dtype) -> str:
@@ -145,5 +146,9 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype) if router is None else x  # the router sees it as it is
         first, second = first.to(dtype), second.to(dtype)
-    return _einsum(x.contiguous(), first.contiguous(), second.contiguous(), router, balance, experts, top_k,
-                   list(sizes), swapped, body)
+    tensors = (x.contiguous(), first.contiguous(), second.contiguous(), router, balance, experts)
+    plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if plain and 0 < len(x) <= FEW:
+        # a token at a time, calling an operator takes longer than its work
+        return _body(body, *tensors[:5]).forward(*tensors, top_k, sizes, swapped)
+    return _einsum(*tensors, top_k, list(sizes), swapped, body)
