@@ -2,7 +2,7 @@
 # time, 65,536 a step, 100,000 steps at a constant 3e-3. One of its sizes: 3 layers of width 768 (it has
 # widths 256 to 4096, and 3, 6 and 9 layers; experiments/plans/paper.py has all, and says what is the paper's
 # and what is ours). Data: python data/openwebtext_char/prepare.py. In the paper indices do not follow the
-# heads (--head_aligned=False), and routers have no balancing biases (--router_balance_rate=0).
+# heads (--head_aligned=False).
 dataset = "openwebtext_char"
 block_size = 128
 batch_size = 64

@@ -1,5 +1,5 @@
 /* Two-factor einsums and mixtures of them on a CPU: forward and backward.  See c_body.py, which compiles and
- * calls this file, and plan.py for the three primitives, which are the same for every body.
+ * calls this file, and torch_body.py for the three primitives, which are the same for both bodies.
  *
  * Letters are those of the contraction, in which the first core comes first (structured.py):
  *     a alpha  b beta  g gamma  d delta  e epsilon  f phi  r rho
@@ -412,12 +412,15 @@ typedef struct {                    /* scratch of one slot */
     int32_t *order, *start;
 } slot;
 
-/* Lays out a slot's scratch; returns its size in REALs. */
+/* Lays out a slot's scratch, if base is not NULL; returns its size in REALs. */
 static int64_t slot_layout(const call *c, REAL *base, slot *to) {
     const sizes *s = &c->s;
     const int64_t block = least(BLOCK, s->T);
     int64_t at = 0;
-#define TAKE(name, n) do { to->name = base + at; at += ((int64_t)(n) + 15) / 16 * 16; } while (0)
+#define TAKE(name, n) do { \
+        to->name = base ? base + at : NULL; \
+        at += ((int64_t)(n) + 15) / 16 * 16; \
+    } while (0)
     TAKE(z, c->z.group * c->U);
     TAKE(dz, c->backward ? c->dz.group * c->V : 0);
     TAKE(in, c->in_moved ? c->d_in * TILE : 0);
@@ -430,12 +433,12 @@ static int64_t slot_layout(const call *c, REAL *base, slot *to) {
     TAKE(first, c->backward ? c->first_size * s->E : 0);
     TAKE(second, c->backward ? c->second_size * s->E : 0);
     TAKE(router, c->backward && s->routed ? c->d_in * s->E : 0);
-    REAL *words;
 #undef TAKE
-    words = base + at;
-    to->seen = (int64_t *)words;
-    to->start = (int32_t *)(to->seen + s->E);
-    to->order = to->start + s->E + 2;
+    if (base) {
+        to->seen = (int64_t *)(base + at);
+        to->start = (int32_t *)(to->seen + s->E);
+        to->order = to->start + s->E + 2;
+    }
     at += (8 * s->E + 4 * (s->E + 2 + block * s->k)) / (int64_t)sizeof(REAL) + 16;
     return (at + 15) / 16 * 16;
 }
@@ -452,13 +455,13 @@ static int64_t prepare(call *c, const int64_t *dims, int64_t backward, REAL *scr
     c->lda = round_up(c->Q), c->ldb = round_up(s->e);
     c->z = z_layout(c->U, c->Q), c->dz = z_layout(c->V, c->P);
     int64_t at = 0;
-#define TAKE(name, type, n) do { c->name = (type *)(scratch + at); \
+#define TAKE(name, type, n) do { c->name = scratch ? (type *)(scratch + at) : NULL; \
         at += ((int64_t)(n) * (int64_t)sizeof(type) / (int64_t)sizeof(REAL) + 15) / 16 * 16; } while (0)
     TAKE(cores_a, REAL, s->E * s->g * s->a * c->lda);
     TAKE(cores_b, REAL, s->E * s->f * c->P * c->ldb);
     TAKE(router_t, REAL, s->routed ? c->d_in * round_up(s->E) : 0);
     TAKE(offsets, int64_t, s->E + c->U + c->V + c->P + c->Q);
-    c->scratch = scratch + at;
+    c->scratch = scratch ? scratch + at : NULL;
 #undef TAKE
     slot ignored;
     c->slot_size = slot_layout(c, NULL, &ignored);

@@ -109,7 +109,7 @@ def grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 
     x (N, K), w (E, M, K), ends (E,) integers that rise to N -> (N, M). Takes part in autocast.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w = x.to(dtype), w.to(dtype)
     return _grouped_product(x, w, ends)

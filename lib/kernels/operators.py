@@ -142,7 +142,7 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
         given experts  experts (T, 1): y[t] = W[experts[t]] x[t]; logits and chosen are empty
     body: 'c' or 'torch' to force one.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype) if router is None else x  # the router sees it as it is
         first, second = first.to(dtype), second.to(dtype)
