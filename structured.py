@@ -303,12 +303,12 @@ class Einsum(Structured):
 
     def __init__(self, sizes: Sizes, config: LayerConfig, *, zero_init: bool = False, **kwargs):
         order, contraction = sizes.order(), sizes.contraction()
-        a, b, g, d, e, f, r = contraction
+        a, b, g, d, e, f, r = contraction  # from here on in the letters of the core that goes first
         shapes = [(g, r * f * d, a),  # (γ, ρφδ, α)
                   (f, e, g * r * b)]  # (φ, ε, γρβ); left out where it has one entry, as in a dense matrix
         super().__init__(sizes.d_in, sizes.d_out, dict(zip(order, shapes)), sizes.fans(), config,
                          zero_core=order[-1] if zero_init else None, **kwargs)
-        self.sizes, self.order, self.contraction, self.swapped = sizes, order, contraction, order[0] == "B"
+        self.sizes, self.order, self.contraction, self.b_first = sizes, order, contraction, order[0] == "B"
         self.plain = len(order) == 1 or b == g == d == f == 1  # dense or low rank: whole matrices
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
@@ -318,17 +318,17 @@ class Einsum(Structured):
             y = rows
             for core in (core.squeeze(-3) for core in cores):  # (out, in), with experts (E, out, in)
                 y = F.linear(y, core) if ends is None else kernels.grouped_product(y, core, ends)
-        elif ends is None:
-            y = kernels.einsum(rows, *(core[None] for core in cores), self.contraction, self.swapped)[0]
+        elif ends is None:  # the operator wants a leading E, here 1
+            y = kernels.einsum(rows, *(core[None] for core in cores), self.contraction, self.b_first)[0]
         else:
             experts = torch.searchsorted(ends, torch.arange(len(rows), device=x.device), right=True)[:, None]
-            y = kernels.einsum(rows, *cores, self.contraction, self.swapped, experts=experts)[0]
+            y = kernels.einsum(rows, *cores, self.contraction, self.b_first, experts=experts)[0]
         return self.add_bias(y.view(*x.shape[:-1], self.d_out), ends)
 
     def mixture(self, x: Tensor, router: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, ...]:
         """These experts with a router: x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k)."""
         cores = (self.core(name) for name in self.order)
-        y, logits, chosen = kernels.einsum(x, *cores, self.contraction, self.swapped, router=router,
+        y, logits, chosen = kernels.einsum(x, *cores, self.contraction, self.b_first, router=router,
                                            balance=balance, top_k=top_k)
         if self.bias is not None:
             gates = kernels.gate_weights(logits, chosen)[..., None]  # (T, k, 1)
@@ -358,7 +358,7 @@ class Einsum(Structured):
         if len(self.order) == 2:  # (..., φ, ε, γρβ)
             second = self.core(self.order[1]).reshape(*lead, f, e, g, r, b)
             second = torch.einsum("...fegrb->...gbefr", second)
-        return (second, first) if self.swapped else (first, second)
+        return (second, first) if self.b_first else (first, second)
 
     def to_dense(self) -> Tensor:
         """The matrix that the layer applies: (d_out, d_in); with experts, (E, d_out, d_in)."""
@@ -474,7 +474,7 @@ class MoE(nn.Module):
         """x (..., d_in) -> y (..., d_out), or (y, Aux)."""
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
         router = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
-        if isinstance(self.experts, Einsum) and not self.experts.plain:
+        if isinstance(self.experts, Einsum) and not self.experts.plain:  # not by Einsum.forward
             y, logits, chosen = self.experts.mixture(rows, router, self.balance, self.top_k)
         else:
             y, logits, chosen = self._dispatch(rows, router)

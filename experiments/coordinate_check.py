@@ -28,12 +28,12 @@ globals().update(config)
 
 import math
 import os
+import sys
 
 import numpy as np
 import torch
 
 from data.common import open_dataset
-from experiments import launcher
 from experiments.scaling import plot
 from experiments.scaling.report import write_csv
 from model import GPT, GPTConfig
@@ -145,4 +145,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    launcher.run_program(main)
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as e:
+        fail(str(e))

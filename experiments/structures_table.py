@@ -3,9 +3,10 @@ rates.
 
     python -m experiments.structures_table 768 3072     the map 768 -> 3072; one width alone stands for both
 """
+import math
 import sys
 
-from structured import STRUCTURES, linear
+from structured import STRUCTURES, Dyad, linear
 
 HEAD = ("structure", "θ (α β γ δ ε φ ρ)", "sizes", "parameters", "of dense", "FLOPs/token", "of dense",
         "ψ", "ν", "ω", "init std · lr × per core")
@@ -27,10 +28,14 @@ def row_of(name: str, d_in: int, d_out: int, base_width: int) -> list[str]:
     flops, lr = layer.flops_per_token(), layer.lr_multipliers(base_width)
     cores = ", ".join(f"{key}: {layer.init_std(key):.3g} · {lr[key]:.3g}" for key in layer.fans())
     exponents = " ".join(f"{e:g}" for e in theta) if theta else "not an einsum"
-    sizes = str(layer.sizes) if theta else f"{layer.blocks} blocks"
-    taxonomy = [f"{v:g}" for v in ((theta.psi, theta.nu, theta.omega) if theta else (1, 1, 0))]
+    if theta:
+        sizes, taxonomy = str(layer.sizes), (theta.psi, theta.nu, theta.omega)
+    elif isinstance(layer, Dyad):
+        sizes, taxonomy = f"{layer.blocks} blocks", (1, 1, 0)
+    else:
+        sizes, taxonomy = layer.extra_repr(), (math.nan,) * 3   # a structure of one's own
     return [name, exponents, sizes, f"{params:,}", f"{params / dense:.3f}", f"{flops:,}",
-            f"{flops / (2 * dense):.3f}", *taxonomy, cores]
+            f"{flops / (2 * dense):.3f}", *(f"{v:g}" for v in taxonomy), cores]
 
 
 def main() -> None:

@@ -18,7 +18,6 @@
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #ifndef REAL
@@ -81,6 +80,17 @@ INLINE void store_part(REAL *p, vec v, int64_t n) {
     else _mm256_maskstore_pd((double *)p, lanes(2 * n), (__m256d)v);
 #else
     memcpy(p, &v, n * sizeof(REAL));
+#endif
+}
+
+INLINE REAL sum_of_lanes(vec v) {
+#if defined(__AVX512F__)
+    if (sizeof(REAL) == 4) return (REAL)_mm512_reduce_add_ps((__m512)v);
+    return (REAL)_mm512_reduce_add_pd((__m512d)v);
+#else
+    REAL total = 0;
+    for (int64_t l = 0; l < VL; l++) total += v[l];
+    return total;
 #endif
 }
 
@@ -343,40 +353,6 @@ static void transpose(const REAL *in, int64_t in_row, REAL *out, int64_t out_row
         }
 }
 
-/* ---- Threads ------------------------------------------------------------------------------------------- */
-
-typedef void (*gomp)(void (*)(void *), void *, unsigned, unsigned);
-
-typedef struct job {
-    void (*run)(const struct job *, int64_t);
-    int64_t items, next;
-    const struct call *call;
-} job;
-
-static void work(void *data) {
-    job *j = data;
-    int64_t i;
-    while ((i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->items) j->run(j, i);
-}
-
-static void *work_thread(void *data) { work(data); return NULL; }
-
-/* run(0) ... run(items - 1), by OpenMP's threads if its entry point is given (they are torch's own). */
-static void parallel(const struct call *call, gomp start, int64_t threads, int64_t items,
-                     void (*run)(const job *, int64_t)) {
-    job j = {run, items, 0, call};
-    threads = least(threads, items);
-    if (threads <= 1) work(&j);
-    else if (start) start(work, &j, (unsigned)threads, 0);
-    else {
-        pthread_t ids[64];
-        int64_t n = 0;
-        while (n < least(threads, 64) - 1 && pthread_create(&ids[n], NULL, work_thread, &j) == 0) n++;
-        work(&j);
-        while (n > 0) pthread_join(ids[--n], NULL);
-    }
-}
-
 /* ---- Calls --------------------------------------------------------------------------------------------- */
 
 /* Sizes of a call, in the order in which c_body.py passes them. */
@@ -386,10 +362,17 @@ typedef struct {
     int64_t slots;
 } sizes;
 
+typedef struct {    /* a row of x or y: (groups, outer, inner), width numbers in all */
+    int64_t width, groups, outer, inner;
+    int64_t moved;  /* whether the products want (groups, inner, outer), so that rows have to be copied */
+} axes;
+
+typedef void (*gomp)(void (*)(void *), void *, unsigned, unsigned);    /* GOMP_parallel */
+
 typedef struct call {
     sizes s;
-    int64_t U, V, P, Q, d_in, d_out, first_size, second_size;
-    int64_t in_moved, out_moved;    /* x is (g, a, b), or y is (f, e, d): their rows are copied */
+    int64_t U, V, P, Q, first_size, second_size;
+    axes in, out;                   /* of x and dx, of y and dy */
     int64_t lda, ldb;               /* rows of the forward's cores, padded */
     const REAL *x, *first, *second, *router, *balance, *dy, *dlogits;
     const int64_t *experts;         /* (T,): the expert of each token, without a router */
@@ -423,16 +406,16 @@ static int64_t slot_layout(const call *c, REAL *base, slot *to) {
     } while (0)
     TAKE(z, c->z.group * c->U);
     TAKE(dz, c->backward ? c->dz.group * c->V : 0);
-    TAKE(in, c->in_moved ? c->d_in * TILE : 0);
-    TAKE(out, c->out_moved ? c->d_out * TILE : 0);
-    TAKE(grad, c->backward && c->in_moved ? c->d_in * TILE : 0);
+    TAKE(in, c->in.moved ? c->in.width * TILE : 0);
+    TAKE(out, c->out.moved ? c->out.width * TILE : 0);
+    TAKE(grad, c->backward && c->in.moved ? c->in.width * TILE : 0);
     TAKE(dot, TILE * VL);
     TAKE(dlogits, c->backward ? block * s->E : 0);
     TAKE(s, block * s->k);
     TAKE(gates, block * s->k);
     TAKE(first, c->backward ? c->first_size * s->E : 0);
     TAKE(second, c->backward ? c->second_size * s->E : 0);
-    TAKE(router, c->backward && s->routed ? c->d_in * s->E : 0);
+    TAKE(router, c->backward && s->routed ? c->in.width * s->E : 0);
 #undef TAKE
     if (base) {
         to->seen = (int64_t *)(base + at);
@@ -449,9 +432,9 @@ static int64_t prepare(call *c, const int64_t *dims, int64_t backward, REAL *scr
     memcpy(s, dims, sizeof *s);
     c->backward = backward;
     c->U = s->g * s->b, c->V = s->f * s->d, c->P = s->g * s->r * s->b, c->Q = s->r * s->f * s->d;
-    c->d_in = s->a * c->U, c->d_out = s->e * c->V;
+    c->in = (axes){s->a * c->U, s->g, s->a, s->b, s->swapped && s->b > 1};
+    c->out = (axes){s->e * c->V, s->f, s->e, s->d, !s->swapped && s->d > 1};
     c->first_size = s->g * c->Q * s->a, c->second_size = s->f * s->e * c->P;
-    c->in_moved = s->swapped && s->b > 1, c->out_moved = !s->swapped && s->d > 1;
     c->lda = round_up(c->Q), c->ldb = round_up(s->e);
     c->z = z_layout(c->U, c->Q), c->dz = z_layout(c->V, c->P);
     int64_t at = 0;
@@ -459,7 +442,7 @@ static int64_t prepare(call *c, const int64_t *dims, int64_t backward, REAL *scr
         at += ((int64_t)(n) * (int64_t)sizeof(type) / (int64_t)sizeof(REAL) + 15) / 16 * 16; } while (0)
     TAKE(cores_a, REAL, s->E * s->g * s->a * c->lda);
     TAKE(cores_b, REAL, s->E * s->f * c->P * c->ldb);
-    TAKE(router_t, REAL, s->routed ? c->d_in * round_up(s->E) : 0);
+    TAKE(router_t, REAL, s->routed ? c->in.width * round_up(s->E) : 0);
     TAKE(offsets, int64_t, s->E + c->U + c->V + c->P + c->Q);
     c->scratch = scratch ? scratch + at : NULL;
 #undef TAKE
@@ -488,7 +471,42 @@ int64_t scratch_size(const int64_t *dims, int64_t backward) {
 
 int64_t vector_bits(void) { return 8 * VECTOR_BYTES; }
 
-/* The cores as the forward reads them; one item is a group of one core of one expert. */
+/* ---- Threads ------------------------------------------------------------------------------------------- */
+
+typedef struct job {
+    void (*run)(const struct job *, int64_t);
+    int64_t items, next;
+    const call *call;
+} job;
+
+static void work(void *data) {
+    job *j = data;
+    int64_t i;
+    while ((i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->items) j->run(j, i);
+}
+
+static void *work_thread(void *data) { work(data); return NULL; }
+
+/* run(0) ... run(items - 1) by as many threads as there are slots: those of torch's OpenMP, if its entry
+ * point is given. Which thread runs an item does not matter to the result. */
+static void parallel(const call *c, int64_t items, void (*run)(const job *, int64_t)) {
+    job j = {run, items, 0, c};
+    const int64_t threads = least(c->s.slots, items);
+    if (threads <= 1) work(&j);
+    else if (c->start) c->start(work, &j, (unsigned)threads, 0);
+    else {
+        pthread_t ids[64];
+        int64_t n = 0;
+        while (n < least(threads, 64) - 1 && pthread_create(&ids[n], NULL, work_thread, &j) == 0) n++;
+        work(&j);
+        while (n > 0) pthread_join(ids[--n], NULL);
+    }
+}
+
+/* ---- Steps of a call ----------------------------------------------------------------------------------- */
+
+/* The cores and the router as the forward reads them; one item is a group of one expert's first core, then of
+ * its second, and the last is the router. */
 static void pack(const job *j, int64_t i) {
     const call *c = j->call;
     const sizes *s = &c->s;
@@ -497,13 +515,7 @@ static void pack(const job *j, int64_t i) {
     else if ((i -= s->E * s->g) < s->E * s->f)
         transpose(c->second + i * s->e * c->P, c->P, c->cores_b + i * c->P * c->ldb, c->ldb, s->e, c->P, 0);
     else
-        transpose(c->router, c->d_in, c->router_t, round_up(s->E), s->E, c->d_in, 0);
-}
-
-static void pack_all(const call *c, int64_t second) {
-    const sizes *s = &c->s;
-    int64_t items = s->E * s->g + (second ? s->E * s->f + (s->routed ? 1 : 0) : 0);
-    parallel(c, c->start, s->slots, items, pack);
+        transpose(c->router, c->in.width, c->router_t, round_up(s->E), s->E, c->in.width, 0);
 }
 
 /* The k experts of a token: those with the largest logit + balance, in falling order; of equal ones the
@@ -530,8 +542,8 @@ static void route(const call *c, int64_t t0, int64_t t1) {
     const layout to = {1, E, E, 0};
     for (int64_t t = t0; t < t1; t += TILE) {
         rows.count = least(TILE, t1 - t);
-        for (int64_t m = 0; m < rows.count; m++) rows.in[m] = c->x + (t + m) * c->d_in;
-        rows_to_z(&rows, c->d_in, (cores){c->router_t, 1, round_up(E)}, to, c->logits + t * E, 0);
+        for (int64_t m = 0; m < rows.count; m++) rows.in[m] = c->x + (t + m) * c->in.width;
+        rows_to_z(&rows, c->in.width, (cores){c->router_t, 1, round_up(E)}, to, c->logits + t * E, 0);
     }
     for (int64_t t = t0; t < t1; t++) choose(c, t);
 }
@@ -574,10 +586,52 @@ static int is_first(const call *c, int64_t t, int64_t e) {
     return 1;
 }
 
-/* Copies rows, or sends them back, with the last two axes of each of n groups exchanged. */
+/* A row with its axes exchanged: (groups, height, width) -> (groups, width, height). */
 static void exchange(const REAL *in, REAL *out, int64_t groups, int64_t height, int64_t width, int add) {
     for (int64_t i = 0; i < groups; i++)
         transpose(in + i * height * width, width, out + i * height * width, height, height, width, add);
+}
+
+/* A tile of expert e: its assignments are order[0] ... order[count - 1], of tokens counted from t0. */
+typedef struct {
+    int64_t e, t0, count;
+    const int32_t *order;
+} place;
+
+static int64_t token_of(const call *c, const place *p, int64_t m) { return p->t0 + p->order[m] / c->s.k; }
+
+/* The rows of all tokens (T, width) that the tile reads; buffer: for rows that have to be copied. */
+static void read_rows(const call *c, const place *p, const REAL *all, const axes *s, REAL *buffer, tile *t) {
+    t->count = p->count;
+    for (int64_t m = 0; m < p->count; m++) {
+        t->in[m] = all + token_of(c, p, m) * s->width;
+        if (s->moved) {
+            exchange(t->in[m], buffer + m * s->width, s->groups, s->outer, s->inner, 0);
+            t->in[m] = buffer + m * s->width;
+        }
+    }
+}
+
+/* Where the tile's results go: into the rows of all tokens, or into the buffer for return_rows. */
+static void place_rows(const call *c, const place *p, REAL *all, const axes *s, REAL *buffer, tile *t) {
+    for (int64_t m = 0; m < p->count; m++) {
+        const int64_t token = token_of(c, p, m);
+        t->out[m] = s->moved ? buffer + m * s->width : all + token * s->width;
+        t->old[m] = s->moved || is_first(c, token, p->e) ? NULL : t->out[m];
+    }
+}
+
+/* Results from the buffer into the rows of all tokens. */
+static void return_rows(const call *c, const place *p, REAL *all, const axes *s, const tile *t) {
+    for (int64_t m = 0; s->moved && m < p->count; m++) {
+        const int64_t token = token_of(c, p, m);
+        exchange(t->out[m], all + token * s->width, s->groups, s->inner, s->outer, !is_first(c, token, p->e));
+    }
+}
+
+/* The gates of the tile's rows; 1 without a router. */
+static void scale_rows(const call *c, const place *p, const REAL *gates, tile *t) {
+    for (int64_t m = 0; m < p->count; m++) t->scale[m] = c->s.routed ? gates[p->order[m]] : 1;
 }
 
 static void forward_slot(const job *j, int64_t number) {
@@ -586,6 +640,7 @@ static void forward_slot(const job *j, int64_t number) {
     slot w;
     slot_layout(c, c->scratch + number * c->slot_size, &w);
     const int64_t begin = s->T * number / s->slots, end = s->T * (number + 1) / s->slots;
+    const numbers z = {w.z, c->z.row, c->z_from, c->z_at};
     tile t;
     for (int64_t t0 = begin; t0 < end; t0 += BLOCK) {
         const int64_t t1 = least(end, t0 + BLOCK);
@@ -596,41 +651,17 @@ static void forward_slot(const job *j, int64_t number) {
         sort(c, t0, t1, w.start, w.order);
         for (int64_t e = 0; e < s->E; e++)
             for (int64_t i = w.start[e]; i < w.start[e + 1]; i += TILE) {
-                t.count = least(TILE, w.start[e + 1] - i);
-                for (int64_t m = 0; m < t.count; m++) {
-                    const int64_t at = w.order[i + m], token = t0 + at / s->k;
-                    t.in[m] = c->x + token * c->d_in;
-                    if (c->in_moved) {
-                        exchange(t.in[m], w.in + m * c->d_in, s->g, s->a, s->b, 0);
-                        t.in[m] = w.in + m * c->d_in;
-                    }
-                    t.out[m] = c->out_moved ? w.out + m * c->d_out : c->y + token * c->d_out;
-                    t.old[m] = c->out_moved || is_first(c, token, e) ? NULL : t.out[m];
-                    t.scale[m] = s->routed ? w.gates[at] : 1;
-                }
+                const place p = {e, t0, least(TILE, w.start[e + 1] - i), w.order + i};
                 const cores first = {c->cores_a + e * s->g * s->a * c->lda, s->b, c->lda};
                 const cores second = {c->cores_b + e * s->f * c->P * c->ldb, s->d, c->ldb};
-                const numbers z = {w.z, c->z.row, c->z_from, c->z_at};
+                read_rows(c, &p, c->x, &c->in, w.in, &t);
+                place_rows(c, &p, c->y, &c->out, w.out, &t);
+                scale_rows(c, &p, w.gates, &t);
                 rows_to_z(&t, s->a, first, c->z, w.z, 0);
                 (s->routed ? gated_outputs : outputs)(&t, c->V, c->P, s->e, z, second);
-                if (c->out_moved)
-                    for (int64_t m = 0; m < t.count; m++) {
-                        const int64_t token = t0 + w.order[i + m] / s->k;
-                        exchange(t.out[m], c->y + token * c->d_out, s->f, s->d, s->e, !is_first(c, token, e));
-                    }
+                return_rows(c, &p, c->y, &c->out, &t);
             }
     }
-}
-
-INLINE REAL sum_of_lanes(vec v) {
-#if defined(__AVX512F__)
-    if (sizeof(REAL) == 4) return (REAL)_mm512_reduce_add_ps((__m512)v);
-    return (REAL)_mm512_reduce_add_pd((__m512d)v);
-#else
-    REAL total = 0;
-    for (int64_t l = 0; l < VL; l++) total += v[l];
-    return total;
-#endif
 }
 
 INLINE REAL dot_product(const REAL *x, const REAL *y, int64_t n) {
@@ -651,15 +682,15 @@ static void forward_few(const call *c) {
     slot w;
     slot_layout(c, c->scratch, &w);
     for (int64_t t = 0; t < s->T; t++) {
-        const REAL *x = c->x + t * c->d_in;
-        REAL *y = c->y + t * c->d_out;
+        const REAL *x = c->x + t * c->in.width;
+        REAL *y = c->y + t * c->out.width;
         if (s->routed) {
             for (int64_t e = 0; e < s->E; e++)
-                c->logits[t * s->E + e] = dot_product(c->router + e * c->d_in, x, c->d_in);
+                c->logits[t * s->E + e] = dot_product(c->router + e * c->in.width, x, c->in.width);
             choose(c, t);
             gates_of(c, t, w.gates);
         }
-        if (c->in_moved) {
+        if (c->in.moved) {
             exchange(x, w.in, s->g, s->a, s->b, 0);
             x = w.in;
         }
@@ -675,8 +706,8 @@ static void forward_few(const call *c) {
             }
             for (int64_t v = 0; v < c->V; v++) {
                 const REAL *core = c->second + e * c->second_size + v / s->d * s->e * c->P;
-                REAL *to = c->out_moved ? y + v / s->d * s->e * s->d + v % s->d : y + v * s->e;
-                const int64_t step = c->out_moved ? s->d : 1;
+                REAL *to = c->out.moved ? y + v / s->d * s->e * s->d + v % s->d : y + v * s->e;
+                const int64_t step = c->out.moved ? s->d : 1;
                 for (int64_t n = 0; n < s->e; n++, core += c->P, to += step) {
                     const REAL part = gate * dot_product(core, w.z + v * c->P, c->P);
                     *to = i ? *to + part : part;
@@ -714,14 +745,14 @@ static void router_gradients(const call *c, int64_t t0, int64_t t1, const slot *
     for (int64_t t = t0; t < t1; t += TILE) {
         rows.count = least(TILE, t1 - t);
         for (int64_t m = 0; m < rows.count; m++) {
-            rows.in[m] = c->x + (t + m) * c->d_in;
-            rows.out[m] = c->dx + (t + m) * c->d_in;
+            rows.in[m] = c->x + (t + m) * c->in.width;
+            rows.out[m] = c->dx + (t + m) * c->in.width;
             rows.old[m] = rows.out[m];
         }
         const REAL *d = w->dlogits + (t - t0) * E;
         const numbers logits = {d, E, from, at};
-        outputs(&rows, 1, E, c->d_in, logits, (cores){c->router, 1, c->d_in});
-        core_gradient(&rows, 1, 1, E, c->d_in, logits, w->router, add || t > t0);
+        outputs(&rows, 1, E, c->in.width, logits, (cores){c->router, 1, c->in.width});
+        core_gradient(&rows, 1, 1, E, c->in.width, logits, w->router, add || t > t0);
     }
 }
 
@@ -731,7 +762,9 @@ static void backward_slot(const job *j, int64_t number) {
     slot w;
     slot_layout(c, c->scratch + number * c->slot_size, &w);
     const int64_t begin = s->T * number / s->slots, end = s->T * (number + 1) / s->slots;
-    tile in, out;   /* x to dx, and dy */
+    const numbers z = {w.z, c->z.row, c->z_from, c->z_at};
+    const numbers dz = {w.dz, c->dz.row, c->dz_from, c->dz_at};
+    tile in, out;   /* x and dx; dy */
     memset(w.seen, 0, s->E * sizeof *w.seen);
     for (int64_t t0 = begin; t0 < end; t0 += BLOCK) {
         const int64_t t1 = least(end, t0 + BLOCK);
@@ -740,49 +773,28 @@ static void backward_slot(const job *j, int64_t number) {
         sort(c, t0, t1, w.start, w.order);
         for (int64_t e = 0; e < s->E; e++)
             for (int64_t i = w.start[e]; i < w.start[e + 1]; i += TILE) {
-                in.count = out.count = least(TILE, w.start[e + 1] - i);
-                for (int64_t m = 0; m < in.count; m++) {
-                    const int64_t at = w.order[i + m], token = t0 + at / s->k;
-                    in.in[m] = c->x + token * c->d_in;
-                    if (c->in_moved) {
-                        exchange(in.in[m], w.in + m * c->d_in, s->g, s->a, s->b, 0);
-                        in.in[m] = w.in + m * c->d_in;
-                    }
-                    in.out[m] = c->in_moved ? w.grad + m * c->d_in : c->dx + token * c->d_in;
-                    in.old[m] = c->in_moved || is_first(c, token, e) ? NULL : in.out[m];
-                    out.in[m] = c->dy + token * c->d_out;
-                    if (c->out_moved) {
-                        exchange(out.in[m], w.out + m * c->d_out, s->f, s->e, s->d, 0);
-                        out.in[m] = w.out + m * c->d_out;
-                    }
-                    in.scale[m] = out.scale[m] = s->routed ? w.gates[at] : 1;
-                }
-                if (s->routed) memset(w.dot, 0, in.count * VL * sizeof(REAL));
-                const cores again = {c->cores_a + e * s->g * s->a * c->lda, s->b, c->lda};
+                const place p = {e, t0, least(TILE, w.start[e + 1] - i), w.order + i};
+                const cores forward = {c->cores_a + e * s->g * s->a * c->lda, s->b, c->lda};
                 const cores first = {c->first + e * c->first_size, s->b, s->a};
                 const cores second = {c->second + e * c->second_size, s->d, c->P};
-                const numbers z = {w.z, c->z.row, c->z_from, c->z_at};
-                const numbers dz = {w.dz, c->dz.row, c->dz_from, c->dz_at};
                 REAL *dfirst = w.first + e * c->first_size, *dsecond = w.second + e * c->second_size;
-                const int add = w.seen[e] != 0;
-                rows_to_z(&in, s->a, again, c->z, w.z, s->routed);
-                core_gradient(&out, c->V, s->d, c->P, s->e, z, dsecond, add);
+                read_rows(c, &p, c->x, &c->in, w.in, &in);
+                place_rows(c, &p, c->dx, &c->in, w.grad, &in);
+                read_rows(c, &p, c->dy, &c->out, w.out, &out);
+                scale_rows(c, &p, w.gates, &in);
+                scale_rows(c, &p, w.gates, &out);
+                rows_to_z(&in, s->a, forward, c->z, w.z, s->routed);    /* z again */
+                core_gradient(&out, c->V, s->d, c->P, s->e, z, dsecond, w.seen[e] != 0);
                 rows_to_z(&out, s->e, second, c->dz, w.dz, s->routed);
-                core_gradient(&in, c->U, s->b, c->Q, s->a, dz, dfirst, add);
-                if (s->routed) outputs_and_dots(&in, c->U, c->Q, s->a, dz, first, w.dot);
-                else outputs(&in, c->U, c->Q, s->a, dz, first);
+                core_gradient(&in, c->U, s->b, c->Q, s->a, dz, dfirst, w.seen[e] != 0);
+                if (s->routed) {
+                    memset(w.dot, 0, p.count * VL * sizeof(REAL));
+                    outputs_and_dots(&in, c->U, c->Q, s->a, dz, first, w.dot);
+                    for (int64_t m = 0; m < p.count; m++)
+                        w.s[p.order[m]] = sum_of_lanes(load(w.dot + m * VL));
+                } else outputs(&in, c->U, c->Q, s->a, dz, first);
+                return_rows(c, &p, c->dx, &c->in, &in);
                 w.seen[e] = 1;
-                for (int64_t m = 0; m < in.count; m++) {
-                    const int64_t at = w.order[i + m], token = t0 + at / s->k;
-                    if (c->in_moved)
-                        exchange(in.out[m], c->dx + token * c->d_in, s->g, s->b, s->a,
-                                 !is_first(c, token, e));
-                    if (s->routed) {
-                        REAL sum = 0;
-                        for (int64_t l = 0; l < VL; l++) sum += w.dot[m * VL + l];
-                        w.s[at] = sum;
-                    }
-                }
             }
         if (s->routed) {
             logit_gradients(c, t0, t1, &w);
@@ -794,7 +806,7 @@ static void backward_slot(const job *j, int64_t number) {
             memset(w.first + e * c->first_size, 0, c->first_size * sizeof(REAL));
             memset(w.second + e * c->second_size, 0, c->second_size * sizeof(REAL));
         }
-    if (s->routed && begin == end) memset(w.router, 0, c->d_in * s->E * sizeof(REAL));
+    if (s->routed && begin == end) memset(w.router, 0, c->in.width * s->E * sizeof(REAL));
 }
 
 /* Adds the slots' gradients up; one item is an expert's group of a core, or the router. */
@@ -808,7 +820,7 @@ static void reduce(const job *j, int64_t i) {
     const int part = i < s->E * s->g ? 0 : i < s->E * (s->g + s->f) ? 1 : 2;
     if (part == 0) n = c->Q * s->a, at = i * n, total = w0.first + at;
     else if (part == 1) n = c->P * s->e, at = (i - s->E * s->g) * n, total = w0.second + at;
-    else n = c->d_in * s->E, at = 0, total = w0.router;
+    else n = c->in.width * s->E, at = 0, total = w0.router;
     for (int64_t k = 1; k < s->slots; k++) {
         slot_layout(c, c->scratch + k * c->slot_size, &w);
         const REAL *from = (part == 0 ? w.first : part == 1 ? w.second : w.router) + at;
@@ -830,8 +842,8 @@ void forward(const int64_t *dims, REAL *scratch, void *start, const REAL *x, con
         forward_few(&c);
         return;
     }
-    pack_all(&c, 1);
-    parallel(&c, c.start, c.s.slots, c.s.slots, forward_slot);
+    parallel(&c, c.s.E * (c.s.g + c.s.f) + c.s.routed, pack);
+    parallel(&c, c.s.slots, forward_slot);
 }
 
 void backward(const int64_t *dims, REAL *scratch, void *start, const REAL *dy, const REAL *dlogits,
@@ -842,7 +854,8 @@ void backward(const int64_t *dims, REAL *scratch, void *start, const REAL *dy, c
               .dlogits = dlogits, .logits = (REAL *)logits, .chosen = (int64_t *)chosen, .dx = dx,
               .dfirst = dfirst, .dsecond = dsecond, .drouter = drouter, .start = (gomp)start};
     prepare(&c, dims, 1, scratch);
-    pack_all(&c, 0);
-    parallel(&c, c.start, c.s.slots, c.s.slots, backward_slot);
-    parallel(&c, c.start, c.s.slots, c.s.E * (c.s.g + c.s.f) + c.s.routed, reduce);
+    const int64_t items = c.s.E * (c.s.g + c.s.f) + c.s.routed;
+    parallel(&c, c.s.E * c.s.g, pack);   /* the first cores alone, for z */
+    parallel(&c, c.s.slots, backward_slot);
+    parallel(&c, items, reduce);
 }

@@ -5,7 +5,7 @@ Rows that belong to the same expert lie next to each other; `ends[e]` is where e
     grouped_product(x, w, ends)[n] = w[e(n)] @ x[n]        x (N, K), w (E, M, K) -> (N, M)
 
 computes each row with its own expert's matrix and with no other: N·K·M multiply-adds, whatever the balance.
-It serves experts with large matrices (dense, low rank, DYAD, the MLPs of a standard mixture); einsums have
+It serves experts with large matrices (dense, low rank, DYAD, and MLPs of these); einsums have
 operators.py. On a GPU it is one product of E groups with its offsets on the device, on a CPU a loop.
 
 The operators are registered with torch.library: torch.compile sees opaque calls whose shapes do not depend on

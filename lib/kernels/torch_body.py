@@ -121,17 +121,16 @@ def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
 
 
 def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped):
-    """See operators.einsum. z is computed again: that takes less time and memory than to keep it."""
+    """See operators.einsum. z is computed again: that takes less memory than to keep it."""
     x_seen, x = x, x.to(first.dtype)
     plan = _plan(x, first, experts if router is None else chosen)
     tiles = 1 if plan is None else len(plan.tile_expert)
     w1, w2 = _cores(plan, first, second)
     xs = _first_rows(_take(x, plan), tiles, sizes, swapped)  # (t, g, Pb, a)
     dys = _take(dy, plan)
-    if plan is not None:  # the gates, 0 in padding rows
-        given = chosen if router is not None else experts
-        gates = given.new_ones(given.shape, dtype=dy.dtype) if router is None else gate_weights(logits, given)
-        row_gate = F.pad(gates.flatten(), (0, 1)).index_select(0, plan.row_choice)
+    if plan is not None:
+        gates = dy.new_ones(plan.place.shape) if router is None else gate_weights(logits, chosen)
+        row_gate = F.pad(gates.flatten(), (0, 1)).index_select(0, plan.row_choice)  # 0 in padding rows
         dys = dys * row_gate[:, None].to(dys.dtype)
     dys = _second_rows(dys, tiles, sizes, swapped)  # (t, f, Pd, e)
     z = _z_for_second(rows_to_z(xs, w1), sizes)  # (t, f, Pd, grb)

@@ -1,10 +1,8 @@
 """lib/kernels: each path against a loop over rows, against the others, and as operators of torch.library."""
-import itertools
 import math
 import os
 import subprocess
 import sys
-import types
 import warnings
 
 import pytest
