@@ -2,8 +2,9 @@
 import pytest
 import torch
 
+from experiments import structures_table as table_program
 from experiments.structures_table import structures_table
-from structured import STRUCTURES, linear
+from structured import STRUCTURES, LayerConfig, Structured, linear
 from tests.structures import counted_flops
 
 ROWS = {row[0]: row for row in ([cell.strip() for cell in line.split("|")[1:-1]]
@@ -55,3 +56,25 @@ def test_the_program_wants_widths(arguments, run):
 def test_the_program_prints_the_table(run):
     done = run("experiments.structures_table", "96", "384")
     assert done.returncode == 0 and done.stdout == structures_table(96, 384) + "\n"
+
+
+class ThreeFactors(Structured):
+    """What docs/structures.md says a structure of one's own is."""
+
+    def __init__(self, d_in, d_out):
+        shapes = dict(A=(1, 8, d_in), B=(1, 8, 8), C=(1, d_out, 8))
+        fans = {name: (i, o) for name, (_, o, i) in shapes.items()}
+        super().__init__(d_in, d_out, shapes, fans, LayerConfig())
+
+    def flops_per_token(self):
+        return 2 * 8 * (self.d_in + 8 + self.d_out)
+
+
+def test_a_structure_of_ones_own_has_a_row(monkeypatch):
+    """Its cost, and no taxonomy: that is of einsums."""
+    monkeypatch.setitem(table_program.STRUCTURES, "three", None)
+    monkeypatch.setattr(table_program, "linear", lambda name, d_in, d_out: ThreeFactors(d_in, d_out))
+    row = table_program.row_of("three", 64, 32, 128)
+    cells = dict(zip(table_program.HEAD, row))
+    assert cells["parameters"] == "832" and cells["FLOPs/token"] == "1,664"
+    assert cells["ψ"] == cells["ν"] == cells["ω"] == "nan"
