@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 THREADS = os.environ.get("TEST_THREADS", "1")  # the tests are small, and two workers run beside each other
 os.environ["OMP_NUM_THREADS"] = THREADS
+os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on CPU tensors; read when triton is imported
 
 # Long files first: one that starts last would keep one worker busy alone.
 LONG = ["test_mup.py", "test_train.py", "test_search.py", "test_compile.py", "test_processes.py",

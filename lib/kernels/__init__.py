@@ -1,7 +1,7 @@
 """The products under the layers of structured.py.
 
     operators   einsums of two cores, with and without experts and their router, as one operator
-                with two bodies, c_body (einsum.c) and torch_body, which share plan and routing
+                with three bodies: torch_body, c_body (einsum.c) and triton_body; plan and routing
     grouped     rows sorted by expert, each times its own expert's large matrix
     autograd    small functions whose backward is written by hand
 """
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lib.kernels.autograd import combine, dispatch, normalize_core, router_losses
 from lib.kernels.grouped import grouped_product
-from lib.kernels.operators import describe_body, einsum
+from lib.kernels.operators import KERNELS, describe_body, einsum, use_kernel
 from lib.kernels.routing import gate_weights, route
 
-__all__ = ["batched_product", "combine", "describe_body", "dispatch", "einsum", "gate_weights",
-           "grouped_product", "normalize_core", "route", "router_losses"]
+__all__ = ["KERNELS", "batched_product", "combine", "describe_body", "dispatch", "einsum", "gate_weights",
+           "grouped_product", "normalize_core", "route", "router_losses", "use_kernel"]
 
 
 def batched_product(x: Tensor, w: Tensor, ends: Tensor | None) -> Tensor:

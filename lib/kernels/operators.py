@@ -1,38 +1,92 @@
 """The einsum of two cores as one operator of torch.library, with and without experts and their router.
 
-The operator is opaque to torch.compile and its shapes do not depend on the routing. Its body is chosen when
-it runs: `c` on a CPU in float32 and float64, if it can be compiled, and else `torch`. The backward computes
-z, the result of the first product, again.
+The operator is opaque to torch.compile and its shapes do not depend on the routing. The backward computes z,
+the result of the first product, again. Its body is chosen when it runs (use_kernel):
+
+    c       on CPUs, in float32 and float64: einsum.c, if it can be compiled
+    triton  on CUDA, in bfloat16, float16 and float32
+    torch   everywhere, in every type
 """
+import functools
+import importlib.util
+import os
+import sys
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lib.kernels import c_body, torch_body
 
-BODIES = {"torch": torch_body, "c": c_body}
+KERNELS = ("auto", "torch", "c", "triton")
+# {name of a card: least d_in · d_out} of layers for which a measurement in results/ shows that triton wins on
+# it: 'auto' takes triton there. There is none yet, so that 'auto' is torch on CUDA.
+TRITON_WINS: dict[str, int] = {}
 FEW = 16  # tokens up to which a call without gradients goes to the body directly
+_kernel = "auto"  # of use_kernel
 
 
-def body_name(device_type: str, dtype: torch.dtype) -> str:
-    """The body that computes einsums of this type on this device: 'c' or 'torch'."""
-    available = device_type == "cpu" and dtype in c_body.MACROS and c_body.library(dtype) is not None
-    return "c" if available else "torch"
+@functools.cache
+def _bodies():
+    """The modules, {name: body}; triton where it is installed."""
+    bodies = {"torch": torch_body, "c": c_body}
+    if importlib.util.find_spec("triton"):
+        from lib.kernels import triton_body
+        bodies["triton"] = triton_body
+    return bodies
+
+
+def _available(name: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a body computes einsums of this type on this device."""
+    if name == "c":
+        return device_type == "cpu" and dtype in c_body.MACROS and c_body.library(dtype) is not None
+    if name == "triton":
+        there = device_type == "cuda" or device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        return there and "triton" in _bodies() and dtype in _bodies()["triton"].DTYPES
+    return True
+
+
+def use_kernel(name: str, device_type: str, dtype: str) -> None:
+    """The body that computes einsums from here on, of KERNELS. Calls of a type that it lacks go to torch.
+
+    Raises ValueError, in one sentence, where it does not compute this type ('float32' ...) on this device.
+    """
+    global _kernel
+    if name not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {name!r}")
+    if name != "auto" and not _available(name, device_type, getattr(torch, dtype)):
+        where = dict(c="on CPUs, with a C compiler, in float32", triton="on CUDA, where Triton is installed")
+        raise ValueError(f"kernel {name!r} does not compute {dtype} on {device_type}: it works {where[name]}; "
+                         "'auto' takes one that does")
+    _kernel = name
+
+
+def body_name(device_type: str, dtype: torch.dtype, size: int = 0) -> str:
+    """The body that computes einsums of this type on this device; size: d_in · d_out of the layer."""
+    name = _kernel
+    if name == "auto":
+        wins = TRITON_WINS.get(torch.cuda.get_device_name()) if device_type == "cuda" and TRITON_WINS else None
+        name = "c" if device_type == "cpu" else "torch" if wins is None or size < wins else "triton"
+    return name if _available(name, device_type, dtype) else "torch"
 
 
 def describe_body(device_type: str, dtype: str) -> str:
     """For a program's first lines, with dtype 'float32' or another: 'c (vectors of 512 bits)' or 'torch'."""
     dtype = getattr(torch, dtype)
-    name = body_name(device_type, dtype)
+    name, largest = body_name(device_type, dtype), body_name(device_type, dtype, sys.maxsize)
+    if name != largest:
+        return f"{largest} from d_in · d_out = {TRITON_WINS[torch.cuda.get_device_name()]:,} on, else {name}"
     return f"c (vectors of {c_body.library(dtype).vector_bits()} bits)" if name == "c" else name
 
 
-def _body(name: str, *tensors: Tensor | None):
+def _body(name: str, sizes, x: Tensor, first: Tensor, *others: Tensor | None):
     """The body of a call on these tensors; name: '', or the one to take."""
-    types = {t.dtype for t in tensors if t is not None}
     if not name:
-        name = body_name(tensors[0].device.type, types.pop()) if len(types) == 1 else "torch"
-    return BODIES[name]
+        a, b, g, d, e, f, _ = sizes
+        name = body_name(x.device.type, first.dtype, a * b * g * d * e * f)
+        if name == "c" and any(t is not None and t.dtype != first.dtype for t in (x, *others)):
+            name = "torch"  # einsum.c takes one type in all
+    return _bodies()[name]
 
 
 def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes):
@@ -50,7 +104,7 @@ def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, bal
             body: str) -> tuple[Tensor, Tensor, Tensor]:
     if not len(x):
         return _empty_outputs(x, first, router, top_k, sizes)
-    y, logits, chosen = _body(body, x, first, second, router, balance).forward(
+    y, logits, chosen = _body(body, sizes, x, first, second, router, balance).forward(
         x, first, second, router, balance, experts, top_k, sizes, swapped)
     if router is None:  # an operator returns tensors, and none of its inputs
         return y, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
@@ -71,7 +125,7 @@ def _einsum_backward(dy: Tensor, dlogits: Tensor | None, x: Tensor, first: Tenso
         return torch.empty_like(x), torch.zeros_like(first), torch.zeros_like(second), drouter
     if router is None:
         logits, chosen = None, experts
-    dx, dfirst, dsecond, drouter = _body(body, x, first, second, router, logits, dy).backward(
+    dx, dfirst, dsecond, drouter = _body(body, sizes, x, first, second, router, logits, dy).backward(
         dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped)
     return dx, dfirst, dsecond, x.new_empty(0) if drouter is None else drouter
 
@@ -140,7 +194,7 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
                        y[t] = Σ_{e in chosen[t]} gate · W[e] x[t]; logits = x routerᵀ (T, E); chosen
                        (T, top_k), the largest of logits + balance; gates by routing.gate_weights
         given experts  experts (T, 1): y[t] = W[experts[t]] x[t]; logits and chosen are empty
-    body: 'c' or 'torch' to force one.
+    body: 'torch', 'c' or 'triton' to force one.
     """
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -150,5 +204,5 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
     plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if plain and 0 < len(x) <= FEW:
         # a token at a time, calling an operator takes longer than its work
-        return _body(body, *tensors[:5]).forward(*tensors, top_k, sizes, swapped)
+        return _body(body, sizes, *tensors[:5]).forward(*tensors, top_k, sizes, swapped)
     return _einsum(*tensors, top_k, list(sizes), swapped, body)

@@ -4,13 +4,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def router_logits(x: Tensor, router: Tensor) -> Tensor:
+    """x (T, d_in), router (E, d_in) -> x routerᵀ (T, E), in the router's type."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(router.dtype), router)
+
+
 def route(x: Tensor, router: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """x (T, d_in), router (E, d_in), balance (E,) -> logits (T, E), and the experts chosen: (T, k).
 
-    Chosen are the largest of logits + balance. The product is taken in the router's type.
+    Chosen are the largest of logits + balance.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        logits = F.linear(x.to(router.dtype), router)
+    logits = router_logits(x, router)
     return logits, (logits.detach() + balance).topk(top_k).indices
 
 
