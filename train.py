@@ -13,6 +13,7 @@ Config files and --key=value override the keys below, from left to right; --help
 from typing import Literal
 
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UnitFloat, configure, fail
+from lib.terminal import prepare_output
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
@@ -71,6 +72,7 @@ backend: Literal["nccl", "gloo", "mpi", "ucc", "xccl", "cpu:gloo,cuda:nccl"] | N
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 if the GPU has it
 compile: bool | None = None             # torch.compile the model; None: on GPUs
+prepare_output(keep_going=True)  # a closed terminal or a full disk behind it does not stop training
 config = configure(globals())
 globals().update(config)
 
@@ -163,8 +165,7 @@ or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % machine_ranks, mac
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
-gpt_config = or_fail(lambda: GPTConfig(**{field.name: globals()[field.name]
-                                               for field in dataclasses.fields(GPTConfig)}))
+gpt_config = or_fail(lambda: GPTConfig(**{f.name: globals()[f.name] for f in dataclasses.fields(GPTConfig)}))
 model_args = dataclasses.asdict(gpt_config)
 # every key with the value that is used (rank and theta may stay None): logged and saved
 config = {key: model_args.get(key, globals()[key]) for key in config}
@@ -253,8 +254,7 @@ logger.log(type="run", config=config, model_args=model_args, torch=torch.__versi
 # ---- Training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(iteration: int) -> float:
-    """Linear warmup, then a cosine down to min_lr, or a constant: a function of iteration alone, for
-    resumes."""
+    """Linear warmup, then a cosine to min_lr or a constant: a function of iteration alone, for resumes."""
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
     if not decay_lr:
@@ -437,7 +437,7 @@ if master and sample_tokens:
     print0(f"---- a sample of {sample_tokens} tokens")
     try:
         print_sample()
-    except (OSError, ValueError) as e:  # a closed terminal, or one that lacks the characters
+    except (OSError, ValueError) as e:  # GPT-2's vocabulary cannot be downloaded
         print0(f"no sample: {e}")
     print0("----")
 print0(f"sample more: python sample.py --out_dir={out_dir}")

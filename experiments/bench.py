@@ -14,6 +14,7 @@ from typing import Literal
 
 import configurator
 from configurator import PositiveInt, fail, structure_config
+from lib.terminal import prepare_output
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
 widths: tuple = (256, 512, 1024, 2048)  # of the square layers
@@ -31,6 +32,7 @@ device: str | None = None       # 'cuda', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs, else float32
 compile: bool = False           # torch.compile layers and models
 out: str = "out-bench"          # folder of bench.json
+prepare_output(keep_going=True)
 config = configurator.configure(globals())
 globals().update(config)
 

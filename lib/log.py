@@ -9,10 +9,9 @@ from lib.signals import Stopped
 
 
 def print0(*message) -> None:
-    """Print, on rank 0 only. A closed terminal or a full disk behind stdout is no reason to stop training."""
+    """Print, on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        with contextlib.suppress(OSError, ValueError):
-            print(*message, flush=True)
+        print(*message, flush=True)
 
 
 def format_duration(seconds: float) -> str:

@@ -85,12 +85,28 @@ def test_a_log_without_its_end_is_an_error(run, flags, trained, tmp_path):
 
 def terminal_without_the_letters():
     sys.stdout.reconfigure(encoding="ascii")
-    tokenizer.CharTokenizer.decoder = lambda self: lambda token: "\N{SNOWMAN}"
+    tokenizer.Decoder.__call__ = lambda self, token: "\N{SNOWMAN}"
 
 
-def test_a_sample_that_cannot_be_printed_is_no_failure(run, flags):
-    done = run("train.py", *flags(**TINY | {"sample_tokens": 3}), before=terminal_without_the_letters)
-    assert done.returncode == 0 and not done.stderr and "no sample: " in done.stdout
+def test_a_terminal_that_lacks_the_letters_shows_all_others(run, flags):
+    """Of the sample, and of the lines that describe the structures."""
+    settings = TINY | dict(sample_tokens=3, max_iters=0)
+    plain, whole = (run("train.py", *flags("btt", **settings), before=before) for before in
+                   (terminal_without_the_letters, None))
+    assert plain.returncode == 0 and not plain.stderr and "\n???\n" in plain.stdout
+    about = [done.stdout.partition("model: ")[2].partition("data: ")[0] for done in (plain, whole)]
+    assert about[0] == about[1].encode("ascii", "replace").decode() != about[1]
+
+
+def vocabulary_is_gone():
+    def gone(meta):
+        raise OSError("the vocabulary could not be downloaded")
+    tokenizer.from_meta = gone
+
+
+def test_a_sample_that_cannot_be_made_is_no_failure(run, flags):
+    done = run("train.py", *flags(**TINY | {"sample_tokens": 3}), before=vocabulary_is_gone)
+    assert done.returncode == 0 and not done.stderr and "no sample: the vocabulary" in done.stdout
 
 
 # Losses and gradients that are not finite
