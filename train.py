@@ -111,7 +111,7 @@ from data.batches import Batches
 from data.common import check_token_ids, open_dataset
 from lib import distributed, kernels
 from lib.checkpoint import Checkpoints, Progress, changed_settings, progress_of
-from lib.device import (autocast, check_memory, choose_device, choose_dtype, device_name,
+from lib.device import (autocast, check_memory, choose_compile, choose_device, choose_dtype, device_name,
                         keep_freed_memory, peak_flops)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
 from lib.log import Logger, format_duration, print0
@@ -142,7 +142,6 @@ if gradient_accumulation_steps % ddp_world_size:
 device, device_type = or_fail(choose_device, device, ddp_local_rank if ddp else None)
 dtype = choose_dtype(dtype, device_type)
 backend = backend or ("nccl" if device_type == "cuda" else "gloo")
-compile = device_type == "cuda" if compile is None else compile
 if device_type == "cuda":
     torch.cuda.set_device(device)
 elif device_type == "cpu":
@@ -152,6 +151,7 @@ torch.backends.cudnn.fp32_precision = "tf32"
 amp = autocast(device_type, dtype)
 if ddp:
     or_fail(distributed.connect, backend)
+compile = or_fail(choose_compile, compile, device)
 
 # ---- Data --------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,8 @@ from torch import nn
 
 import structured
 from lib import kernels
-from lib.device import autocast, choose_device, choose_dtype, device_name, keep_freed_memory
+from lib.device import (autocast, choose_compile, choose_device, choose_dtype, device_name,
+                        keep_freed_memory)
 from model import GPT, GPTConfig
 
 if any(w < 1 or w != int(w) for w in widths):
@@ -63,6 +64,7 @@ if n_embd % head_size:
     fail(f"n_embd must be a multiple of head_size = {head_size}; got {n_embd}")
 try:
     device, device_type = choose_device(device)
+    compile = choose_compile(compile, device)
 except ValueError as e:
     fail(str(e))
 dtype = choose_dtype(dtype, device_type)

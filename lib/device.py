@@ -2,10 +2,14 @@
 import contextlib
 import ctypes
 import os
+import random
 import re
 import time
 
 import torch
+
+from lib.distributed import on_all_ranks
+from lib.log import print0
 
 # Dense bfloat16 and float16 FLOP/s from the makers' data sheets. The first key that is a word of the device's
 # name counts.
@@ -48,6 +52,43 @@ def autocast(device_type: str, dtype: str) -> contextlib.AbstractContextManager:
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device_type, getattr(torch, dtype))
+
+
+def choose_compile(compile: bool | None, device: str) -> bool:
+    """Whether to torch.compile models, after a trial; None: on GPUs, unless the trial fails. Every rank must
+    call it, and gets the same answer.
+
+    Raises ValueError if it was asked for and fails.
+    """
+    wanted = torch.device(device).type == "cuda" if compile is None else compile
+    try:
+        on_all_ranks(check_compile, device, wanted)
+    except ValueError as e:
+        if compile:
+            raise
+        if wanted:
+            print0(f"{e}: the model is not compiled")
+        return False
+    return wanted
+
+
+def check_compile(device: str, trial: bool) -> None:
+    """Compiles one product for this device if `trial`. Raises ValueError if torch.compile does not work here.
+
+    A TORCHINDUCTOR_CACHE_DIR that cannot be made is taken out of the environment: torch makes it for eager
+    models too.
+    """
+    try:
+        if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+            os.makedirs(folder, exist_ok=True)
+        if trial:
+            factor = random.SystemRandom().random()  # no cache has this product, so that a compiler is needed
+            torch.compile(lambda x: factor * x)(torch.ones(8, device=device))
+    except Exception as e:  # each backend, and each compiler, raises errors of its own
+        if isinstance(e, OSError):
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"torch.compile does not work here ({reason})") from None
 
 
 def device_name(device: str) -> str:

@@ -53,6 +53,27 @@ def test_autocast_computes_in_the_type(dtype):
         assert (x @ x).dtype == getattr(torch, dtype)
 
 
+@pytest.mark.parametrize("asked, name, works, expected", [
+    (None, "cuda", True, True), (None, "cuda", False, False), (None, "cpu", True, False),
+    (None, "cpu", False, False), (False, "cuda", False, False), (True, "cpu", True, True)])
+def test_models_are_compiled_where_that_works(asked, name, works, expected, gpu, monkeypatch, capsys):
+    """By default on GPUs; one sentence says where it was tried and did not work."""
+    def trial(function):
+        assert expected or not works, "tried although nobody wants it"
+        return function if works else 1 / 0
+    gpu("a GPU")
+    monkeypatch.setattr(torch, "compile", trial)
+    assert device.choose_compile(asked, name) is expected
+    sentence = "torch.compile does not work here (division by zero): the model is not compiled\n"
+    assert capsys.readouterr().out == (sentence if (asked, name, works) == (None, "cuda", False) else "")
+
+
+def test_compiled_code_that_is_asked_for_is_needed(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: 1 / 0)
+    with pytest.raises(ValueError, match=r"^torch.compile does not work here \(division by zero\)$"):
+        device.choose_compile(True, "cpu")
+
+
 @pytest.mark.parametrize("name, flops", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
     ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12)])
