@@ -227,8 +227,7 @@ if ddp:
 
 # ---- Log ---------------------------------------------------------------------------------------------------
 
-peak, peak_source = peak_flops(device, dtype)
-peak *= ddp_world_size
+peak, peak_source = peak_flops(device, dtype, ddp_world_size)  # None: unknown
 train_flops_per_token = 3 * raw_model.flops_per_token()  # forward, and twice as much backward
 print0(f"model: {raw_model.num_params():,} parameters, {raw_model.num_params(active=True):,} active, "
        f"{raw_model.flops_per_token():,} forward FLOPs per token, vocabulary {vocab_size}\n  "
@@ -236,7 +235,8 @@ print0(f"model: {raw_model.num_params():,} parameters, {raw_model.num_params(act
 print0(f"data: {dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens, "
        f"{tokens_per_iter:,} tokens per iteration")
 print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile else 'eager'}, einsums by "
-       f"{kernels.describe_body(device_type, dtype)}, MFU of {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+       f"{kernels.describe_body(device_type, dtype)}"
+       + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
 # points of a log that the run is about to make again are dropped; from scratch, all are
 logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master)
@@ -362,10 +362,10 @@ def evaluate_and_save() -> None:
 def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
     """A line on the screen and one in the log for the iterations since the last report."""
     rate = iterations * tokens_per_iter / seconds  # tokens/s
-    utilization = rate * train_flops_per_token / peak  # MFU
+    utilization = rate * train_flops_per_token / peak if peak else None  # MFU
     left = format_duration((max_iters - progress.iteration - 1) * seconds / iterations)
     print0(f"iter {progress.iteration:6d} | loss {loss:.4f} | {seconds / iterations * 1e3:.1f} ms | "
-           f"{rate:,.0f} tokens/s | utilization {utilization:.1%} | left {left}")
+           f"{rate:,.0f} tokens/s | {f'utilization {utilization:.1%} | ' if peak else ''}left {left}")
     log_point("train", loss=loss, grad_norm=norm, lr=learning_rate_at(progress.iteration), tokens_per_s=rate,
               ms_per_iter=seconds / iterations * 1e3, utilization=utilization, skipped=progress.skipped)
 

@@ -4,7 +4,6 @@ import ctypes
 import os
 import random
 import re
-import time
 
 import torch
 
@@ -97,22 +96,17 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device_type == "cuda" else device_type
 
 
-def peak_flops(device: str, dtype: str) -> tuple[float, str]:
-    """(FLOP/s of one device, where the figure comes from): a data sheet, else a large product timed here."""
-    device_type = torch.device(device).type
-    if device_type == "cuda" and dtype != "float32":
+def peak_flops(device: str, dtype: str, count: int = 1) -> tuple[float, str] | tuple[None, None]:
+    """(FLOP/s of `count` such devices, where the figure comes from); None without a data sheet in PEAK_FLOPS.
+
+    CPUs and float32 have none. A product that is timed is no peak: on a busy machine a run can be faster.
+    """
+    if torch.device(device).type == "cuda" and dtype != "float32":
         name = device_name(device)
         for part, flops in PEAK_FLOPS.items():
             if re.search(rf"\b{part}\b", name):
-                return flops, f"{name}'s data sheet"
-    n = 1024 if device_type == "cpu" else 4096
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(times), f"a {n} x {n} product timed at the start"
+                return count * flops, f"{name}'s data sheet"
+    return None, None
 
 
 def check_memory(params: int, device_type: str) -> None:
