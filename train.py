@@ -84,6 +84,8 @@ import sys
 if out_dir is None:
     files = [os.path.splitext(os.path.basename(a))[0] for a in sys.argv[1:] if not a.startswith("-")]
     out_dir = "-".join(["out", *files])
+if decay_lr and lr_decay_iters is not None and lr_decay_iters < warmup_iters:
+    fail(f"lr_decay_iters = {lr_decay_iters} must not be less than warmup_iters = {warmup_iters}")
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 min_lr = learning_rate / 10 if min_lr is None else min_lr
 if decay_lr and min_lr > learning_rate:
@@ -131,8 +133,7 @@ def or_fail(function, *args):
         return on_all_ranks(function, *args)
     except ValueError as e:
         if ddp and not distributed.is_connected():  # the other ranks do not know of it
-            print(f"error: rank {ddp_rank}: {e}", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(f"error: rank {ddp_rank}: {e}")
         distributed.disconnect()
         fail(str(e))
 
@@ -146,8 +147,7 @@ if device_type == "cuda":
     torch.cuda.set_device(device)
 elif device_type == "cpu":
     keep_freed_memory()  # fresh memory for every tensor can cost more than the products
-torch.backends.cuda.matmul.fp32_precision = "tf32"  # what dtype 'float32' means on a GPU
-torch.backends.cudnn.fp32_precision = "tf32"
+torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"  # for 'float32'
 amp = autocast(device_type, dtype)
 if ddp:
     or_fail(distributed.connect, backend)
