@@ -129,7 +129,7 @@ def test_router_losses_even_out_the_load(config, trained):
         assert np.allclose(load.sum(-1), 1, atol=1e-5) and load.shape == (12 if config == "btt_moe" else 2, 8)
         return load.std(-1).mean()
 
-    even, uneven = (trained(config, aux_loss_weight=weight, router_balance_rate=0, before=in_float64)
+    even, uneven = (trained(config, aux_loss_weight=weight, before=in_float64)
                     for weight in (3.0, 0.0))
     assert unevenness(even) < 0.8 * unevenness(uneven)
 
