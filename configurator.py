@@ -103,19 +103,17 @@ def read_type(annotation: str) -> tuple[type, bool, tuple, tuple]:
 
 
 def parse(key: Key, text: str) -> object:
-    """Return the value that a text on the command line gives the key, or fail."""
-    value = text
+    """Return the value that a text on the command line gives the key, or fail. Text stays as it is."""
+    value = text  # the shell has taken its quotes: those that are left belong to the text
     if key.optional and text in ("None", "none", "null"):
         value = None
-    elif key.type is str:
-        value = text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
     elif key.type is bool:
         value = BOOLS.get(text.lower(), text)
     elif key.type is tuple:
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # coerce says it then
             value = ast.literal_eval(text.strip())
             value = (value,) if type(value) in (int, float) else value
-    else:
+    elif key.type is not str:
         with contextlib.suppress(ValueError):
             value = float(text) if "." in text or "e" in text.lower() else int(text)
     try:

@@ -9,6 +9,7 @@ Config files and --key=value override the keys below, from left to right; --help
 from typing import Literal
 
 from configurator import NonNegativeFloat, PositiveInt, Seed, configure, fail
+from lib.terminal import prepare_output
 
 # what to sample
 out_dir: str = "out"                    # a run's out_dir (its ckpt.pt), or a checkpoint file
@@ -21,6 +22,7 @@ seed: Seed = 1337                       # of the random choices
 # system
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
+prepare_output()
 config = configure(globals())
 globals().update(config)
 

@@ -13,6 +13,7 @@ Config files and --key=value override the keys below, from left to right; --help
 from typing import Literal
 
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UnitFloat, configure, fail
+from lib.terminal import prepare_output
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
@@ -71,6 +72,7 @@ backend: Literal["nccl", "gloo", "mpi", "ucc", "xccl", "cpu:gloo,cuda:nccl"] | N
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 if the GPU has it
 compile: bool | None = None             # torch.compile the model; None: on GPUs
+prepare_output(keep_going=True)  # a closed terminal or a full disk behind it does not stop training
 config = configure(globals())
 globals().update(config)
 
@@ -82,6 +84,8 @@ import sys
 if out_dir is None:
     files = [os.path.splitext(os.path.basename(a))[0] for a in sys.argv[1:] if not a.startswith("-")]
     out_dir = "-".join(["out", *files])
+if decay_lr and lr_decay_iters is not None and lr_decay_iters < warmup_iters:
+    fail(f"lr_decay_iters = {lr_decay_iters} must not be less than warmup_iters = {warmup_iters}")
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 min_lr = learning_rate / 10 if min_lr is None else min_lr
 if decay_lr and min_lr > learning_rate:
@@ -109,7 +113,7 @@ from data.batches import Batches
 from data.common import check_token_ids, open_dataset
 from lib import distributed, kernels
 from lib.checkpoint import Checkpoints, Progress, changed_settings, progress_of
-from lib.device import (autocast, check_memory, choose_device, choose_dtype, device_name,
+from lib.device import (autocast, check_memory, choose_compile, choose_device, choose_dtype, device_name,
                         keep_freed_memory, peak_flops)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
 from lib.log import Logger, format_duration, print0
@@ -129,8 +133,7 @@ def or_fail(function, *args):
         return on_all_ranks(function, *args)
     except ValueError as e:
         if ddp and not distributed.is_connected():  # the other ranks do not know of it
-            print(f"error: rank {ddp_rank}: {e}", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(f"error: rank {ddp_rank}: {e}")
         distributed.disconnect()
         fail(str(e))
 
@@ -140,16 +143,15 @@ if gradient_accumulation_steps % ddp_world_size:
 device, device_type = or_fail(choose_device, device, ddp_local_rank if ddp else None)
 dtype = choose_dtype(dtype, device_type)
 backend = backend or ("nccl" if device_type == "cuda" else "gloo")
-compile = device_type == "cuda" if compile is None else compile
 if device_type == "cuda":
     torch.cuda.set_device(device)
 elif device_type == "cpu":
     keep_freed_memory()  # fresh memory for every tensor can cost more than the products
-torch.backends.cuda.matmul.fp32_precision = "tf32"  # what dtype 'float32' means on a GPU
-torch.backends.cudnn.fp32_precision = "tf32"
+torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"  # for 'float32'
 amp = autocast(device_type, dtype)
 if ddp:
     or_fail(distributed.connect, backend)
+compile = or_fail(choose_compile, compile, device)
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
@@ -163,8 +165,7 @@ or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % machine_ranks, mac
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
-gpt_config = or_fail(lambda: GPTConfig(**{field.name: globals()[field.name]
-                                               for field in dataclasses.fields(GPTConfig)}))
+gpt_config = or_fail(lambda: GPTConfig(**{f.name: globals()[f.name] for f in dataclasses.fields(GPTConfig)}))
 model_args = dataclasses.asdict(gpt_config)
 # every key with the value that is used (rank and theta may stay None): logged and saved
 config = {key: model_args.get(key, globals()[key]) for key in config}
@@ -226,8 +227,7 @@ if ddp:
 
 # ---- Log ---------------------------------------------------------------------------------------------------
 
-peak, peak_source = peak_flops(device, dtype)
-peak *= ddp_world_size
+peak, peak_source = peak_flops(device, dtype, ddp_world_size)  # None: unknown
 train_flops_per_token = 3 * raw_model.flops_per_token()  # forward, and twice as much backward
 print0(f"model: {raw_model.num_params():,} parameters, {raw_model.num_params(active=True):,} active, "
        f"{raw_model.flops_per_token():,} forward FLOPs per token, vocabulary {vocab_size}\n  "
@@ -235,7 +235,8 @@ print0(f"model: {raw_model.num_params():,} parameters, {raw_model.num_params(act
 print0(f"data: {dataset}, {len(splits['train']):,} training and {len(splits['val']):,} validation tokens, "
        f"{tokens_per_iter:,} tokens per iteration")
 print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile else 'eager'}, einsums by "
-       f"{kernels.describe_body(device_type, dtype)}, MFU of {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+       f"{kernels.describe_body(device_type, dtype)}"
+       + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
 # points of a log that the run is about to make again are dropped; from scratch, all are
 logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master)
@@ -253,8 +254,7 @@ logger.log(type="run", config=config, model_args=model_args, torch=torch.__versi
 # ---- Training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(iteration: int) -> float:
-    """Linear warmup, then a cosine down to min_lr, or a constant: a function of iteration alone, for
-    resumes."""
+    """Linear warmup, then a cosine to min_lr or a constant: a function of iteration alone, for resumes."""
     if iteration < warmup_iters:
         return learning_rate * (iteration + 1) / (warmup_iters + 1)
     if not decay_lr:
@@ -362,10 +362,10 @@ def evaluate_and_save() -> None:
 def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
     """A line on the screen and one in the log for the iterations since the last report."""
     rate = iterations * tokens_per_iter / seconds  # tokens/s
-    utilization = rate * train_flops_per_token / peak  # MFU
+    utilization = rate * train_flops_per_token / peak if peak else None  # MFU
     left = format_duration((max_iters - progress.iteration - 1) * seconds / iterations)
     print0(f"iter {progress.iteration:6d} | loss {loss:.4f} | {seconds / iterations * 1e3:.1f} ms | "
-           f"{rate:,.0f} tokens/s | utilization {utilization:.1%} | left {left}")
+           f"{rate:,.0f} tokens/s | {f'utilization {utilization:.1%} | ' if peak else ''}left {left}")
     log_point("train", loss=loss, grad_norm=norm, lr=learning_rate_at(progress.iteration), tokens_per_s=rate,
               ms_per_iter=seconds / iterations * 1e3, utilization=utilization, skipped=progress.skipped)
 
@@ -437,7 +437,7 @@ if master and sample_tokens:
     print0(f"---- a sample of {sample_tokens} tokens")
     try:
         print_sample()
-    except (OSError, ValueError) as e:  # a closed terminal, or one that lacks the characters
+    except (OSError, ValueError) as e:  # GPT-2's vocabulary cannot be downloaded
         print0(f"no sample: {e}")
     print0("----")
 print0(f"sample more: python sample.py --out_dir={out_dir}")

@@ -20,6 +20,7 @@ import numpy as np
 
 from data.tokenizer import CHARACTERS, Gpt2Tokenizer
 from lib.files import fsync_folder
+from lib.terminal import prepare_output
 
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -130,6 +131,7 @@ def parse_arguments(doc: str, folder: Path, *, val_fraction: float, num_proc: bo
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script's main(). An error that the user can mend is one sentence and exit status 1."""
+    prepare_output(keep_going=True)
     interrupted, script = False, os.getpid()
 
     def interrupt(signum, frame):

@@ -14,6 +14,7 @@ from typing import Literal
 
 import configurator
 from configurator import PositiveInt, fail, structure_config
+from lib.terminal import prepare_output
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
 widths: tuple = (256, 512, 1024, 2048)  # of the square layers
@@ -31,6 +32,7 @@ device: str | None = None       # 'cuda', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs, else float32
 compile: bool = False           # torch.compile layers and models
 out: str = "out-bench"          # folder of bench.json
+prepare_output(keep_going=True)
 config = configurator.configure(globals())
 globals().update(config)
 
@@ -52,7 +54,8 @@ from torch import nn
 
 import structured
 from lib import kernels
-from lib.device import autocast, choose_device, choose_dtype, device_name, keep_freed_memory
+from lib.device import (autocast, choose_compile, choose_device, choose_dtype, device_name,
+                        keep_freed_memory)
 from model import GPT, GPTConfig
 
 if any(w < 1 or w != int(w) for w in widths):
@@ -61,6 +64,7 @@ if n_embd % head_size:
     fail(f"n_embd must be a multiple of head_size = {head_size}; got {n_embd}")
 try:
     device, device_type = choose_device(device)
+    compile = choose_compile(compile, device)
 except ValueError as e:
     fail(str(e))
 dtype = choose_dtype(dtype, device_type)

@@ -11,6 +11,7 @@ writes coordinate_check.csv, .svg and .png into <out>, and exits with status 1 w
 """
 import configurator
 from configurator import PositiveFloat, PositiveInt, fail, structure_config
+from lib.terminal import prepare_output
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
 widths: tuple = (128, 256, 512, 1024)  # n_embd of the models
@@ -23,6 +24,7 @@ batch_size: PositiveInt = 8     # sequences per step
 block_size: PositiveInt = 64    # tokens per sequence
 dataset: str = "python_char"    # a folder under data/, or the path of one
 out: str = "out-coordinate_check"  # folder of the table and the figure
+prepare_output(keep_going=True)
 config = configurator.configure(globals())
 globals().update(config)
 

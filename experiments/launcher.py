@@ -17,6 +17,7 @@ from typing import NoReturn
 import configurator
 from configurator import HERE, fail
 from lib.log import read_log
+from lib.terminal import prepare_output
 
 TRAIN = os.path.join(HERE, "train.py")
 # keys of train.py that change neither what is learned nor what is measured; no part of a run's name
@@ -35,6 +36,7 @@ def split_arguments(script: str, doc: str, commands: tuple[str, ...]) -> tuple[s
     The first command alone takes files and flags of train.py. Keys of both and unknown ones count as the
     script's.
     """
+    prepare_output(keep_going=True)
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(doc)
         return "", [], ["--help"], []

@@ -6,6 +6,7 @@ rates.
 import math
 import sys
 
+from lib.terminal import prepare_output
 from structured import STRUCTURES, Dyad, linear
 
 HEAD = ("structure", "θ (α β γ δ ε φ ρ)", "sizes", "parameters", "of dense", "FLOPs/token", "of dense",
@@ -39,6 +40,7 @@ def row_of(name: str, d_in: int, d_out: int, base_width: int) -> list[str]:
 
 
 def main() -> None:
+    prepare_output()
     try:
         widths = [int(text) for text in sys.argv[1:]]
     except ValueError:

@@ -2,10 +2,13 @@
 import contextlib
 import ctypes
 import os
+import random
 import re
-import time
 
 import torch
+
+from lib.distributed import on_all_ranks
+from lib.log import print0
 
 # Dense bfloat16 and float16 FLOP/s from the makers' data sheets. The first key that is a word of the device's
 # name counts.
@@ -50,28 +53,60 @@ def autocast(device_type: str, dtype: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device_type, getattr(torch, dtype))
 
 
+def choose_compile(compile: bool | None, device: str) -> bool:
+    """Whether to torch.compile models, after a trial; None: on GPUs, unless the trial fails. Every rank must
+    call it, and gets the same answer.
+
+    Raises ValueError if it was asked for and fails.
+    """
+    wanted = torch.device(device).type == "cuda" if compile is None else compile
+    try:
+        on_all_ranks(check_compile, device, wanted)
+    except ValueError as e:
+        if compile:
+            raise
+        if wanted:
+            print0(f"{e}: the model is not compiled")
+        return False
+    return wanted
+
+
+def check_compile(device: str, trial: bool) -> None:
+    """Compiles one product for this device if `trial`. Raises ValueError if torch.compile does not work here.
+
+    A TORCHINDUCTOR_CACHE_DIR that cannot be made is taken out of the environment: torch makes it for eager
+    models too.
+    """
+    try:
+        if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+            os.makedirs(folder, exist_ok=True)
+        if trial:
+            factor = random.SystemRandom().random()  # no cache has this product, so that a compiler is needed
+            torch.compile(lambda x: factor * x)(torch.ones(8, device=device))
+    except Exception as e:  # each backend, and each compiler, raises errors of its own
+        if isinstance(e, OSError):
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"torch.compile does not work here ({reason})") from None
+
+
 def device_name(device: str) -> str:
     """'NVIDIA H100 PCIe', 'cpu' ..."""
     device_type = torch.device(device).type
     return torch.cuda.get_device_name(device) if device_type == "cuda" else device_type
 
 
-def peak_flops(device: str, dtype: str) -> tuple[float, str]:
-    """(FLOP/s of one device, where the figure comes from): a data sheet, else a large product timed here."""
-    device_type = torch.device(device).type
-    if device_type == "cuda" and dtype != "float32":
+def peak_flops(device: str, dtype: str, count: int = 1) -> tuple[float, str] | tuple[None, None]:
+    """(FLOP/s of `count` such devices, where the figure comes from); None without a data sheet in PEAK_FLOPS.
+
+    CPUs and float32 have none. A product that is timed is no peak: on a busy machine a run can be faster.
+    """
+    if torch.device(device).type == "cuda" and dtype != "float32":
         name = device_name(device)
         for part, flops in PEAK_FLOPS.items():
             if re.search(rf"\b{part}\b", name):
-                return flops, f"{name}'s data sheet"
-    n = 1024 if device_type == "cpu" else 4096
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(times), f"a {n} x {n} product timed at the start"
+                return count * flops, f"{name}'s data sheet"
+    return None, None
 
 
 def check_memory(params: int, device_type: str) -> None:

@@ -9,10 +9,9 @@ from lib.signals import Stopped
 
 
 def print0(*message) -> None:
-    """Print, on rank 0 only. A closed terminal or a full disk behind stdout is no reason to stop training."""
+    """Print, on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        with contextlib.suppress(OSError, ValueError):
-            print(*message, flush=True)
+        print(*message, flush=True)
 
 
 def format_duration(seconds: float) -> str:
@@ -92,19 +91,26 @@ def _finite(x):
 
 
 class Wandb:
-    """A wandb run that cannot stop training: whatever wandb raises is printed once, and switches it off."""
+    """A wandb run that cannot stop training: whatever wandb raises is printed once, and switches it off.
+
+    Charts are over `iter`. wandb's own step only rises, and what comes for an earlier one is dropped: the
+    points that a run makes again when it resumes from an older checkpoint.
+    """
 
     def __init__(self, **options):
         self.run = None
 
         def init():
             import wandb
-            return wandb.init(**options)
+            run = wandb.init(**options)
+            run.define_metric("iter")
+            run.define_metric("*", step_metric="iter")
+            return run
         self.run = self._attempt(init)
 
     def log(self, point: dict) -> None:
         if self.run is not None:
-            self._attempt(lambda: self.run.log(point, step=point["iter"]))
+            self._attempt(lambda: self.run.log(point))
 
     def finish(self) -> None:
         if self.run is not None:

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -88,10 +87,15 @@ def run_script(script, arguments, environment, out, err, before):
         atexit._run_exitfuncs()  # multiprocessing skips them
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def meeting_place(processes):
+    """(store, environment) where so many processes meet, as torchrun has them: for as long as `store` lives.
+
+    This process listens, on a port that the system has just given it.
+    """
+    from torch.distributed import TCPStore
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store, dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE=str(processes),
+                       TORCHELASTIC_USE_AGENT_STORE="True")
 
 
 @pytest.fixture(scope="session")
@@ -104,12 +108,13 @@ def run(tmp_path_factory):
     def run(script, *arguments, processes=1, before=None, **environment):
         folder = tmp_path_factory.mktemp("run")
         if processes > 1:
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            store, place = meeting_place(processes)  # the store lives until all have ended
+            environment |= place
         started = []
         for rank in range(processes):
             ranks = {}
             if processes > 1:
-                ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+                ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank))
             files = [str(folder / f"{name}{rank}") for name in ("out", "err")]
             args = (script, [str(a) for a in arguments], environment | ranks, *files, before)
             started.append(PROCESSES.Process(target=run_script, args=args))

@@ -21,6 +21,7 @@ import time
 import torch
 
 from data.tokenizer import CHARACTERS
+from lib.terminal import prepare_output
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SETTINGS = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2,
@@ -181,6 +182,7 @@ def kill_test(start, folder: str, kills: int, seed: int, arguments: list[str]) -
 
 
 def main():
+    prepare_output()
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--kills", type=int, default=50)

@@ -55,6 +55,7 @@ struct=dyad dyad_variant=xy | struct=dyad rank=2 | struct=monarch n_embd=97 n_he
 struct=kronecker n_embd=31 n_head=1
 head_aligned=True struct=dense | head_aligned=True struct=btt layers=mlp | head_aligned=True struct=tt
 init_from=resume | init_from=resume out_dir=new/folder | learning_rate=1e-3 min_lr=1e-2
+lr_decay_iters=4 warmup_iters=5 | lr_decay_iters=0 warmup_iters=1 | lr_decay_iters=1999
 batch_size=1048576 gradient_accumulation_steps=2
 """.strip().replace("\n", "|").split("|")
 
@@ -167,7 +168,7 @@ def test_a_bad_flag_is_reported_without_torch(tmp_path):
     flags = ["--n_layr=1", "--n_layer=two", "--batch_size=0", "--learning_rate=-1", "--init_from=gpt2",
              "--dtype=float8", "--min_lr=1", "--out_dir=", "--out_dir=data/meta.json",
              "--seed=99999999999999999999",
-             "--backend=pigeon", "config/bt.py", "--batch_size=9e6"]
+             "--backend=pigeon", "config/bt.py", "--batch_size=9e6", "--lr_decay_iters=1999"]
     done = subprocess.run([sys.executable, "-c", program, *flags], cwd=tmp_path, capture_output=True,
     text=True,
                           timeout=20 * len(flags))

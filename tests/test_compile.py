@@ -4,6 +4,8 @@ Most graphs run as they were traced (aot_eager). Only two are compiled to C++, w
 """
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import structured
 from structured import LayerConfig, linear, make_experts
-from tests.conftest import TINY
-from tests.runs import assert_same_course, in_float64, read_log
+from tests.conftest import ROOT, THREADS, TINY
+from tests.runs import assert_one_sentence, assert_same_checkpoint, assert_same_course, in_float64, read_log
 from tests.structures import close, randn, randomize
 from tests.test_model import random_model
 
@@ -107,6 +109,43 @@ def compile_without_code():
     in_float64()
     compiled = torch.compile
     torch.compile = lambda module, **options: compiled(module, **options | {"backend": "aot_eager"})
+
+
+def no_compiler():
+    from torch._inductor import config
+    config.cpp.cxx = (None, "/nowhere/g++")  # what CXX=/nowhere/g++ does before torch is imported
+
+
+@pytest.mark.parametrize("before, environment", [
+    (no_compiler, {}), (None, dict(TORCHINDUCTOR_CACHE_DIR="/dev/null/x")),
+    (None, dict(TORCHINDUCTOR_CACHE_DIR="/proc"))], ids=["no compiler", "no cache", "no room in the cache"])
+def test_a_run_that_cannot_be_compiled_is_one_sentence(before, environment, run, flags, tmp_path):
+    done = run("train.py", *flags(**TINY, compile=True), before=before, **environment)
+    assert_one_sentence(done, "torch.compile does not work here (")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_eager_run_needs_no_cache_of_compiled_code(flags, trained, tmp_path):
+    """Although torch makes its folder, for AdamW: where torch is imported in this environment."""
+    environment = os.environ | {"OMP_NUM_THREADS": THREADS, "TORCHINDUCTOR_CACHE_DIR": "/dev/null/x"}
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags(**TINY)], env=environment, cwd=ROOT,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert_same_checkpoint(tmp_path / "out", trained(**TINY))
+
+
+def compile_on_the_first_rank_alone():
+    def fail(module, **options):
+        raise RuntimeError("no compiler on this node\nand more lines")
+    compile_without_code()
+    if os.environ["RANK"] == "1":
+        torch.compile = fail
+
+
+def test_a_rank_that_cannot_compile_ends_all(run, flags, tmp_path):
+    done = run("train.py", *flags(**TINY, compile=True), processes=2, before=compile_on_the_first_rank_alone)
+    assert_one_sentence(done, "torch.compile does not work here (no compiler on this node)")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("config", ["btt", "btt_moe"])

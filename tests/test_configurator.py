@@ -188,16 +188,23 @@ def test_every_key_of_train_has_a_heading_and_a_help_text():
     ("--theta=1,0,0.5", (1, 0, 0.5)), ("--theta=(1, 0, .5)", (1, 0, 0.5)), ("--theta=[1,0,.5]", (1, 0, 0.5)),
     ("--theta=1", (1,)), ("--theta=(1,)", (1,)), ("--theta=()", ()), ("--theta=None", None),
     ("--out_dir=a b", "a b"), ("--out_dir=a=b", "a=b"), ("--out_dir==", "="), ("--out_dir=", ""),
-    ("--out_dir=\n", "\n"), ('--out_dir="x"', "x"), ("--out_dir='x'", "x"), ("--out_dir=''", ""),
-    ("--out_dir='", "'"), ("--out_dir='x\"", "'x\""), ("--out_dir=None", "None"), ("--out_dir=1", "1"),
-    ("--out_dir=-x", "-x"), ("--out_dir=größe", "größe"), ("--tag=None", None), ("--tag='None'", "None"),
+    ("--out_dir=\n", "\n"), ("--out_dir='", "'"), ("--out_dir=None", "None"), ("--out_dir=1", "1"),
+    ("--out_dir=-x", "-x"), ("--out_dir=größe", "größe"), ("--tag=None", None), ("--tag=none", None),
     ("--tag=", ""), ("--out-dir=x", "x"), ("--eval-interval=3", 3),
-    ("--mode=auto", "auto"), ("--mode='auto'", "auto"), ("--dtype=None", None),
+    ("--mode=auto", "auto"), ("--dtype=None", None),
     ("--dtype=bfloat16", "bfloat16")])
 def test_a_value_gets_the_type_of_its_key(arg, value):
     name = arg[2:].partition("=")[0].replace("-", "_")
     config = configured(arg)
     assert same(config[name], value) and config == {**DEFAULTS, name: value}
+
+
+@pytest.mark.parametrize("text", [
+    '"""Return"""', "'a' + 'b'", '"x"', "'x'", "''", '"', "'x\"", "'None'", '"None"', " x ", "\\n"])
+def test_a_text_is_taken_as_it_is(text):
+    """The shell has taken its own quotes: what is left, such as Python code, belongs to the text."""
+    for name in ("out_dir", "tag"):
+        assert configured(f"--{name}={text}") == {**DEFAULTS, name: text}
 
 
 @pytest.mark.parametrize("name, texts", [
@@ -235,6 +242,7 @@ RANGES = [
     ("grad_clip", 0.0, -1e-9, "grad_clip must be at least 0; got -1e-09"),
     ("grad_clip", 9e29, 1e300, "grad_clip must be below 1e+30; got 1e+300"),
     ("dropout", 0.0, -0.1, "dropout must be at least 0; got -0.1"),
+    ("mode", "auto", "'auto'", "mode must be one of scratch, resume, auto; got \"'auto'\""),
     ("dropout", 0.999, 1.0, "dropout must be below 1; got 1.0"),
     ("mode", "resume", "Resume", "mode must be one of scratch, resume, auto; got 'Resume'"),
     ("mode", "auto", "", "mode must be one of scratch, resume, auto; got ''"),
@@ -569,8 +577,8 @@ def test_any_assignments_in_a_file_end_in_a_config_or_one_sentence(pairs):
 @given(st.sampled_from(["out_dir", "tag", "top_k", "compile", "learning_rate", "theta"]),
        st.integers(-2**30, 2**30) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
        | st.text(max_size=8) | st.tuples(st.integers(), st.floats(allow_nan=False, allow_infinity=False)))
-def test_the_command_line_and_a_file_read_the_repr_of_a_value_alike(name, value):
-    if type(value) is TYPES[name]:
-        typed = f"'{value}'" if type(value) is str else repr(value)
+def test_the_command_line_reads_a_text_and_the_repr_of_all_else_as_a_file_does(name, value):
+    if type(value) is TYPES[name] and value not in ("None", "none", "null"):
+        typed = value if type(value) is str else repr(value)
         write("fuzz.py", f"{name} = {value!r}")
         assert same(configured(f"--{name}={typed}")[name], value) and same(configured("fuzz.py")[name], value)

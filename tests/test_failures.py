@@ -85,12 +85,28 @@ def test_a_log_without_its_end_is_an_error(run, flags, trained, tmp_path):
 
 def terminal_without_the_letters():
     sys.stdout.reconfigure(encoding="ascii")
-    tokenizer.CharTokenizer.decoder = lambda self: lambda token: "\N{SNOWMAN}"
+    tokenizer.Decoder.__call__ = lambda self, token: "\N{SNOWMAN}"
 
 
-def test_a_sample_that_cannot_be_printed_is_no_failure(run, flags):
-    done = run("train.py", *flags(**TINY | {"sample_tokens": 3}), before=terminal_without_the_letters)
-    assert done.returncode == 0 and not done.stderr and "no sample: " in done.stdout
+def test_a_terminal_that_lacks_the_letters_shows_all_others(run, flags):
+    """Of the sample, and of the lines that describe the structures."""
+    settings = TINY | dict(sample_tokens=3, max_iters=0)
+    plain, whole = (run("train.py", *flags("btt", **settings), before=before) for before in
+                   (terminal_without_the_letters, None))
+    assert plain.returncode == 0 and not plain.stderr and "\n???\n" in plain.stdout
+    about = [done.stdout.partition("model: ")[2].partition("data: ")[0] for done in (plain, whole)]
+    assert about[0] == about[1].encode("ascii", "replace").decode() != about[1]
+
+
+def vocabulary_is_gone():
+    def gone(meta):
+        raise OSError("the vocabulary could not be downloaded")
+    tokenizer.from_meta = gone
+
+
+def test_a_sample_that_cannot_be_made_is_no_failure(run, flags):
+    done = run("train.py", *flags(**TINY | {"sample_tokens": 3}), before=vocabulary_is_gone)
+    assert done.returncode == 0 and not done.stderr and "no sample: the vocabulary" in done.stdout
 
 
 # Losses and gradients that are not finite
@@ -228,13 +244,22 @@ def wandb_is_offline():
 
 
 def wandb_that_notes_and_breaks():
-    """It appends each call to the file NOTES, and breaks at BREAKS_AT."""
+    """It appends each call to the file NOTES, and breaks at BREAKS_AT.
+
+    Like wandb it counts steps, if it is given none, and drops a point of an earlier step than the last.
+    """
     breaks_at = os.environ.get("BREAKS_AT", "")
 
     class Run:
-        def log(self, point, step):
-            note("log", [point, step])
-            if breaks_at == "log" and step == 2:
+        def define_metric(self, name, step_metric=None):
+            note("define_metric", [name, step_metric])
+
+        def log(self, point, step=None):
+            with open(os.environ["NOTES"]) as f:
+                steps = [value[1] for what, value in map(json.loads, f) if what == "log"]
+            step = steps[-1] + 1 if steps and step is None else step or 0  # it goes on in a resumed run
+            note("log" if not steps or step >= steps[-1] else "dropped", [point, step])
+            if breaks_at == "log" and point["iter"] == 2:
                 raise BrokenPipeError("the service is gone")
 
         def finish(self):
@@ -276,7 +301,8 @@ def test_wandb_gets_the_numbers_of_the_log(run_with_wandb, tmp_path):
     assert done.returncode == 0, done.stderr
     points = [p for p in map(json.loads, open(tmp_path / "out" / "log.jsonl")) if "iter" in p]
     assert calls[0][0] == "init" and calls[-1] == ["finish", None]
-    assert calls[1:-1] == [["log", [p, p["iter"]]] for p in points]
+    assert calls[1:3] == [["define_metric", ["iter", None]], ["define_metric", ["*", "iter"]]]
+    assert [(what, value[0]) for what, value in calls[3:-1]] == [("log", p) for p in points]
 
 
 @pytest.mark.parametrize("breaks_at, last", [("log", 2), ("finish", 4)])
@@ -284,7 +310,7 @@ def test_wandb_that_breaks_does_not_stop_training(breaks_at, last, run_with_wand
     done, calls = run_with_wandb(breaks_at)
     assert done.returncode == 0 and not done.stderr and done.stdout.count("wandb is off") == 1
     assert untimed(tmp_path / "out") == untimed(trained(**TINY))
-    assert [value[1] for what, value in calls if what == "log"][-1] == last
+    assert [value[0]["iter"] for what, value in calls if what == "log"][-1] == last
 
 
 def test_a_signal_while_wandb_starts_ends_the_run(run_with_wandb, tmp_path):
@@ -305,6 +331,20 @@ def test_a_resumed_run_is_the_same_run_of_wandb(run_with_wandb):
         assert done.returncode == 0, done.stderr
     ids = [value for what, value in calls if what == "init"]
     assert len(ids) == 2 and ids[0] == ids[1] and ids[0][0] and ids[0][1] == "allow"
+
+
+def test_wandb_gets_the_points_that_a_resumed_run_makes_again(run_with_wandb, tmp_path):
+    """They are those from an older checkpoint on."""
+    ckpt = tmp_path / "out" / "ckpt.pt"
+    run_with_wandb(max_iters=2)
+    older = ckpt.read_bytes()
+    run_with_wandb(init_from="resume")
+    ckpt.write_bytes(older)
+    done, calls = run_with_wandb(init_from="resume")
+    assert done.returncode == 0, done.stderr
+    assert [value[0]["iter"] for what, value in calls if what == "log" and value[0]["type"] == "train"] == [
+        0, 1, 2, 3, 2, 3]
+    assert not [value for what, value in calls if what == "dropped"]
 
 
 # One of two processes

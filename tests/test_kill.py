@@ -12,7 +12,7 @@ import torch
 
 import model
 from tests import kill_test
-from tests.conftest import PROCESSES, TINY, ForkedProgram, free_port, run_script
+from tests.conftest import PROCESSES, TINY, ForkedProgram, run_script
 from tests.runs import (assert_one_sentence, assert_same_checkpoint, assert_same_course, in_float64, load,
                         read_log, untimed)
 
@@ -229,6 +229,9 @@ def work(folder, arguments):
     run_script("train.py", arguments, {}, f"{folder}/stdout{name}", f"{folder}/stderr{name}", die_once)
 
 
+STANDALONE = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # what torchrun takes --standalone for
+
+
 def torchrun(flags, folder, arguments):
     """torchrun with these flags. Its workers are forked: Python programs would import torch again."""
     from torch.distributed import run
@@ -244,7 +247,7 @@ def test_torchrun_restarts_a_killed_worker(flags, trained, tmp_path):
     """
     settings = dict(gradient_accumulation_steps=4, batch_size=2, checkpoint_interval=3)
     process = PROCESSES.Process(target=torchrun, args=(
-        ["--nproc-per-node=2", "--max-restarts=3", f"--master-port={free_port()}"], str(tmp_path),
+        ["--nproc-per-node=2", "--max-restarts=3", *STANDALONE], str(tmp_path),
         [str(a) for a in flags(**settings, init_from="auto")]))
     process.start()
     process.join(600)

@@ -33,8 +33,9 @@ def test_resume_takes_new_hyperparameters(before, after, train, tmp_path):
 
 
 def test_changed_settings_are_printed(run, flags, trained, tmp_path):
-    shutil.copytree(trained(**TINY), tmp_path / "out")
-    changed = TINY | dict(max_iters=5, lr_decay_iters=4, learning_rate=0.5, min_lr=0.003 / 10, batch_size=2)
+    before = TINY | dict(warmup_iters=4)
+    shutil.copytree(trained(**before), tmp_path / "out")
+    changed = before | dict(max_iters=5, lr_decay_iters=4, learning_rate=0.5, min_lr=0.003 / 10, batch_size=2)
     done = run("train.py", *flags(**changed, init_from="resume"))
     assert done.returncode == 0, done.stderr
     changes = [line.strip() for line in done.stdout.splitlines() if "it was" in line]

@@ -123,6 +123,13 @@ def test_top_k_and_temperature(run, tmp_path):
     assert shares(temperature=0.5) == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30], abs=0.04)
 
 
+@pytest.mark.parametrize("prompt", ['"""Return"""', "'a' + 'b'", "None"])
+def test_a_prompt_keeps_its_quotes(prompt, sample, out):
+    """Python code arrives whole, as the shell hands it on."""
+    expected = likeliest(out / "ckpt.pt", prompt, 1) + "\n"
+    assert sample(start=prompt, temperature=0, max_new_tokens=1) == expected
+
+
 def test_prompt_from_a_file(sample, tmp_path):
     prompt = "def f(x):\n    '''--start'''\n"
     (tmp_path / "prompt.txt").write_text(prompt)

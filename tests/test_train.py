@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import lib.device
 import model
 from tests.conftest import SMALL, TINY
 from tests.runs import assert_same_checkpoint, cross_entropy, in_float64, load, losses, read_log, untimed
@@ -128,7 +129,7 @@ def test_router_losses_even_out_the_load(config, trained):
         assert np.allclose(load.sum(-1), 1, atol=1e-5) and load.shape == (12 if config == "btt_moe" else 2, 8)
         return load.std(-1).mean()
 
-    even, uneven = (trained(config, aux_loss_weight=weight, router_balance_rate=0, before=in_float64)
+    even, uneven = (trained(config, aux_loss_weight=weight, before=in_float64)
                     for weight in (3.0, 0.0))
     assert unevenness(even) < 0.8 * unevenness(uneven)
 
@@ -192,8 +193,29 @@ def test_log_describes_the_run_and_its_points(trained):
     for i, p in steps.items():
         assert (p["tokens"], p["flops"]) == ((i + 1) * 256, (i + 1) * 256 * per_token)
         assert p["tokens_per_s"] * p["ms_per_iter"] == pytest.approx(256 * 1000)
-        assert p["utilization"] == pytest.approx(p["tokens_per_s"] * per_token / run["peak_flops"])
+        assert p["utilization"] is None  # no CPU has a data sheet
         assert p["grad_norm"] > 0
+
+
+def device_with_a_data_sheet():
+    lib.device.peak_flops = lambda device, dtype, count: (count * 1e12, "its data sheet")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_utilization_is_shown_where_the_peak_is_known(known, run, flags, tmp_path):
+    """It is the share of FLOPs a second that the processes have together."""
+    done = run("train.py", *flags(**TINY, batch_size=2), processes=1 + known,
+               before=device_with_a_data_sheet if known else None)
+    assert done.returncode == 0, done.stderr
+    [run_point], steps, _ = read_log(tmp_path / "out")
+    source = "its data sheet" if known else None
+    assert (run_point["peak_flops"], run_point["peak_flops_from"]) == (2e12 if known else None, source)
+    assert [line.startswith("iter ") and "utilization" in line for line in done.stdout.splitlines()].count(
+        True) == (len(steps) if known else 0)
+    assert ("utilization of 2 TFLOP/s (its data sheet)" in done.stdout) == known
+    for p in steps.values():
+        share = p["tokens_per_s"] * run_point["flops_per_token"] / 2e12
+        assert p["utilization"] == (pytest.approx(share) if known else None)
 
 
 def test_learning_rate_rises_linearly_and_falls_as_a_cosine(trained):

@@ -7,8 +7,7 @@
 # 1024, each with 8 and 16 experts, 2 per token, and 3, 6 and 9 layers; experts that are dense or of low rank
 # as ablations.
 #
-# Ours: as in paper.py; the ablations at 3 layers and 8 experts alone; routers without this repository's
-# balancing biases (router_balance_rate 0), as the paper has none; the weight of its auxiliary losses is
+# Ours: as in paper.py; the ablations at 3 layers and 8 experts alone; the weight of the auxiliary losses is
 # train.py's.
 from experiments.plans.paper import *  # noqa: F403
 _wide, _narrow = [256, 512, 1024, 2048], [128, 256, 512, 1024]
@@ -23,4 +22,3 @@ structures = {
 }
 n_layer = [3, 6, 9]
 top_k = 2
-router_balance_rate = 0.0

@@ -17,15 +17,11 @@ a database server (--storage): SQLite is for one machine. Trials of a dead proce
 `expiry` seconds. Failed trials are tried again by the next `run`, unless their loss was not finite.
 It needs optuna: pip install -r requirements-search.txt
 """
-import sys
 from typing import Annotated, Literal
 
 import configurator
 from configurator import NonNegativeInt, PositiveFloat, PositiveInt, Seed, fail
 from experiments import launcher
-
-for stream in (sys.stdout, sys.stderr):
-    stream.reconfigure(errors="replace")    # a terminal without θ
 
 # run
 out: str = "out-search"         # folder of the study and of its runs

@@ -31,6 +31,7 @@ from lib.log import read_log
 
 try:
     import optuna
+    import sqlalchemy  # Optuna's own
     from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
     from optuna.storages import RetryHeartbeatStaleTrialCallback
     from optuna.trial import FrozenTrial, TrialState
@@ -87,22 +88,25 @@ def open_study(url: str | None, name: str, folder: str, *, expiry: int = 120, cr
     """The study in a database: any URL that Optuna takes; None is the SQLite file study.db in the folder.
     expiry: seconds without a heartbeat until a trial is taken over. options: sampler, pruner. Raises
     ValueError if the study cannot be opened."""
-    if url is None:
-        path = os.path.join(folder, "study.db")
-        if not create and not os.path.exists(path):
-            raise ValueError(f"there is no study {path!r}: search first, or name another folder with --out")
-        url = f"sqlite:///{path}"
+    url = f"sqlite:///{os.path.join(folder, 'study.db')}" if url is None else url
     shown = re.sub(r"(//[^:/@]*):[^@/]*@", r"\1:***@", url)  # without its password
     wait = dict(connect_args=dict(timeout=100)) if url.startswith("sqlite") else {}  # while others write
     try:
+        address = sqlalchemy.make_url(url)
+        file = (address.database or "").removeprefix("file:")
+        if not create and address.get_backend_name() == "sqlite" and not os.path.exists(file):
+            raise KeyError(name)  # else SQLite would make the file
         storage = LockedStorage(url, wait, folder=folder, heartbeat_interval=max(1, expiry // 4),
-                                grace_period=expiry, heartbeat_stale_trial_callback=queue_copy)
+                                grace_period=expiry, heartbeat_stale_trial_callback=queue_copy,
+                                skip_table_creation=not create)
         if create:
             return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, **options)
         return optuna.load_study(storage=storage, study_name=name)
     except KeyError:
-        raise ValueError(f"there is no study {name!r} in {shown!r}") from None
+        raise ValueError(f"there is no study {name!r} in {shown!r}: search first, or name another --study, "
+                         "--out or --storage") from None
     except Exception as error:  # whatever a database driver raises
+        error = error.__cause__ or error  # the driver's, where Optuna has words of its own
         why = (str(error).replace(url, shown) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the storage {shown!r} cannot be opened: {why}") from None
 

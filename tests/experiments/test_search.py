@@ -408,6 +408,18 @@ def test_a_database_url_holds_the_study_too(search):
     assert_refused(search("--trials=4", url), "")
 
 
+@pytest.mark.parametrize("contents", [None, b""], ids=["missing", "empty"])
+@pytest.mark.parametrize("address", ["sqlite:///{}", "sqlite+pysqlite:///{}?timeout=5"])
+def test_a_report_makes_no_database(address, contents, search):
+    database = search.folder / "no study.db"
+    if contents is not None:
+        database.write_bytes(contents)
+    sentence = "there is no study 'search'" if contents is None else "no such table"
+    assert_refused(search("--storage=" + address.format(database), command="report"), sentence)
+    assert (database.read_bytes() if database.exists() else None) == contents
+    assert not search.out.exists()
+
+
 def test_a_study_goes_on_with_the_same_request_only(search):
     assert search("--trials=1").returncode == 0
     for flag, words in (("--flops=3e9", "flops = 2000000000.0, not 3"), ("--seed=5", "seed = 1337, not 5"),

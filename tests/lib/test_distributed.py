@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib import distributed
-from tests.conftest import PROCESSES, free_port
+from tests.conftest import PROCESSES, meeting_place
 
 
 def even_numbers_alone(number):
@@ -27,9 +27,9 @@ def test_without_ddp_nothing_is_exchanged():
     distributed.disconnect()
 
 
-def exchange(rank, port, results):
+def exchange(rank, environment, results):
     """One of three ranks. It calls every collective and puts what it gets into `results`."""
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ |= environment | {"RANK": str(rank)}
     distributed.connect("gloo")
     mean = distributed.all_reduce_mean(torch.tensor([[float(rank)], [6.0]])).tolist()
     most = distributed.all_reduce_max(-float(rank), "cpu")
@@ -46,8 +46,8 @@ def exchange(rank, port, results):
 
 def test_three_ranks_agree():
     """The mean and the maximum are everyone's. An error of one rank is raised on all, in its sentence."""
-    results, port = PROCESSES.Queue(), free_port()
-    ranks = [PROCESSES.Process(target=exchange, args=(rank, port, results)) for rank in range(3)]
+    results, (_store, environment) = PROCESSES.Queue(), meeting_place(3)
+    ranks = [PROCESSES.Process(target=exchange, args=(rank, environment, results)) for rank in range(3)]
     for process in ranks:
         process.start()
     found = sorted(results.get(timeout=600) for _ in ranks)
