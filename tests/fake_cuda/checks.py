@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import (DataDependentOutputException, Dynamic
                                            FakeTensorDeviceMismatchError)
 
 from lib.kernels import grouped, grouped_product
+from lib.steps import FiniteSteps
 from model import GPT, GPTConfig
 from structured import Einsum, Structured
 
@@ -116,7 +117,7 @@ def test_transfers_are_counted(given, made):
 # A model
 
 def train(model, dtype):
-    """An iteration: forward, backward, clipping, optimizer step, biases of the routers."""
+    """An iteration, as train.py makes it: forward, backward, clipping, optimizer step, biases of routers."""
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda")
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
     idx = torch.randint(50, (2, 8))
@@ -124,10 +125,11 @@ def train(model, dtype):
         _, loss, aux = model(idx, idx, return_aux=True)
     scaler.scale(loss + 0.01 * aux.loss).backward()
     scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    finite = FiniteSteps(optimizer).step(loss.detach(), norm, 1e-3, None)
     scaler.update()
-    model.rebalance(aux.load, aux.variance, 0.1)
+    model.rebalance(aux.load, aux.variance, 0.1 * finite)
+    assert all(v.device == p.device for p, state in optimizer.state.items() for v in state.values())
     for name, p in model.named_parameters():
         assert (p.grad.device, p.grad.dtype, p.grad.shape) == (p.device, torch.float32, p.shape), name
 
