@@ -433,4 +433,6 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) ->
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    p = logits.softmax(dim=-1)
+    # torch.multinomial's way to draw, without its check of p, for which it waits for the GPU
+    return p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)

@@ -21,7 +21,7 @@ init_from: Literal["scratch", "resume", "auto"] = "scratch"  # auto: resume from
 eval_interval: PositiveInt = 2000       # iterations between evaluations; each writes a checkpoint
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
 eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation
-log_interval: PositiveInt = 10          # iterations between log lines
+log_interval: PositiveInt = 10          # iterations between log lines, and looks at what was skipped
 sample_tokens: NonNegativeInt = 256     # tokens of the sample that is printed at the end; 0 for none
 # wandb
 wandb_log: bool = False                 # send the numbers of log.jsonl to wandb too
@@ -118,6 +118,7 @@ from lib.device import (autocast, check_memory, choose_compile, choose_device, c
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
 from lib.log import Logger, format_duration, print0
 from lib.signals import DeferredSignals
+from lib.steps import FiniteSteps
 from model import GPT, GPTConfig
 
 # ---- Ranks and devices -------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def save_checkpoint(val_loss: float | None = None) -> None:
 
 
 found = or_fail(lambda: master and checkpoints.open(init_from))  # locks out_dir
-resuming = bool(all_reduce_max(found, device))
+resuming = bool(all_reduce_max(found))
 progress = or_fail(load_checkpoint) if resuming else Progress()
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
@@ -290,11 +291,9 @@ def balance_routers() -> None:
     raw_model.train()
 
 
-def train_step() -> tuple[float, float, bool]:
-    """One iteration: (cross-entropy, gradient norm) of the global batch, and whether both are finite.
-
-    If not, the parameters, the optimizer and the routers' biases stay as they were, on every rank.
-    """
+def train_step() -> None:
+    """One iteration, without waiting for a GPU. If the loss or the gradient norm of the global batch is not
+    finite, the parameters, the optimizer and the routers' biases stay as they were, on every rank."""
     # dropout is a function of seed, iteration and rank, so that a resumed run repeats it
     state = np.random.SeedSequence((seed, progress.iteration, ddp_rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))  # 63 bits
@@ -313,18 +312,15 @@ def train_step() -> tuple[float, float, bool]:
         router_stats += torch.cat([aux.load, aux.variance[:, None]], dim=1) / micro_steps  # (R, E + 1)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    loss, norm = torch.stack([all_reduce_mean(total), norm]).tolist()  # .tolist() waits for the device
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(progress.iteration) * group["lr_multiplier"]
-        scaler.step(optimizer)
-        if num_routers and router_balance_rate:
-            router_stats = all_reduce_mean(router_stats)
-            raw_model.rebalance(router_stats[:, :-1], router_stats[:, -1], router_balance_rate)
+    progress.tokens += tokens_per_iter
+    progress.flops += float(tokens_per_iter * train_flops_per_token)
+    finite = steps.step(all_reduce_mean(total), norm, learning_rate_at(progress.iteration),
+                        dataclasses.replace(progress))
+    if num_routers and router_balance_rate:
+        router_stats = all_reduce_mean(router_stats)
+        raw_model.rebalance(router_stats[:, :-1], router_stats[:, -1], router_balance_rate * finite)
     scaler.update()  # float16: a smaller scale after gradients that are not finite
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm, finite
 
 
 @torch.no_grad()
@@ -335,12 +331,13 @@ def next_loss_is_finite() -> bool:
         X, Y = batches.train(progress.iteration, ddp_rank * batch_size, (ddp_rank + 1) * batch_size)
         _, loss = raw_model(X, Y)
     raw_model.train()
-    return not all_reduce_max(float(not math.isfinite(loss.item())), device)
+    return not all_reduce_max(float(not math.isfinite(loss.item())))
 
 
-def log_point(kind: str, **values) -> None:
+def log_point(kind: str, at: Progress | None = None, **values) -> None:
     """A point of the log. Tokens and FLOPs include iteration `iter` in 'train' and 'skip', not in 'eval'."""
-    logger.log(type=kind, iter=progress.iteration, tokens=progress.tokens, flops=progress.flops, **values)
+    at = at or progress
+    logger.log(type=kind, iter=at.iteration, tokens=at.tokens, flops=at.flops, **values)
 
 
 def evaluate_and_save() -> None:
@@ -370,46 +367,49 @@ def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
               ms_per_iter=seconds / iterations * 1e3, utilization=utilization, skipped=progress.skipped)
 
 
-def report_skipped(loss: float, norm: float) -> None:
-    """The same for an iteration that was skipped. Ends the run if there were too many in a row."""
-    print0(f"iter {progress.iteration:6d} | skipped, not finite: loss {loss}, gradient norm {norm}")
-    log_point("skip", loss=loss, grad_norm=norm, skipped=progress.skipped)
-    if progress.skipped_in_a_row >= max_skipped:
-        logger.finish()
-        distributed.disconnect()
-        fail(f"the loss or the gradient was not finite in {progress.skipped_in_a_row} iterations in a row, "
-             f"up to {progress.iteration}: {checkpoints.advice()}, with another --learning_rate, --grad_clip "
-             "or --seed (for other data), or a --dtype of more range")
+def read_results() -> None:
+    """Waits for the iterations since the last call and counts them. Those that were skipped are logged; too
+    many in a row end the run."""
+    for at, loss, norm in steps.read():
+        if progress.count(math.isfinite(loss) and math.isfinite(norm)):
+            continue
+        print0(f"iter {at.iteration:6d} | skipped, not finite: loss {loss}, gradient norm {norm}")
+        log_point("skip", at, loss=loss, grad_norm=norm, skipped=progress.skipped)
+        if progress.skipped_in_a_row >= max_skipped:
+            logger.finish()
+            distributed.disconnect()
+            fail(f"the loss or the gradient was not finite in {progress.skipped_in_a_row} iterations in a "
+                 f"row, up to {at.iteration}: {checkpoints.advice()}, with another --learning_rate, "
+                 "--grad_clip or --seed (for other data), or a --dtype of more range")
 
 
+steps = FiniteSteps(optimizer)
 signals.deferring = True
 if not resuming and num_routers and router_balance_rate:
     balance_routers()
 training_started = last_report = time.perf_counter()
 iterations_since_report = 0
-while not (stop_signal := int(all_reduce_max(signals.received, device))):
+while not (stop_signal := int(all_reduce_max(signals.received))):
+    evaluates = progress.iteration % eval_interval == 0 or progress.iteration >= max_iters
+    if evaluates or progress.iteration % checkpoint_interval == 0:
+        read_results()
     pause = time.perf_counter()
-    if progress.iteration % eval_interval == 0 or progress.iteration >= max_iters:
+    if evaluates:
         evaluate_and_save()
     elif progress.iteration % checkpoint_interval == 0 and next_loss_is_finite():
         save_checkpoint()
     last_report += time.perf_counter() - pause  # the time of an iteration does not include these
     if progress.iteration >= max_iters:
         break
-    loss, norm, finite = train_step()
-    progress.tokens += tokens_per_iter
-    progress.flops += float(tokens_per_iter * train_flops_per_token)
+    train_step()
     iterations_since_report += 1
-    if not finite:
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        report_skipped(loss, norm)
-    else:
-        progress.skipped_in_a_row = 0
-        if progress.iteration % log_interval == 0:
-            report(loss, norm, time.perf_counter() - last_report, iterations_since_report)
+    if progress.iteration % log_interval == 0:
+        read_results()
+        if not progress.skipped_in_a_row:
+            report(*steps.last, time.perf_counter() - last_report, iterations_since_report)
             last_report, iterations_since_report = time.perf_counter(), 0
     progress.iteration += 1
+read_results()
 if stop_signal and next_loss_is_finite():
     save_checkpoint()
 signals.deferring = False

@@ -30,6 +30,12 @@ class Progress:
     skipped_in_a_row: int = 0
     wandb_id: str | None = None
 
+    def count(self, finite: bool) -> bool:
+        """Counts an iteration: as skipped, unless it was finite. Returns finite."""
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        return finite
+
 
 class Checkpoints:
     """out_dir/ckpt.pt, the last checkpoint, and out_dir/ckpt_best.pt, the one of least validation loss.

@@ -10,6 +10,9 @@ import sys
 import torch
 import torch.distributed as dist
 
+# backends of GPUs alone, with one for what the hosts exchange
+WITH_HOSTS = {"nccl": "cpu:gloo,cuda:nccl", "xccl": "cpu:gloo,xpu:xccl"}
+
 # what the backends say when a peer is gone
 PEER_IS_LOST = re.compile(
     r"(closed|reset|aborted) by (peer|remote)|connection (was )?(closed|reset|refused|aborted)|socket closed|"
@@ -22,7 +25,8 @@ def connect(backend: str) -> None:
         store, rank, world_size = next(dist.rendezvous("env://"))
         # torchrun's store outlives a restart: the addresses of dead processes must not be found in it
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        both = WITH_HOSTS.get(backend, backend)
+        dist.init_process_group(both, store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"the {os.environ['WORLD_SIZE']} processes cannot be connected by backend "
                          f"{backend!r}: {str(e).splitlines()[0]}") from None
@@ -51,10 +55,10 @@ def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def all_reduce_max(x: float, device: str) -> float:
-    """The largest x of all ranks."""
+def all_reduce_max(x: float) -> float:
+    """The largest x of all ranks, exchanged by their hosts: no device is waited for."""
     if is_connected():
-        x = torch.tensor(x, dtype=torch.float32, device=device)
+        x = torch.tensor(x, dtype=torch.float32)
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x.item()
     return x

@@ -140,7 +140,7 @@ def test_a_step_that_is_not_finite_changes_nothing(config, environment, processe
     ends = []
     for end in (7, 8):
         out = tmp_path / f"out{end}"
-        settings = TINY | dict(out_dir=out, max_iters=end, lr_decay_iters=20)
+        settings = TINY | dict(out_dir=out, max_iters=end, lr_decay_iters=20, router_balance_rate=0.1)
         done = run("train.py", *flags(config, **settings), processes=processes, before=not_finite,
                    BAD="[3, 7]", **environment)
         assert done.returncode == 0, done.stderr
@@ -170,6 +170,32 @@ def test_too_many_iterations_that_are_not_finite_end_the_run(run, flags, tmp_pat
     assert_one_sentence(done, "4 iterations in a row")
     done = run("train.py", *flags(max_skipped=4, init_from="resume"))
     assert done.returncode == 0 and load(tmp_path / "out" / "ckpt.pt")["skipped"] == 3, done.stderr
+
+
+def test_iterations_that_are_read_later_count_the_same(run, flags, tmp_path):
+    """Whatever log_interval is: the points of the log and the checkpoints are those of log_interval=1.
+
+    Too many in a row end the run when they are read.
+    """
+    logs, checkpoints = [], []
+    for interval in (1, 6):
+        out = tmp_path / f"out{interval}"
+        done = run("train.py", *flags("btt_moe", out_dir=out, max_iters=14, log_interval=interval,
+                                       router_balance_rate=0.1), before=not_finite, BAD="[2, 7, 8, 13]")
+        assert done.returncode == 0 and done.stdout.count("skipped, not finite") == 4, done.stderr
+        points = [json.loads(line) for line in open(out / "log.jsonl")]
+        assert [p["iter"] for p in points if "iter" in p] == sorted(p["iter"] for p in points if "iter" in p)
+        logs.append([{k: v for k, v in p.items() if k != "seconds"} for p in points
+                     if p["type"] in ("skip", "eval")])
+        checkpoints.append(load(out / "ckpt.pt"))
+        trained = {p["iter"] for p in points if p["type"] == "train"}
+        assert trained == ({0, 6, 12} if interval == 6 else {*range(14)} - {2, 7, 8, 13})
+    assert logs[0] == logs[1]
+    for name in ("model", "optimizer", "iteration", "tokens", "flops", "skipped", "skipped_in_a_row"):
+        assert kill_test.same(checkpoints[0][name], checkpoints[1][name]), name
+    done = run("train.py", *flags(max_skipped=4, log_interval=9), before=not_finite, BAD=str([*range(3, 20)]))
+    assert_one_sentence(done, "4 iterations in a row", "up to 6")
+    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 5
 
 
 def weights_break_in_the_8th_step():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, _sample
 from structured import STRUCTURES, MoE, Structured
 from tests.conftest import ROOT
 from tests.structures import counted_flops, recomputed_flops
@@ -531,6 +531,18 @@ def test_sampling_follows_temperature_and_top_k():
         frequencies = torch.bincount(drawn, minlength=40) / 5000
         assert (frequencies - p / p.sum()).abs().max() < 0.03
         assert not top_k or len(drawn.unique()) <= top_k
+
+
+def test_tokens_are_drawn_as_by_multinomial():
+    """Bitwise, but without its check of the probabilities, for which it waits for the GPU."""
+    logits = torch.randn(50, 300)
+    for top_k in (None, 20):
+        least = logits.topk(top_k or 300).values[:, -1:]
+        p = logits.masked_fill(logits < least, -math.inf).softmax(dim=-1)
+        drawn, expected = (draw(generator=torch.Generator().manual_seed(3)) for draw in (
+            lambda generator: _sample(logits, 1.0, top_k, generator),
+            lambda generator: p.multinomial(1, generator=generator)))
+        assert torch.equal(drawn, expected)
 
 
 def test_generation_needs_a_prompt():

@@ -6,9 +6,12 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lib.device
 import model
+from lib.log import Logger
 from tests.conftest import SMALL, TINY
 from tests.runs import assert_same_checkpoint, cross_entropy, in_float64, load, losses, read_log, untimed
 
@@ -106,6 +109,48 @@ def test_evaluation_windows_are_fixed_and_evenly_spread(places):
     assert evaluation == 3 * evaluation[:32]
     assert evaluation[0] == 0 and evaluation[31] == 96 - 32 - 1
     assert {b - a for a, b in zip(evaluation[:31], evaluation[1:32])} == {2, 3}  # 63 / 31
+
+
+# Waiting for the device
+
+def count_waits():
+    """Notes in the file WAITS, with each line of the log, how often the host has read a tensor so far."""
+    aten, reads = torch.ops.aten, []
+    log = Logger.log
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.multinomial):
+                reads.append(func)
+            return func(*args, **kwargs or {})
+
+    class Methods(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
+                reads.append(func)
+            before, result = len(reads), func(*args, **kwargs or {})
+            if func is torch.nn.functional.one_hot:  # it checks its classes, but for those on a GPU
+                del reads[before:]
+            return result
+
+    def noted(self, **point):
+        log(self, **point)
+        with open(os.environ["WAITS"], "a") as f:
+            f.write(json.dumps([point["type"], point.get("iter"), len(reads)]) + "\n")
+    Logger.log = noted
+    Operators().__enter__(), Methods().__enter__()
+
+
+@pytest.mark.parametrize("config, dtype", [("dense", "bfloat16"), ("btt_moe", "float32"), ("btt", "float16")])
+def test_training_waits_once_for_each_line_of_the_log(config, dtype, run, flags, tmp_path):
+    """On a GPU every read of a tensor waits for all that the GPU has to do."""
+    done = run("train.py", *flags(config, log_interval=4, eval_interval=20, dtype=dtype), before=count_waits,
+               WAITS=str(tmp_path / "waits"))
+    assert done.returncode == 0, done.stderr
+    points = [json.loads(line) for line in open(tmp_path / "waits")]
+    assert [iteration for kind, iteration, _ in points if kind == "train"] == [0, 4, 8, 12, 16]
+    counts = [count for kind, _, count in points if kind == "train"]
+    assert [b - a for a, b in zip(counts, counts[1:])] == [1, 1, 1, 1]
 
 
 # Evaluation and losses

@@ -24,4 +24,7 @@ def batched_product(x: Tensor, w: Tensor, ends: Tensor | None) -> Tensor:
     """
     if ends is None:
         return x @ w.mT
-    return torch.stack([grouped_product(rows, matrices, ends) for rows, matrices in zip(x, w.unbind(1))])
+    B, N, _ = x.shape
+    groups = ends + N * torch.arange(B, device=ends.device)[:, None]  # (B, E): batch by batch, B · E of them
+    y = grouped_product(x.flatten(0, 1), w.transpose(0, 1).flatten(0, 1), groups.flatten())
+    return y.view(B, N, w.shape[2])

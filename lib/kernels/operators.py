@@ -9,6 +9,7 @@ the result of the first product, again. Its body is chosen when it runs (use_ker
 """
 import functools
 import importlib.util
+import math
 import os
 import sys
 
@@ -19,8 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 from lib.kernels import c_body, torch_body
 
 KERNELS = ("auto", "torch", "c", "triton")
-# {name of a card: least d_in · d_out} of layers for which a measurement in results/ shows that triton wins on
-# it: 'auto' takes triton there. There is none yet, so that 'auto' is torch on CUDA.
+# {name of a card: least d_in · d_out} for which a measurement in results/ shows that triton wins: 'auto' takes
+# it there. There is none yet, so that 'auto' is torch on CUDA.
 TRITON_WINS: dict[str, int] = {}
 FEW = 16  # tokens up to which a call without gradients goes to the body directly
 _kernel = "auto"  # of use_kernel
@@ -56,8 +57,8 @@ def use_kernel(name: str, device_type: str, dtype: str) -> None:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {name!r}")
     if name != "auto" and not _available(name, device_type, getattr(torch, dtype)):
         where = dict(c="on CPUs, with a C compiler, in float32", triton="on CUDA, where Triton is installed")
-        raise ValueError(f"kernel {name!r} does not compute {dtype} on {device_type}: it works {where[name]}; "
-                         "'auto' takes one that does")
+        raise ValueError(f"kernel {name!r} does not compute {dtype} on {device_type}: it works {where[name]};"
+                         " 'auto' takes one that does")
     _kernel = name
 
 
@@ -65,8 +66,9 @@ def body_name(device_type: str, dtype: torch.dtype, size: int = 0) -> str:
     """The body that computes einsums of this type on this device; size: d_in · d_out of the layer."""
     name = _kernel
     if name == "auto":
-        wins = TRITON_WINS.get(torch.cuda.get_device_name()) if device_type == "cuda" and TRITON_WINS else None
-        name = "c" if device_type == "cpu" else "torch" if wins is None or size < wins else "triton"
+        name = "c" if device_type == "cpu" else "torch"
+        if device_type == "cuda" and TRITON_WINS:
+            name = "triton" if size >= TRITON_WINS.get(torch.cuda.get_device_name(), math.inf) else "torch"
     return name if _available(name, device_type, dtype) else "torch"
 
 

@@ -171,7 +171,7 @@ def core_gradient_kernel(z, rows, dcore, row_token, row_gate, tile_end, T,
 @triton.jit
 def combine_kernel(rows, place, gates, y, x, s, width, k: tl.constexpr, KP: tl.constexpr,
                    BLOCK: tl.constexpr, GATED: tl.constexpr, DOTS: tl.constexpr):
-    """One program per token: y is the sum of its k rows, times their gates; s, the products of each with x."""
+    """One program per token: y is the sum of its k rows, times their gates; s are the rows' products with x."""
     t = tl.program_id(0).to(tl.int64)
     choice = tl.arange(0, KP)
     dots = tl.zeros((KP,), tl.float32)
@@ -204,7 +204,8 @@ def route_kernel(logits, balance, chosen, gates, counts, T, E: tl.constexpr, k: 
     there = t < T
     taken = tl.zeros((EP,), tl.int32)
     if GATED:
-        logit = tl.load(logits + t[:, None] * E + e[None, :], there[:, None] & (e[None, :] < E), float("-inf"))
+        inside = there[:, None] & (e[None, :] < E)
+        logit = tl.load(logits + t[:, None] * E + e[None, :], inside, float("-inf"))
         if not GIVEN:
             score = logit + tl.load(balance + e, e < E, 0.0)[None, :]
         picked = tl.full((ROWS, KP), float("-inf"), tl.float32)
@@ -391,7 +392,7 @@ def rows_to_z(problem: Problem, side: dict, rows: Tensor, core: Tensor, plan: Pl
 
 
 def z_to_rows(problem: Problem, side: dict, z: Tensor, core: Tensor, plan: Plan | None) -> Tensor:
-    """z (tiles, Z, P), core of every expert -> rows (tiles · P, U·V·K) of the plan, or (T, U·V·K) without."""
+    """z (tiles, Z, P), core of every expert -> rows (tiles · P, U·V·K) of the plan; (T, U·V·K) without one."""
     rows = z.new_empty(problem.tiles * problem.P if plan else problem.T, side["U"] * side["V"] * side["K"])
     grid = (problem.tiles * side["U"] * side["V"] * triton.cdiv(side["K"], side["BK"]),)
     z_to_rows_kernel[grid](z, core, rows, plan and plan.tile_expert, problem.T, **side, P=problem.P,
@@ -401,7 +402,7 @@ def z_to_rows(problem: Problem, side: dict, z: Tensor, core: Tensor, plan: Plan 
 
 def core_gradient(problem: Problem, side: dict, z: Tensor, rows: Tensor, core: Tensor, plan: Plan | None,
                   gated: bool = False) -> Tensor:
-    """z (tiles, Z, P), rows (T, U·V·K) -> the gradient of a core, of its shape and type; sums in float32."""
+    """z (tiles, Z, P), rows (T, U·V·K) -> the gradient of a core, of its shape and type; float32 inside."""
     blocks = side["U"] * triton.cdiv(side["N"], side["BN"]) * triton.cdiv(side["K"], side["BK"])
     splits = max(1, min(PROGRAMS // (problem.E * blocks), problem.tiles // problem.E // 2))
     parts = core.new_empty(problem.E, splits, core.numel() // problem.E,

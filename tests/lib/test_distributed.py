@@ -1,9 +1,12 @@
 """lib/distributed.py: what ranks agree on, without DDP and with it, and what is printed when one of them is
 lost."""
 import os
+import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import BackendConfig
 
 from lib import distributed
 from tests.conftest import PROCESSES, meeting_place
@@ -19,7 +22,7 @@ def test_without_ddp_nothing_is_exchanged():
     assert not distributed.is_connected()
     x = torch.tensor([1.0, 2.0])
     assert distributed.all_reduce_mean(x) is x and x.tolist() == [1, 2]
-    assert distributed.all_reduce_max(3.5, "cpu") == 3.5
+    assert distributed.all_reduce_max(3.5) == 3.5
     assert distributed.on_all_ranks(even_numbers_alone, 4) == 4
     with pytest.raises(ValueError, match="^3 is odd$"):
         distributed.on_all_ranks(even_numbers_alone, 3)
@@ -32,7 +35,7 @@ def exchange(rank, environment, results):
     os.environ |= environment | {"RANK": str(rank)}
     distributed.connect("gloo")
     mean = distributed.all_reduce_mean(torch.tensor([[float(rank)], [6.0]])).tolist()
-    most = distributed.all_reduce_max(-float(rank), "cpu")
+    most = distributed.all_reduce_max(-float(rank))
     same = distributed.on_all_ranks(even_numbers_alone, 2 * rank)
     try:
         distributed.on_all_ranks(even_numbers_alone, 4 + rank)
@@ -54,6 +57,20 @@ def test_three_ranks_agree():
     for process in ranks:
         process.join(600)
     assert found == [(rank, [[1.0], [6.0]], 0.0, 2 * rank, "5 is odd", False) for rank in range(3)]
+
+
+@pytest.mark.parametrize("backend, expected", [
+    ("nccl", {"cpu": "gloo", "cuda": "nccl"}), ("cpu:gloo,cuda:nccl", {"cpu": "gloo", "cuda": "nccl"}),
+    ("xccl", {"cpu": "gloo", "xpu": "xccl"}), ("gloo", {"cpu": "gloo"})])
+def test_hosts_have_a_backend_of_their_own(backend, expected, monkeypatch):
+    """all_reduce_max exchanges tensors of the hosts, whatever the backend of the GPUs."""
+    chosen = []
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    distributed.connect(backend)
+    found = BackendConfig(dist.Backend(chosen[0])).get_device_backend_map()
+    assert {device: str(found[device]) for device in expected} == expected
 
 
 def test_a_group_that_cannot_be_connected_is_one_sentence(monkeypatch):

@@ -8,10 +8,11 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import structured
-from lib.kernels import c_body, grouped_product, operators, plan, routing, torch_body
+from lib.kernels import c_body, grouped, grouped_product, operators, plan, routing, torch_body
 from lib.kernels.grouped import (_grouped_product, _grouped_product_grad_w, loop_product, loop_product_grad_w,
                                  one_product, one_product_grad_w)
 from structured import Sizes
@@ -85,6 +86,60 @@ def test_grouped_product(shape, counts, dtype):
     if sum(counts) and dtype != torch.float64:
         close(one_product(x, w, ends), y, tolerance)
         close(one_product_grad_w(x, dy, ends), dw, 2 * tolerance)
+
+
+@pytest.mark.parametrize("grad_w", [loop_product_grad_w, one_product_grad_w])
+@pytest.mark.parametrize("shape", [(8, 16), (5, 7)])
+def test_an_expert_without_rows_has_a_gradient_of_zero(shape, grad_w, monkeypatch):
+    """Whatever was in the memory: here NaN, and grouped_mm leaves it there as it may on a GPU."""
+    whole = F.grouped_mm
+
+    def leaves_nan(left, right, *, offs):
+        empty = offs.diff(prepend=offs.new_zeros(1)) == 0
+        return whole(left, right, offs=offs).masked_fill(empty[:, None, None], math.nan)
+
+    monkeypatch.setattr(F, "grouped_mm", leaves_nan)
+    x, w, ends = segments(shape, (0, 3, 0, 6, 1, 0), torch.bfloat16)
+    dy = torch.randn(10, shape[1], dtype=torch.bfloat16)
+    (expected,) = torch.autograd.grad(naive_product(x, w, ends), w, dy.double())
+    torch.use_deterministic_algorithms(True)  # empty tensors are filled with NaN
+    try:
+        dw = grad_w(x.detach(), dy, ends)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    close(dw, expected, 4e-2)
+    assert not dw[[0, 2, 5]].any() and dw.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_product_of_any_layout(shape, dtype, monkeypatch):
+    """A transposed matrix, as in a backward, one of every second, and rows that begin anywhere.
+
+    What grouped_mm gets begins at a multiple of 16 bytes, which it does not check on a CPU.
+    """
+    whole = F.grouped_mm
+
+    def aligned(*operands, offs):
+        assert all(t.storage_offset() * t.element_size() % 16 == 0 for t in operands)
+        return whole(*operands, offs=offs)
+    monkeypatch.setattr(F, "grouped_mm", aligned)
+    x, w, ends = (t.detach() for t in segments(shape, (4, 0, 2), dtype))
+    expected = naive_product(x, w, ends)
+    x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    for same in (w.mT.contiguous().mT, torch.stack([w, w], dim=3)[..., 0]):
+        assert not same.is_contiguous() or 1 in shape
+        close(one_product(x, same, ends), expected, TOLERANCE[dtype])
+
+
+def test_ends_are_read_once(monkeypatch):
+    """For a product and both of its gradients, which get what the product has read."""
+    on_host, read = [], grouped._segments
+    monkeypatch.setattr(grouped, "_segments", lambda ends: on_host.append(ends) or read(ends))
+    x, w, ends = segments((5, 3), (2, 0, 3), torch.float64)
+    grouped_product(x, w, ends).sum().backward()
+    assert len(on_host) == 3 and all(torch.equal(e, ends) for e in on_host)
+    assert on_host[0].data_ptr() != ends.data_ptr() and on_host[2].data_ptr() == on_host[0].data_ptr()
 
 
 def test_only_the_gradients_that_are_needed():
