@@ -22,6 +22,7 @@ seed: Seed = 1337                       # of the random choices
 # system
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
+kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # what computes einsums; auto: the best one here
 prepare_output()
 config = configure(globals())
 globals().update(config)
@@ -31,14 +32,17 @@ import os
 import torch
 
 from data import tokenizer
+from lib import kernels
 from lib.device import autocast, choose_device, choose_dtype
 from model import GPT, GPTConfig
 
 try:
     device, device_type = choose_device(device)
+    dtype = choose_dtype(dtype, device_type)
+    kernels.use_kernel(kernel, device_type, dtype)
 except ValueError as e:
     fail(str(e))
-amp = autocast(device_type, choose_dtype(dtype, device_type))
+amp = autocast(device_type, dtype)
 
 # ---- Model and tokenizer, both from the checkpoint ---------------------------------------------------------
 

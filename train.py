@@ -71,6 +71,7 @@ seed: Seed = 1337                       # of initialization, data order and drop
 backend: Literal["nccl", "gloo", "mpi", "ucc", "xccl", "cpu:gloo,cuda:nccl"] | None = None  # None: by device
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 if the GPU has it
+kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # what computes einsums; auto: the best one here
 compile: bool | None = None             # torch.compile the model; None: on GPUs
 prepare_output(keep_going=True)  # a closed terminal or a full disk behind it does not stop training
 config = configure(globals())
@@ -114,7 +115,7 @@ from data.common import check_token_ids, open_dataset
 from lib import distributed, kernels
 from lib.checkpoint import Checkpoints, Progress, changed_settings, progress_of
 from lib.device import (autocast, check_memory, choose_compile, choose_device, choose_dtype, device_name,
-                        keep_freed_memory, peak_flops)
+                        keep_freed_memory, peak_flops, peak_memory)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
 from lib.log import Logger, format_duration, print0
 from lib.signals import DeferredSignals
@@ -150,8 +151,8 @@ elif device_type == "cpu":
     keep_freed_memory()  # fresh memory for every tensor can cost more than the products
 torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"  # for 'float32'
 amp = autocast(device_type, dtype)
-if ddp:
-    or_fail(distributed.connect, backend)
+or_fail(distributed.connect, backend)
+or_fail(kernels.use_kernel, kernel, device_type, dtype)
 compile = or_fail(choose_compile, compile, device)
 
 # ---- Data --------------------------------------------------------------------------------------------------
@@ -302,9 +303,8 @@ def train_step() -> None:
     for micro_step in range(micro_steps):
         first = (micro_step * ddp_world_size + ddp_rank) * batch_size
         X, Y = batches.train(progress.iteration, first, first + batch_size)
-        last = micro_step == micro_steps - 1
         # gradients are reduced over the ranks once, at the last micro-step
-        with model.no_sync() if ddp and not last else contextlib.nullcontext():
+        with model.no_sync() if ddp and micro_step < micro_steps - 1 else contextlib.nullcontext():
             with amp:
                 _, loss, aux = model(X, Y, return_aux=True)
             scaler.scale((loss + aux_loss_weight * aux.loss) / micro_steps).backward()
@@ -364,7 +364,8 @@ def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
     print0(f"iter {progress.iteration:6d} | loss {loss:.4f} | {seconds / iterations * 1e3:.1f} ms | "
            f"{rate:,.0f} tokens/s | {f'utilization {utilization:.1%} | ' if peak else ''}left {left}")
     log_point("train", loss=loss, grad_norm=norm, lr=learning_rate_at(progress.iteration), tokens_per_s=rate,
-              ms_per_iter=seconds / iterations * 1e3, utilization=utilization, skipped=progress.skipped)
+              ms_per_iter=seconds / iterations * 1e3, utilization=utilization, skipped=progress.skipped,
+              peak_memory=peak_memory(device))
 
 
 def read_results() -> None:

@@ -30,6 +30,7 @@ vocab_size: PositiveInt = 96    # its vocabulary
 steps: PositiveInt = 7          # timed training steps of each model, after two that are not
 device: str | None = None       # 'cuda', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs, else float32
+kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # what computes einsums; auto: the best one here
 compile: bool = False           # torch.compile layers and models
 out: str = "out-bench"          # folder of bench.json
 prepare_output(keep_going=True)
@@ -65,9 +66,10 @@ if n_embd % head_size:
 try:
     device, device_type = choose_device(device)
     compile = choose_compile(compile, device)
+    dtype = choose_dtype(dtype, device_type)
+    kernels.use_kernel(kernel, device_type, dtype)
 except ValueError as e:
     fail(str(e))
-dtype = choose_dtype(dtype, device_type)
 amp = autocast(device_type, dtype)
 structures = {name: structure_config(name) for name in ("dense", *structs.split(","))}
 

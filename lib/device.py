@@ -109,6 +109,11 @@ def peak_flops(device: str, dtype: str, count: int = 1) -> tuple[float, str] | t
     return None, None
 
 
+def peak_memory(device: str) -> int | None:
+    """Most bytes that tensors have taken at once on a GPU so far; None elsewhere, where nobody counts."""
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else None
+
+
 def check_memory(params: int, device_type: str) -> None:
     """Raises ValueError if the weights of so many float32 parameters are more than this machine's memory.
 

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 from lib.kernels import c_body, torch_body
 
 KERNELS = ("auto", "torch", "c", "triton")
-# {name of a card: least d_in · d_out} for which a measurement in results/ shows that triton wins: 'auto' takes
-# it there. There is none yet, so that 'auto' is torch on CUDA.
+# {name of a card: least d_in · d_out} for which a measurement in results/ shows that triton wins: 'auto'
+# takes it there. There is none yet, so that 'auto' is torch on CUDA.
 TRITON_WINS: dict[str, int] = {}
 FEW = 16  # tokens up to which a call without gradients goes to the body directly
 _kernel = "auto"  # of use_kernel
@@ -37,7 +37,7 @@ def _bodies():
     return bodies
 
 
-def _available(name: str, device_type: str, dtype: torch.dtype) -> bool:
+def is_available(name: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether a body computes einsums of this type on this device."""
     if name == "c":
         return device_type == "cpu" and dtype in c_body.MACROS and c_body.library(dtype) is not None
@@ -55,7 +55,7 @@ def use_kernel(name: str, device_type: str, dtype: str) -> None:
     global _kernel
     if name not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {name!r}")
-    if name != "auto" and not _available(name, device_type, getattr(torch, dtype)):
+    if name != "auto" and not is_available(name, device_type, getattr(torch, dtype)):
         where = dict(c="on CPUs, with a C compiler, in float32", triton="on CUDA, where Triton is installed")
         raise ValueError(f"kernel {name!r} does not compute {dtype} on {device_type}: it works {where[name]};"
                          " 'auto' takes one that does")
@@ -69,7 +69,7 @@ def body_name(device_type: str, dtype: torch.dtype, size: int = 0) -> str:
         name = "c" if device_type == "cpu" else "torch"
         if device_type == "cuda" and TRITON_WINS:
             name = "triton" if size >= TRITON_WINS.get(torch.cuda.get_device_name(), math.inf) else "torch"
-    return name if _available(name, device_type, dtype) else "torch"
+    return name if is_available(name, device_type, dtype) else "torch"
 
 
 def describe_body(device_type: str, dtype: str) -> str:

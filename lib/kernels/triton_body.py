@@ -171,7 +171,7 @@ def core_gradient_kernel(z, rows, dcore, row_token, row_gate, tile_end, T,
 @triton.jit
 def combine_kernel(rows, place, gates, y, x, s, width, k: tl.constexpr, KP: tl.constexpr,
                    BLOCK: tl.constexpr, GATED: tl.constexpr, DOTS: tl.constexpr):
-    """One program per token: y is the sum of its k rows, times their gates; s are the rows' products with x."""
+    """One program per token: y is the sum of its k rows, times their gates; s, rows times x."""
     t = tl.program_id(0).to(tl.int64)
     choice = tl.arange(0, KP)
     dots = tl.zeros((KP,), tl.float32)
@@ -392,7 +392,7 @@ def rows_to_z(problem: Problem, side: dict, rows: Tensor, core: Tensor, plan: Pl
 
 
 def z_to_rows(problem: Problem, side: dict, z: Tensor, core: Tensor, plan: Plan | None) -> Tensor:
-    """z (tiles, Z, P), core of every expert -> rows (tiles · P, U·V·K) of the plan; (T, U·V·K) without one."""
+    """z (tiles, Z, P), core of every expert -> rows (tiles · P, U·V·K) of the plan; without, (T, U·V·K)."""
     rows = z.new_empty(problem.tiles * problem.P if plan else problem.T, side["U"] * side["V"] * side["K"])
     grid = (problem.tiles * side["U"] * side["V"] * triton.cdiv(side["K"], side["BK"]),)
     z_to_rows_kernel[grid](z, core, rows, plan and plan.tile_expert, problem.T, **side, P=problem.P,

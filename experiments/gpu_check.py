@@ -1,0 +1,288 @@
+"""Does everything work on this GPU, and how fast is it? One command, at most ten minutes.
+
+    python -m experiments.gpu_check                     every check, on the GPU
+    python -m experiments.gpu_check --training=False    without the training runs
+    python -m experiments.gpu_check --device=cpu        small sizes, as the tests do
+
+For each body that computes einsums here (torch, triton; see lib/kernels/operators.py): errors of outputs and
+gradients against float64, an expert without tokens, runs that are bitwise the same, compiled layers against
+eager ones, launches without a wait of the host, and the time of layers beside nn.Linear. Then training runs
+of twenty iterations at GPT-2 small's sizes, and one with torchrun on all GPUs. Prints each check, and writes
+<out>/gpu_check.json. The exit status is 1 if a check failed.
+"""
+from typing import Literal
+
+from configurator import PositiveInt, configure, fail
+from lib.terminal import prepare_output
+
+device: str | None = None       # 'cuda', 'cuda:1', 'cpu'; None: the best there is
+widths: tuple | None = None     # of the square layers; None: 256 to 4096, on a CPU 64
+tokens: PositiveInt | None = None  # rows of a layer's input; None: 4096, on a CPU 128
+iterations: PositiveInt = 20    # of each training run
+training: bool = True           # training runs too
+out: str = "out-gpu_check"      # folder of gpu_check.json
+prepare_output(keep_going=True)
+config = configure(globals())
+globals().update(config)
+
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+import numpy as np
+import torch
+from torch import nn
+
+import structured
+from lib import kernels
+from lib.device import autocast, choose_device, device_name
+from lib.kernels import grouped, operators
+
+try:
+    device, device_type = choose_device(device)
+except ValueError as e:
+    fail(str(e))
+on_gpu = device_type == "cuda"
+if widths is None:
+    widths = (256, 512, 768, 1024, 1600, 2048, 4096) if on_gpu else (64,)
+tokens = tokens or (4096 if on_gpu else 128)
+if on_gpu:
+    torch.cuda.set_device(device)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if on_gpu else [torch.float32, torch.bfloat16]
+if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    DTYPES.remove(torch.bfloat16)
+# relative errors, as norms: two roundings of each product to 8, 11 or 24 bits
+BOUNDS = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+SYSTEM = dict(device=device_name(device), python=sys.version.split()[0], torch=torch.__version__,
+              cuda=torch.version.cuda, hip=torch.version.hip, system=platform.platform(),
+              gpus=torch.cuda.device_count() if on_gpu else 0)
+if on_gpu:
+    SYSTEM["capability"] = torch.cuda.get_device_capability()
+results: list[dict] = []
+
+
+def record(name: str, passed: bool, **values) -> None:
+    """A check: printed, and kept for the file."""
+    results.append(dict(check=name, passed=bool(passed), **values))
+    shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+    print(f"{'ok    ' if passed else 'FAILED'} {name}" + (f": {shown}" if shown else ""), flush=True)
+
+
+def attempt(name: str, check, *args) -> None:
+    """check(*args), which calls record; an error is a check that failed, and the next one goes on."""
+    try:
+        check(*args)
+    except Exception as e:  # a compiler's, a driver's or PyTorch's own
+        record(name, False, error=(str(e) or type(e).__name__).strip().splitlines()[0][:300])
+        traceback.print_exc()
+
+
+def bodies(dtype: torch.dtype) -> list[str]:
+    """The names of the bodies that compute einsums of this type here."""
+    return [name for name in kernels.KERNELS[1:] if operators.is_available(name, device_type, dtype)]
+
+
+def wait() -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+# ---- Einsums against float64 -------------------------------------------------------------------------------
+
+def exact_mixture(width: int, experts: int, dtype: torch.dtype):
+    """A BTT layer's sizes and order, and (x, first, second, router, balance) in float64 that are exact in any
+    dtype, with logits that are exact in float32 and never tie: every type makes the same choices."""
+    layer = structured.linear("btt", width, width, num_experts=experts)
+    sizes, b_first = layer.experts.contraction, layer.experts.b_first
+    a, b, g, d, e, f, r = sizes
+    made = dict(device=device, dtype=torch.float64)
+    x = (torch.randn(tokens, width, **made) * 16).round().clamp(-127, 127) / 16
+    first = (torch.randn(experts, g, r * f * d, a, **made) / a ** 0.5).bfloat16().half().double()
+    second = (torch.randn(experts, f, e, g * r * b, **made) / (g * r * b) ** 0.5).bfloat16().half().double()
+    router = torch.randint(-1, 2, (experts, width), device=device).double() / 64
+    balance = torch.arange(experts, **made) / 2 ** 15
+    balance[1] -= 4096  # nobody chooses expert 1
+    return sizes, b_first, [x, first, second, router], balance
+
+
+def run_mixture(body: str, sizes, b_first, inputs, balance, dy):
+    """(y, dx, dfirst, dsecond, drouter) and the choices."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    x, first, second, router = inputs
+    y, logits, chosen = kernels.einsum(x, first, second, sizes, b_first, router=router, balance=balance,
+                                       top_k=2, body=body)
+    loss = (y * dy).sum() + logits.square().mean()
+    return [y.detach(), *torch.autograd.grad(loss, inputs)], chosen
+
+
+def check_mixture(body: str, width: int, experts: int, dtype: torch.dtype) -> None:
+    name = f"{body} btt_moe {width} x {experts} {str(dtype).removeprefix('torch.')}"
+    sizes, b_first, inputs, balance = exact_mixture(width, experts, dtype)
+    dy = torch.randn(tokens, width, device=device).to(dtype)
+    truth, choices = run_mixture("torch", sizes, b_first, inputs, balance, dy.double())
+    small = [t.to(dtype) for t in inputs[:3]] + [inputs[3].float()]
+    poison(8 * tokens * width)
+    outputs, chosen = run_mixture(body, sizes, b_first, small, balance.float(), dy)
+    errors = {n: ((o.double() - t).norm() / t.norm()).item()
+              for n, o, t in zip(("y", "dx", "dA", "dB", "drouter"), outputs, truth)}
+    record(f"{name}: error", torch.equal(chosen, choices) and max(errors.values()) <= BOUNDS[dtype],
+           bound=BOUNDS[dtype], **errors)
+    record(f"{name}: expert without tokens", not outputs[2][1].any() and not outputs[3][1].any())
+    again, _ = run_mixture(body, sizes, b_first, small, balance.float(), dy)
+    record(f"{name}: bitwise the same again", all(map(torch.equal, outputs, again)))
+
+
+def poison(numbers: int) -> None:
+    """Leaves NaN in memory that the next tensors are likely to get."""
+    blocks = [torch.full((max(1, numbers >> i),), float("nan"), device=device) for i in range(0, 12, 2)]
+    del blocks
+
+
+# ---- Layers ------------------------------------------------------------------------------------------------
+
+LAYERS = {"dense": dict(struct="dense"), "low_rank": dict(struct="low_rank"), "btt": dict(struct="btt"),
+          "kronecker": dict(struct="kronecker"), "dyad": dict(struct="dyad"),
+          "btt_moe": dict(struct="btt", num_experts=8), "dense_moe": dict(struct="dense", num_experts=8)}
+
+
+def step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, amp) -> list[torch.Tensor]:
+    """The output and the gradients of a layer."""
+    with amp:
+        y = layer(x)
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], dy.to(y.dtype))]
+
+
+def make_layer(name: str, width: int):
+    layer = structured.linear(d_in=width, d_out=width, **LAYERS[name]).to(device)
+    return (layer, torch.randn(tokens, width, device=device, requires_grad=True),
+            torch.randn(tokens, width, device=device))
+
+
+def check_layer(name: str, body: str, dtype: torch.dtype) -> None:
+    """A compiled layer is one graph and agrees with the eager one; the host waits for neither."""
+    title = f"{body} {name} {widths[0]} {str(dtype).removeprefix('torch.')}"
+    kernels.use_kernel(body, device_type, str(dtype).removeprefix("torch."))
+    amp = autocast(device_type, str(dtype).removeprefix("torch."))
+    layer, x, dy = make_layer(name, widths[0])
+    eager = step(layer, x, dy, amp)
+    compiled = step(torch.compile(layer, fullgraph=True), x, dy, amp)
+    error = max(((a.float() - b.float()).norm() / (b.float().norm() + 1e-30)).item()
+                for a, b in zip(compiled, eager))
+    record(f"{title}: compiled is eager", error <= BOUNDS[dtype], error=error, bound=BOUNDS[dtype])
+    reads_ends = name == "dense_moe" and not grouped.is_one_launch(x.to(dtype), 8)
+    if on_gpu and not reads_ends:  # elsewhere a loop over experts reads back where their rows end
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(layer, x, dy, amp)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        record(f"{title}: the host does not wait", True)
+
+
+def time_layers(width: int, dtype: torch.dtype) -> None:
+    """Forward and backward beside nn.Linear's, in turns: medians of ratios, and GB/s of x, y and gradients."""
+    runs = {"nn.Linear": (nn.Linear(width, width, bias=False).to(device), "torch")}
+    names = ("btt", "kronecker", "btt_moe")
+    for name, body in itertools.product(names, bodies(dtype)):
+        runs[f"{name} {body}"] = (make_layer(name, width)[0], body)
+    _, x, dy = make_layer("dense", width)
+    amp, times = autocast(device_type, str(dtype).removeprefix("torch.")), {name: [] for name in runs}
+    for turn in range(12):
+        for name, (layer, body) in runs.items():
+            kernels.use_kernel(body, device_type, str(dtype).removeprefix("torch."))
+            wait()
+            started = time.perf_counter()
+            step(layer, x, dy, amp)
+            wait()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - started)
+    moved = tokens * width * 5 * torch.finfo(dtype).bits / 8  # reads of x, x and dy, writes of y and dx
+    for name, seconds in times.items():
+        ratio = statistics.median(s / base for s, base in zip(seconds, times["nn.Linear"]))
+        record(f"time of {name} {width} {str(dtype).removeprefix('torch.')}", True, ms=1e3 * min(seconds),
+               ratio_to_linear=ratio, gigabytes_per_s=moved / min(seconds) / 1e9)
+
+
+# ---- Training ----------------------------------------------------------------------------------------------
+
+def write_tokens(folder: str) -> None:
+    """A dataset of random tokens of GPT-2's vocabulary; the smaller ones are the likelier."""
+    os.makedirs(folder)
+    ids = (50257 * np.random.default_rng(0).random(300_000) ** 4).astype(np.uint16)
+    splits = dict(train=ids[:-60_000], val=ids[-60_000:])
+    for split, part in splits.items():
+        part.tofile(os.path.join(folder, f"{split}.bin"))
+    with open(os.path.join(folder, "meta.json"), "w") as f:
+        json.dump(dict(vocab_size=50257, dtype="uint16", tokenizer=dict(name="gpt2"),
+                       **{f"{split}_tokens": len(part) for split, part in splits.items()}), f)
+
+
+def check_training(name: str, options: list[str], folder: str, launcher: list[str]) -> None:
+    """A run of train.py that ends well, and whose loss falls."""
+    run = os.path.join(folder, name.replace(" ", "-"))
+    size = [] if on_gpu else ["--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=64"]
+    done = subprocess.run(
+        [*launcher, "train.py", *options, *size, f"--dataset={os.path.join(folder, 'tokens')}",
+         f"--out_dir={run}", f"--device={device_type}", f"--max_iters={iterations}", "--eval_iters=2",
+         f"--batch_size={8 if on_gpu else 2}", "--log_interval=1", "--warmup_iters=5", "--sample_tokens=0"],
+        capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1])
+    with open(os.path.join(run, "log.jsonl")) as f:
+        points = [p for p in map(json.loads, f) if p["type"] == "train"]
+    losses = [p["loss"] for p in points]
+    last = points[len(points) // 2:]
+    record(f"training of {name}", len(losses) == iterations and losses[-1] < losses[0],
+           first_loss=losses[0], last_loss=losses[-1],
+           tokens_per_s=statistics.median(p["tokens_per_s"] for p in last),
+           utilization=last[-1]["utilization"], peak_memory=last[-1]["peak_memory"])
+
+
+def check_training_runs() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(os.path.join(folder, "tokens"))
+        accumulation = max(1, SYSTEM["gpus"])
+        alone = ["--gradient_accumulation_steps=1"]
+        kinds = itertools.product(("dense", "btt_moe", "moe"), (False, True)) if on_gpu else [("moe", False)]
+        for structure, compiled in kinds:
+            name = f"{structure} {'compiled' if compiled else 'eager'}"
+            attempt(name, check_training, name, [f"config/{structure}.py", f"--compile={compiled}", *alone],
+                    folder, [sys.executable])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        for processes in sorted({1, accumulation}):
+            name = f"btt_moe with torchrun on {processes}"
+            attempt(name, check_training, name,
+                    ["config/btt_moe.py", "--compile=False", f"--gradient_accumulation_steps={accumulation}"],
+                    folder, [*torchrun, f"--nproc_per_node={processes}"])
+
+
+print(", ".join(f"{key} {value}" for key, value in SYSTEM.items()), flush=True)
+started = time.perf_counter()
+torch.manual_seed(0)
+torch.backends.cuda.matmul.fp32_precision = "ieee"  # float32 is checked as float32, and not as TF32
+for width, experts, dtype in itertools.product(widths, (8, 16), DTYPES):
+    for body in bodies(dtype):
+        attempt(f"{body} {width} {experts} {dtype}", check_mixture, body, width, experts, dtype)
+for name, body in itertools.product(LAYERS, bodies(DTYPES[0])):
+    attempt(f"layer {name} {body}", check_layer, name, body, DTYPES[0])
+for width in widths:
+    attempt(f"time at {width}", time_layers, width, DTYPES[0])
+if training:
+    check_training_runs()
+
+os.makedirs(out, exist_ok=True)
+path = os.path.join(out, "gpu_check.json")
+with open(path, "w") as f:
+    json.dump(dict(system=SYSTEM, config=config, seconds=time.perf_counter() - started, checks=results), f,
+              indent=1)
+print(f"Written to {path}. Please open an issue with this file, whatever it says: few cards are known here.")
+failed = sum(not result["passed"] for result in results)
+print(f"{len(results)} checks, {failed} failed")
+sys.exit(failed > 0)
