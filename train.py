@@ -187,13 +187,13 @@ num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_exper
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
-checkpoints = Checkpoints(out_dir)
+checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
 
 def load_checkpoint() -> Progress:
-    """Puts ckpt.pt into model, optimizer and scaler. Raises ValueError if it is not of this run."""
-    checkpoint = checkpoints.load(raw_model, optimizer, scaler, gpt_config, meta["tokenizer"],
-                                  mup=dict(mup=mup, mup_base_width=mup_base_width))
-    print0(f"resuming {out_dir} at iteration {checkpoint['iteration']}")
+    """Puts the newest ckpt.pt into model, optimizer and scaler. ValueError if it is not of this run."""
+    checkpoint = checkpoints.load(source, raw_model, optimizer, scaler, gpt_config, meta["tokenizer"],
+                                  dict(mup=mup, mup_base_width=mup_base_width), device)
+    print0(f"resuming {checkpoints.place} at iteration {checkpoint['iteration']}")
     for key, before, value in changed_settings(checkpoint, config):
         print0(f"  {key} = {value!r} from here on; it was {before!r}")
     return progress_of(checkpoint)
@@ -215,8 +215,8 @@ def save_checkpoint(val_loss: float | None = None) -> None:
     distributed.barrier()
 
 
-found = or_fail(lambda: master and checkpoints.open(init_from))  # locks out_dir
-resuming = bool(all_reduce_max(found, device))
+source = or_fail(checkpoints.open, init_from)  # the rank whose checkpoint all resume; locks out_dir
+resuming = source is not None
 progress = or_fail(load_checkpoint) if resuming else Progress()
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:

@@ -5,12 +5,15 @@ files as they were: training goes on.
 """
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import shutil
 
 import torch
 
+from lib import distributed
+from lib.distributed import on_all_ranks
 from lib.files import lock_out_dir, remove, rename_old_files, replace_file, write_temporary
 from lib.log import print0
 
@@ -34,52 +37,92 @@ class Progress:
 class Checkpoints:
     """out_dir/ckpt.pt, the last checkpoint, and out_dir/ckpt_best.pt, the one of least validation loss.
 
-    saved_at      iteration of ckpt.pt, None before there is one
+    Rank 0 writes them, on its own node. The nodes may share out_dir or have one each, and rank 0 may be on
+    another node the next time: the first rank of every node looks for checkpoints, and the newest is that of
+    all. open() and load() are collectives, which raise ValueError on every rank or on none.
+
+    saved_at      iteration of the last checkpoint, None before there is one
+    place         where that is
     saved_best    validation loss of ckpt_best.pt, inf before there is one
     failure       why the last checkpoint could not be written, for the caller to set
     """
 
-    def __init__(self, out_dir: str):
-        self.out_dir = out_dir
+    def __init__(self, out_dir: str, first_of_node: bool = True):
+        self.out_dir, self.first_of_node = out_dir, first_of_node
         self.path, self.best_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ckpt_best.pt"))
         self.saved_at: int | None = None
+        self.place = self.path
         self.saved_best = math.inf
         self.failure: str | None = None
 
-    def open(self, init_from: str) -> bool:
-        """Locks out_dir; whether the run resumes what is in it. What a run from scratch finds there is
-        renamed.
+    def open(self, init_from: str) -> int | None:
+        """Finds the newest whole checkpoint of all nodes, and locks rank 0's out_dir. Returns the rank that
+        has it; None for a run from scratch, which renames what it finds on every node.
 
         init_from: 'scratch', 'resume' or 'auto'. Raises ValueError if there is nothing to resume from, or
         out_dir cannot be written or is locked.
         """
-        if init_from == "resume" and not os.path.exists(self.path):
-            read_checkpoint(self.path)  # raises the sentence that there is none
-        lock_out_dir(self.out_dir)
+        iteration = problem = None
+        try:
+            if self.first_of_node:
+                iteration = read_checkpoint(self.path)["iteration"]
+        except ValueError as e:
+            problem = str(e)
+        unreadable = problem is not None and os.path.exists(self.path)
         # after a restart by torchrun, this very command made what is there
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if os.path.exists(self.path) and (init_from != "scratch" or restarted):
-            return True
-        for name in rename_old_files(self.out_dir):
-            print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
-        return False
+        iterations, problems, unreadable, restarted = zip(
+            *distributed.gather((iteration, problem, unreadable, restarted)))
+        resume = init_from != "scratch" or any(restarted)
+        source = max((rank for rank, i in enumerate(iterations) if i is not None),
+                     key=lambda rank: (iterations[rank], -rank), default=None)
+        if resume and source is None and (init_from == "resume" or any(unreadable)):
+            raise ValueError(next((p for p, bad in zip(problems, unreadable) if bad), problems[0]))
+        on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
+        if not resume or source is None:
+            for name in rename_old_files(self.out_dir) if self.first_of_node else []:
+                print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
+            return None
+        for rank, i in enumerate(iterations):
+            if unreadable[rank] or i is not None and i < iterations[source]:
+                what = "one that cannot be read" if i is None else f"that of iteration {i}"
+                print0(f"rank {rank} has an older checkpoint, {what}: all go on from that of rank {source}")
+        return source
 
-    def load(self, model, optimizer, scaler, config, tokenizer: dict, mup: dict) -> dict:
-        """Puts ckpt.pt into model, optimizer and scaler, and returns it. Raises ValueError if it is not of
-        this run.
+    def load(self, source: int, model, optimizer, scaler, config, tokenizer: dict, mup: dict,
+             device: str) -> dict:
+        """Puts the ckpt.pt of the rank `source` into model, optimizer and scaler of every rank. Returns it,
+        with the tensors on that rank alone. Raises ValueError if it is not of this run.
 
         config: the GPTConfig of the model. mup: the settings that learning-rate factors depend on.
         """
-        checkpoint = read_checkpoint(self.path)
-        with contextlib.suppress(TypeError, ValueError):  # else the arguments differ, and are named
-            checkpoint["model_args"] = dataclasses.asdict(type(config)(**checkpoint["model_args"]))
-        check_checkpoint(self.path, checkpoint, model_args=dataclasses.asdict(config), tokenizer=tokenizer,
-                         config=mup, model=model)
-        restore_checkpoint(self.path, checkpoint, model, optimizer, scaler)
+        here = distributed.rank() == source
+        checkpoint = on_all_ranks(lambda: read_checkpoint(self.path) if here else None)
+        outline = distributed.broadcast(without_values(checkpoint), source)
+        checkpoint = checkpoint if here else outline
+
+        def restore():
+            with contextlib.suppress(TypeError, ValueError):  # else the arguments differ, and are named
+                checkpoint["model_args"] = dataclasses.asdict(type(config)(**checkpoint["model_args"]))
+            check_checkpoint(self.path, checkpoint, model_args=dataclasses.asdict(config),
+                             tokenizer=tokenizer, config=mup, model=model)
+            restore_checkpoint(self.path, checkpoint, model, optimizer, scaler)
+        on_all_ranks(restore)
+        state = [model.state_dict(), optimizer.state_dict(), scaler.state_dict(),
+                 dataclasses.asdict(progress_of(checkpoint))]
+        distributed.broadcast_tensors(tensors_of(state), source, device)
+        if len(set(distributed.gather(digest(state)))) > 1:
+            raise ValueError(f"the processes differ after the resume from {self.path} of rank {source}: does "
+                             "every node have the same command, code and versions?")
         self.saved_at = checkpoint["iteration"]
+        if source > 0:
+            self.place = f"{self.path} on the node of rank {source}"
+        best = math.inf
         with contextlib.suppress(ValueError):  # ckpt_best.pt is missing, or of no use
-            best = read_checkpoint(self.best_path)
-            self.saved_best = best.get("val_loss", best["best_val_loss"])
+            if self.first_of_node:
+                best = read_checkpoint(self.best_path)
+                best = best.get("val_loss", best["best_val_loss"])
+        self.saved_best = min(distributed.gather(best))
         return checkpoint
 
     def save(self, contents: dict, val_loss: float | None) -> None:
@@ -87,7 +130,7 @@ class Checkpoints:
         cannot."""
         best = val_loss is not None and val_loss < self.saved_best
         save_checkpoint(self.path, contents | dict(val_loss=val_loss), self.best_path if best else None)
-        self.saved_at, self.failure = contents["iteration"], None
+        self.saved_at, self.place, self.failure = contents["iteration"], self.path, None
         self.saved_best = val_loss if best else self.saved_best
 
     def advice(self) -> str:
@@ -97,7 +140,7 @@ class Checkpoints:
     def describe(self) -> str:
         if self.saved_at is None:
             return "there is no checkpoint yet"
-        return f"{self.path} is that of iteration {self.saved_at}"
+        return f"{self.place} is that of iteration {self.saved_at}"
 
 
 def progress_of(checkpoint: dict) -> Progress:
@@ -148,7 +191,7 @@ def read_checkpoint(path: str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path} to resume from: use --init_from=scratch, or another "
-                         "--out_dir, and let every node see the same one") from None
+                         "--out_dir") from None
     except Exception as e:
         raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): remove it, or "
                          "put ckpt_best.pt in its place") from None
@@ -217,3 +260,47 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
         raise ValueError(f"{path} does not fit this optimizer or its scaler: {reason}") from None
     for group, values in zip(optimizer.param_groups, options):
         group.update(values)
+
+
+# ---- The same state on every rank --------------------------------------------------------------------------
+
+def tensors_of(state):
+    """The tensors in nested dicts and lists, in order."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from tensors_of(part)
+
+
+def without_values(state):
+    """Nested dicts and lists with zeros for every tensor, of its shape and dtype: one number in memory."""
+    if isinstance(state, torch.Tensor):
+        return torch.zeros((), dtype=state.dtype).expand(state.shape)
+    if isinstance(state, dict):
+        return {key: without_values(part) for key, part in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(without_values, state))
+    return state
+
+
+def digest(state) -> str:
+    """A digest of nested dicts and lists: equal for equal values and equal tensors, on whatever device."""
+    def text(part):
+        if isinstance(part, torch.Tensor):
+            return f"{part.dtype} {tuple(part.shape)} {_checksum(part)}"
+        if isinstance(part, dict):
+            return {key: text(value) for key, value in part.items()}
+        return [text(value) for value in part] if isinstance(part, (list, tuple)) else repr(part)
+    return hashlib.sha256(repr(text(state)).encode()).hexdigest()
+
+
+def _checksum(tensor: torch.Tensor, size: int = 1 << 16) -> int:
+    """A polynomial of the tensor's bits, with odd coefficients, modulo 2^64: exact on any device."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = len(data) // 8 * 8
+    coefficients = 2 * torch.arange(size, device=tensor.device) * 0x9E3779B97F4A7C1 + 1  # int64, they wrap
+    total = 0
+    for part in (*data[:whole].view(torch.int64).split(size), data[whole:].long()):
+        total = total * 0x2545F4914F6CDD1D + (part * coefficients[:len(part)]).sum().item()
+    return total % 2 ** 64
