@@ -16,10 +16,11 @@ from configurator import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Un
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
-init_from: Literal["scratch", "resume", "auto"] = "scratch"  # auto: resume from out_dir/ckpt.pt if it exists
+init_from: str = "scratch"              # scratch, resume, auto (if it can), or a *.pt for its weights
 eval_interval: PositiveInt = 2000       # iterations between evaluations; each writes a checkpoint
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
-eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation
+eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation, if eval_tokens is None
+eval_tokens: PositiveInt | None = None  # tokens of an evaluation, whatever batch_size is
 log_interval: PositiveInt = 10          # iterations between log lines
 sample_tokens: NonNegativeInt = 256     # tokens of the sample that is printed at the end; 0 for none
 # wandb
@@ -108,7 +109,7 @@ from data import tokenizer
 from data.batches import Batches
 from data.common import check_token_ids, open_dataset
 from lib import distributed, kernels
-from lib.checkpoint import Checkpoints, Progress, changed_settings, progress_of
+from lib.checkpoint import Checkpoints, Progress, changed_settings
 from lib.device import (autocast, check_memory, choose_device, choose_dtype, device_name,
                         keep_freed_memory, peak_flops)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
@@ -156,8 +157,9 @@ if ddp:
 meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, mapped from the disk}
 vocab_size = meta["vocab_size"]
 tokens_per_iter = sequences_per_iter * block_size
+val_windows = -(-eval_tokens // block_size) if eval_tokens else eval_iters * batch_size
 batches = or_fail(lambda: Batches(splits, block_size=block_size, batch_size=batch_size, seed=seed,
-                                       sequences=sequences_per_iter, eval_iters=eval_iters, device=device))
+                                  sequences=sequences_per_iter, val_windows=val_windows, device=device))
 # every id of both files is read once; the processes of a machine share the work
 or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % machine_ranks, machine_ranks)
 
@@ -190,13 +192,14 @@ num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_exper
 checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
 
 def load_checkpoint() -> Progress:
-    """Puts the newest ckpt.pt into model, optimizer and scaler. ValueError if it is not of this run."""
-    checkpoint = checkpoints.load(source, raw_model, optimizer, scaler, gpt_config, meta["tokenizer"],
-                                  dict(mup=mup, mup_base_width=mup_base_width), device)
-    print0(f"resuming {checkpoints.place} at iteration {checkpoint['iteration']}")
-    for key, before, value in changed_settings(checkpoint, config):
+    """Puts the checkpoint into model, optimizer and scaler. ValueError if it does not fit this run."""
+    loaded = checkpoints.load(source, raw_model, optimizer, scaler, gpt_config, meta["tokenizer"],
+                              dict(mup=mup, mup_base_width=mup_base_width), measured_on, device)
+    print0(f"resuming {checkpoints.place} at iteration {loaded.iteration}" if checkpoints.resumes else
+           f"starting from the weights of {checkpoints.place}")
+    for key, before, value in changed_settings(checkpoints.settings, config):
         print0(f"  {key} = {value!r} from here on; it was {before!r}")
-    return progress_of(checkpoint)
+    return loaded
 
 
 def save_checkpoint(val_loss: float | None = None) -> None:
@@ -205,19 +208,14 @@ def save_checkpoint(val_loss: float | None = None) -> None:
         contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), model_args=model_args, config=config,
                         tokenizer=meta["tokenizer"], seed=seed, **dataclasses.asdict(progress))
-        try:
-            logger.sync()
-            checkpoints.save(contents, val_loss)
-        except OSError as e:
-            checkpoints.failure = f"it could not be written: {e.strerror}"
-            print0(f"the checkpoint of iteration {progress.iteration} could not be written ({e.strerror}): "
-                   f"{checkpoints.describe()}")
+        checkpoints.save(contents, val_loss, logger)
     distributed.barrier()
 
 
-source = or_fail(checkpoints.open, init_from)  # the rank whose checkpoint all resume; locks out_dir
-resuming = source is not None
-progress = or_fail(load_checkpoint) if resuming else Progress()
+source = or_fail(checkpoints.open, init_from)  # the rank whose checkpoint all start from; locks out_dir
+resuming, measured_on = checkpoints.resumes, batches.val_digest()
+progress = Progress() if source is None else or_fail(load_checkpoint)
+progress.measured_on = measured_on
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model, device_ids=[ddp_local_rank] if device_type == "cuda" else None,
@@ -252,15 +250,20 @@ logger.log(type="run", config=config, model_args=model_args, torch=torch.__versi
 
 # ---- Training ----------------------------------------------------------------------------------------------
 
-def learning_rate_at(iteration: int) -> float:
-    """Linear warmup, then a cosine down to min_lr, or a constant: a function of iteration alone, for
-    resumes."""
-    if iteration < warmup_iters:
-        return learning_rate * (iteration + 1) / (warmup_iters + 1)
-    if not decay_lr:
-        return learning_rate
-    done = min(1.0, (iteration - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+def learning_rate_at(iteration: int, c: dict = config) -> float:
+    """Linear warmup, then a cosine down to min_lr, or a constant: of iteration and settings c alone."""
+    if iteration < c["warmup_iters"]:
+        return c["learning_rate"] * (iteration + 1) / (c["warmup_iters"] + 1)
+    if not c["decay_lr"]:
+        return c["learning_rate"]
+    done = min(1.0, (iteration - c["warmup_iters"]) / max(1, c["lr_decay_iters"] - c["warmup_iters"]))
+    return c["min_lr"] + 0.5 * (1 + math.cos(math.pi * done)) * (c["learning_rate"] - c["min_lr"])
+
+
+lr, lr_before = (learning_rate_at(progress.iteration, c) for c in (config, config | checkpoints.settings))
+if not math.isclose(lr, lr_before):
+    print0(f"  the learning rate jumps: iteration {progress.iteration} has {lr:.3g}, and by the checkpoint's "
+           f"settings it would have {lr_before:.3g}")
 
 
 @torch.no_grad()
@@ -268,26 +271,23 @@ def evaluate() -> tuple[float, torch.Tensor]:
     """(validation cross-entropy in nats per token, load (R, E) of the routers' experts), over all ranks."""
     model.eval()
     total, load = torch.zeros((), device=device), torch.zeros(num_routers, router_experts, device=device)
-    for i in range(ddp_rank, eval_iters, ddp_world_size):
+    for i in range(ddp_rank, batches.val_batches, ddp_world_size):
         X, Y = batches.val(i)
         with amp:
             _, loss, aux = (model.module if ddp else model)(X, Y, return_aux=True)  # compiled, without DDP
-        total += loss
-        load += aux.load
+        total += loss * len(X)
+        load += aux.load * len(X)
     model.train()
-    share = eval_iters / ddp_world_size  # batches of a rank, on average
+    share = val_windows / ddp_world_size  # windows of a rank, on average
     return all_reduce_mean(total).item() / share, all_reduce_mean(load) / share
 
 
 def balance_routers() -> None:
     """Balances a new model's routers on 40 training batches of at most 8,192 tokens, alike on every rank."""
-    raw_model.eval()
     count = min(max(1, 8192 // block_size), sequences_per_iter)  # sequences of a step
     parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    for i in range(40):  # with a falling rate, so that the biases settle
-        with amp:
-            raw_model.balance_routers((batches.train(i, *part) for part in parts), rate=1 / (1 + i / 5))
-    raw_model.train()
+    with amp:
+        raw_model.balance_routers((batches.train(i, *part) for part in parts) for i in range(40))
 
 
 def train_step() -> tuple[float, float, bool]:
@@ -383,7 +383,7 @@ def report_skipped(loss: float, norm: float) -> None:
 
 
 signals.deferring = True
-if not resuming and num_routers and router_balance_rate:
+if source is None and num_routers and router_balance_rate:
     balance_routers()
 training_started = last_report = time.perf_counter()
 iterations_since_report = 0

@@ -21,6 +21,8 @@ from lib.log import print0
 CONTENTS = dict(model=dict, optimizer=dict, scaler=dict, model_args=dict, config=dict, tokenizer=dict,
                 iteration=int, tokens=int, flops=float, best_val_loss=float)
 
+INIT_FROM = ("scratch", "resume", "auto")  # anything else is the path of a checkpoint
+
 
 @dataclasses.dataclass
 class Progress:
@@ -32,6 +34,7 @@ class Progress:
     skipped: int = 0            # iterations whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     wandb_id: str | None = None
+    measured_on: str | None = None  # digest of the validation windows that best_val_loss belongs to
 
 
 class Checkpoints:
@@ -43,93 +46,139 @@ class Checkpoints:
 
     saved_at      iteration of the last checkpoint, None before there is one
     place         where that is
+    resumes       whether the run goes on from a checkpoint with all that is in it
+    settings      the config of the checkpoint that the run started from
     saved_best    validation loss of ckpt_best.pt, inf before there is one
-    failure       why the last checkpoint could not be written, for the caller to set
+    failure       why the last checkpoint could not be written
     """
 
     def __init__(self, out_dir: str, first_of_node: bool = True):
         self.out_dir, self.first_of_node = out_dir, first_of_node
         self.path, self.best_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ckpt_best.pt"))
         self.saved_at: int | None = None
-        self.place = self.path
+        self.place, self.resumes, self.settings = self.path, False, {}
         self.saved_best = math.inf
+        self.opened: tuple[str, dict | None] = (self.path, None)  # what open() has chosen, for load()
         self.failure: str | None = None
 
     def open(self, init_from: str) -> int | None:
         """Finds the newest whole checkpoint of all nodes, and locks rank 0's out_dir. Returns the rank that
-        has it; None for a run from scratch, which renames what it finds on every node.
+        has it; None without one. A run that does not resume renames what it finds in every out_dir.
 
-        init_from: 'scratch', 'resume' or 'auto'. Raises ValueError if there is nothing to resume from, or
-        out_dir cannot be written or is locked.
+        init_from: 'scratch', 'resume', 'auto', or the path of a checkpoint whose weights the run starts from.
+        Raises ValueError if there is nothing to start from, or out_dir cannot be written or is locked.
         """
-        iteration = problem = None
+        if init_from not in INIT_FROM and not os.path.isfile(init_from) and not init_from.endswith(".pt"):
+            raise ValueError(f"init_from must be {', '.join(INIT_FROM)} or the path of a checkpoint, *.pt; "
+                             f"got {init_from!r}")
+        # after a restart by torchrun, this very command made what is there
+        restarted = any(distributed.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
+        source = None
+        if init_from in ("resume", "auto") or restarted:
+            source = self._newest(self.path, needed=init_from == "resume")
+            self.resumes = source is not None
+        if source is None and init_from not in INIT_FROM:
+            source = self._newest(init_from, needed=True)
+        on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
+        if not self.resumes and self.first_of_node:
+            for name in rename_old_files(self.out_dir):
+                print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
+        return source
+
+    def _newest(self, path: str, needed: bool) -> int | None:
+        """The rank whose checkpoint at path is the newest whole one. ValueError if there are only broken
+        ones, or none where one is needed."""
+        checkpoint = problem = None
         try:
-            if self.first_of_node:
-                iteration = read_checkpoint(self.path)["iteration"]
+            checkpoint = read_checkpoint(path) if self.first_of_node else None
         except ValueError as e:
             problem = str(e)
-        unreadable = problem is not None and os.path.exists(self.path)
-        # after a restart by torchrun, this very command made what is there
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        iterations, problems, unreadable, restarted = zip(
-            *distributed.gather((iteration, problem, unreadable, restarted)))
-        resume = init_from != "scratch" or any(restarted)
+        report = checkpoint and checkpoint["iteration"], problem, problem is not None and os.path.exists(path)
+        iterations, problems, unreadable = zip(*distributed.gather(report))
         source = max((rank for rank, i in enumerate(iterations) if i is not None),
                      key=lambda rank: (iterations[rank], -rank), default=None)
-        if resume and source is None and (init_from == "resume" or any(unreadable)):
+        if source is None and (needed or any(unreadable)):
             raise ValueError(next((p for p, bad in zip(problems, unreadable) if bad), problems[0]))
-        on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
-        if not resume or source is None:
-            for name in rename_old_files(self.out_dir) if self.first_of_node else []:
-                print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
-            return None
         for rank, i in enumerate(iterations):
             if unreadable[rank] or i is not None and i < iterations[source]:
                 what = "one that cannot be read" if i is None else f"that of iteration {i}"
                 print0(f"rank {rank} has an older checkpoint, {what}: all go on from that of rank {source}")
+        self.opened = path, checkpoint if source == distributed.rank() else None
         return source
 
     def load(self, source: int, model, optimizer, scaler, config, tokenizer: dict, mup: dict,
-             device: str) -> dict:
-        """Puts the ckpt.pt of the rank `source` into model, optimizer and scaler of every rank. Returns it,
-        with the tensors on that rank alone. Raises ValueError if it is not of this run.
+             measured_on: str, device: str) -> Progress:
+        """Puts the checkpoint that open() found on the rank `source` into model, optimizer and scaler of
+        every rank, and returns its counters. A run that does not resume takes the weights alone.
 
         config: the GPTConfig of the model. mup: the settings that learning-rate factors depend on.
+        measured_on: the digest of the validation windows; best losses of others are forgotten. Raises
+        ValueError if the checkpoint does not fit this run.
         """
-        here = distributed.rank() == source
-        checkpoint = on_all_ranks(lambda: read_checkpoint(self.path) if here else None)
+        path, checkpoint = self.opened
+        self.opened = path, None
         outline = distributed.broadcast(without_values(checkpoint), source)
-        checkpoint = checkpoint if here else outline
+        checkpoint = outline if checkpoint is None else checkpoint
+        self.place = path if source == 0 else f"{path} on the node of rank {source}"
 
         def restore():
+            model_args = dataclasses.asdict(config)
             with contextlib.suppress(TypeError, ValueError):  # else the arguments differ, and are named
                 checkpoint["model_args"] = dataclasses.asdict(type(config)(**checkpoint["model_args"]))
-            check_checkpoint(self.path, checkpoint, model_args=dataclasses.asdict(config),
-                             tokenizer=tokenizer, config=mup, model=model)
-            restore_checkpoint(self.path, checkpoint, model, optimizer, scaler)
+            if not self.resumes:
+                checkpoint["model_args"]["dropout"] = config.dropout
+            check_checkpoint(path, checkpoint, model_args=model_args, tokenizer=tokenizer,
+                             config=mup if self.resumes else {}, model=model)
+            if self.resumes:
+                restore_checkpoint(path, checkpoint, model, optimizer, scaler)
+            else:
+                model.load_state_dict(checkpoint["model"])
         on_all_ranks(restore)
+        progress = progress_of(checkpoint) if self.resumes else Progress()
         state = [model.state_dict(), optimizer.state_dict(), scaler.state_dict(),
-                 dataclasses.asdict(progress_of(checkpoint))]
+                 dataclasses.asdict(progress)]
         distributed.broadcast_tensors(tensors_of(state), source, device)
         if len(set(distributed.gather(digest(state)))) > 1:
-            raise ValueError(f"the processes differ after the resume from {self.path} of rank {source}: does "
-                             "every node have the same command, code and versions?")
-        self.saved_at = checkpoint["iteration"]
-        if source > 0:
-            self.place = f"{self.path} on the node of rank {source}"
-        best = math.inf
+            raise ValueError(f"the processes differ after the start from {self.place}: does every node have "
+                             "the same command, code and versions?")
+        if self.resumes:
+            self.saved_at = checkpoint["iteration"]
+            self.settings = {key: value for key, value in checkpoint["config"].items() if value is not None}
+            if "max_iters" in self.settings:  # old checkpoints lack what it stood for
+                self.settings.setdefault("lr_decay_iters", self.settings["max_iters"])
+            self._find_best(progress, measured_on)
+        return progress
+
+    def _find_best(self, progress: Progress, measured_on: str) -> None:
+        """The best losses so far, of progress and of ckpt_best.pt, as far as they were measured on the same
+        windows. A ckpt_best.pt of others is renamed."""
+        if progress.measured_on != measured_on:
+            print0(f"the best validation loss so far, {progress.best_val_loss:.4f}, was measured on other "
+                   "windows or data: it starts anew")
+            progress.best_val_loss = math.inf
+        best_loss = math.inf
         with contextlib.suppress(ValueError):  # ckpt_best.pt is missing, or of no use
             if self.first_of_node:
                 best = read_checkpoint(self.best_path)
-                best = best.get("val_loss", best["best_val_loss"])
-        self.saved_best = min(distributed.gather(best))
-        return checkpoint
+                if best.get("measured_on") == measured_on:
+                    best_loss = best.get("val_loss", best["best_val_loss"])
+                else:
+                    with contextlib.suppress(OSError):  # another node of a shared folder was first
+                        os.replace(self.best_path, self.best_path + ".old")
+        self.saved_best = min(distributed.gather(best_loss))
 
-    def save(self, contents: dict, val_loss: float | None) -> None:
-        """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least. Raises OSError if it
-        cannot."""
+    def save(self, contents: dict, val_loss: float | None, log) -> None:
+        """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least, after the waiting lines
+        of `log`. Where the disk does not take it, it says so, and the last checkpoint stays."""
         best = val_loss is not None and val_loss < self.saved_best
-        save_checkpoint(self.path, contents | dict(val_loss=val_loss), self.best_path if best else None)
+        try:
+            log.sync()
+            save_checkpoint(self.path, contents | dict(val_loss=val_loss), self.best_path if best else None)
+        except OSError as e:
+            self.failure = f"it could not be written: {e.strerror}"
+            print0(f"the checkpoint of iteration {contents['iteration']} could not be written "
+                   f"({e.strerror}): {self.describe()}")
+            return
         self.saved_at, self.place, self.failure = contents["iteration"], self.path, None
         self.saved_best = val_loss if best else self.saved_best
 
@@ -149,10 +198,9 @@ def progress_of(checkpoint: dict) -> Progress:
     return Progress(**{name: checkpoint[name] for name in names if name in checkpoint})
 
 
-def changed_settings(checkpoint: dict, config: dict) -> list[tuple[str, object, object]]:
+def changed_settings(before: dict, config: dict) -> list[tuple[str, object, object]]:
     """(key, value before, value now) of the settings that a resumed run changes. None in an old checkpoint is
     unknown."""
-    before = checkpoint["config"]
     return [(key, before[key], value) for key, value in config.items()
             if key not in ("init_from", "out_dir") and before.get(key) not in (None, value)]
 
@@ -215,10 +263,10 @@ def check_checkpoint(path: str, checkpoint: dict, *, model_args: dict, tokenizer
     for what, there, here in comparisons:
         if differing := _differences(there, here):
             raise ValueError(f"{path} {what}: {differing}")
-    for key in ("mup", "mup_base_width"):
-        before = checkpoint["config"].get(key, config[key])
-        if before != config[key]:
-            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a "
+    for key, value in config.items():
+        before = checkpoint["config"].get(key, value)
+        if before != value:
+            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {value}: a "
                              "resumed run keeps the learning-rate factors of its parameters")
 
 
