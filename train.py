@@ -113,6 +113,7 @@ from lib.checkpoint import Checkpoints, Progress, changed_settings
 from lib.device import (autocast, check_memory, choose_device, choose_dtype, device_name,
                         keep_freed_memory, peak_flops)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
+from lib.evaluation import evaluate
 from lib.log import Logger, format_duration, print0
 from lib.signals import DeferredSignals
 from model import GPT, GPTConfig
@@ -202,14 +203,20 @@ def load_checkpoint() -> Progress:
     return loaded
 
 
-def save_checkpoint(val_loss: float | None = None) -> None:
-    """Writes all that a run needs to go on; where the disk is full, the last checkpoint stays."""
+def any_signal() -> int:
+    """The signal that a rank has received, or 0."""
+    return int(all_reduce_max(signals.received, device))
+
+
+def save_checkpoint(val_loss: float | None = None) -> int:
+    """Writes all that a run needs to go on; where the disk is full, the last checkpoint stays. Returns
+    any_signal()."""
     if master:
         contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), model_args=model_args, config=config,
                         tokenizer=meta["tokenizer"], seed=seed, **dataclasses.asdict(progress))
         checkpoints.save(contents, val_loss, logger)
-    distributed.barrier()
+    return any_signal()  # the other ranks wait here
 
 
 source = or_fail(checkpoints.open, init_from)  # the rank whose checkpoint all start from; locks out_dir
@@ -264,22 +271,6 @@ lr, lr_before = (learning_rate_at(progress.iteration, c) for c in (config, confi
 if not math.isclose(lr, lr_before):
     print0(f"  the learning rate jumps: iteration {progress.iteration} has {lr:.3g}, and by the checkpoint's "
            f"settings it would have {lr_before:.3g}")
-
-
-@torch.no_grad()
-def evaluate() -> tuple[float, torch.Tensor]:
-    """(validation cross-entropy in nats per token, load (R, E) of the routers' experts), over all ranks."""
-    model.eval()
-    total, load = torch.zeros((), device=device), torch.zeros(num_routers, router_experts, device=device)
-    for i in range(ddp_rank, batches.val_batches, ddp_world_size):
-        X, Y = batches.val(i)
-        with amp:
-            _, loss, aux = (model.module if ddp else model)(X, Y, return_aux=True)  # compiled, without DDP
-        total += loss * len(X)
-        load += aux.load * len(X)
-    model.train()
-    share = val_windows / ddp_world_size  # windows of a rank, on average
-    return all_reduce_mean(total).item() / share, all_reduce_mean(load) / share
 
 
 def balance_routers() -> None:
@@ -343,9 +334,14 @@ def log_point(kind: str, **values) -> None:
     logger.log(type=kind, iter=progress.iteration, tokens=progress.tokens, flops=progress.flops, **values)
 
 
-def evaluate_and_save() -> None:
-    """Evaluates, logs the result, and writes a checkpoint."""
-    val_loss, load = evaluate()
+def evaluate_and_save() -> int:
+    """Evaluates, logs the result, and writes a checkpoint; a signal ends the evaluation. Returns
+    any_signal()."""
+    result = evaluate(model.module if ddp else model, batches,  # compiled, without DDP
+                      (num_routers, router_experts), amp, any_signal)
+    if result is None:
+        return any_signal()
+    val_loss, load = result
     entropy = torch.special.entr(load).sum(1)  # (R,) nats
     if math.isfinite(val_loss):
         progress.best_val_loss = min(progress.best_val_loss, val_loss)
@@ -355,8 +351,7 @@ def evaluate_and_save() -> None:
     log_point("eval", val_loss=val_loss, best_val_loss=progress.best_val_loss, router_load=load.tolist(),
               router_entropy=entropy.tolist(), router_max_load=[max(l) * len(l) for l in load.tolist()],
               seconds=time.perf_counter() - training_started)
-    if math.isfinite(val_loss):
-        save_checkpoint(val_loss)
+    return save_checkpoint(val_loss) if math.isfinite(val_loss) else any_signal()
 
 
 def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
@@ -382,19 +377,19 @@ def report_skipped(loss: float, norm: float) -> None:
              "or --seed (for other data), or a --dtype of more range")
 
 
-signals.deferring = True
 if source is None and num_routers and router_balance_rate:
     balance_routers()
+signals.deferring = True
 training_started = last_report = time.perf_counter()
 iterations_since_report = 0
 while not (stop_signal := int(all_reduce_max(signals.received, device))):
     pause = time.perf_counter()
     if progress.iteration % eval_interval == 0 or progress.iteration >= max_iters:
-        evaluate_and_save()
+        stop_signal = evaluate_and_save()
     elif progress.iteration % checkpoint_interval == 0 and next_loss_is_finite():
-        save_checkpoint()
+        stop_signal = save_checkpoint()
     last_report += time.perf_counter() - pause  # the time of an iteration does not include these
-    if progress.iteration >= max_iters:
+    if stop_signal or progress.iteration >= max_iters:
         break
     loss, norm, finite = train_step()
     progress.tokens += tokens_per_iter
@@ -410,9 +405,10 @@ while not (stop_signal := int(all_reduce_max(signals.received, device))):
             report(loss, norm, time.perf_counter() - last_report, iterations_since_report)
             last_report, iterations_since_report = time.perf_counter(), 0
     progress.iteration += 1
-if stop_signal and next_loss_is_finite():
+saved = all_reduce_max(float(checkpoints.saved_at == progress.iteration), device)
+if stop_signal and not saved and next_loss_is_finite():
     save_checkpoint()
-signals.deferring = False
+signals.stop_deferring(handled=stop_signal)
 if stop_signal:
     print0(f"stopped by {signal.Signals(stop_signal).name} at iteration {progress.iteration}: "
            f"{checkpoints.advice()}")

@@ -65,11 +65,14 @@ def rank() -> int:
     return dist.get_rank() if is_connected() else 0
 
 
+def world_size() -> int:
+    return dist.get_world_size() if is_connected() else 1
+
+
 def gather(x) -> list:
     """[x of rank 0, x of rank 1, ...]; any Python object that can be pickled."""
-    everyone = [x]
+    everyone = [x] * world_size()
     if is_connected():
-        everyone *= dist.get_world_size()
         dist.all_gather_object(everyone, x)
     return everyone
 
