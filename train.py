@@ -155,7 +155,7 @@ if ddp:
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
-meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, mapped from the disk}
+meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, read from the disk}
 vocab_size = meta["vocab_size"]
 tokens_per_iter = sequences_per_iter * block_size
 val_windows = -(-eval_tokens // block_size) if eval_tokens else eval_iters * batch_size
