@@ -309,14 +309,18 @@ class GPT(nn.Module):
             router.rebalance(*report, rate)
 
     @torch.no_grad()
-    def balance_routers(self, batches: Iterable, rate: float) -> None:
-        """One step of rebalance by the mean load and variance of some batches (X, Y), of any numbers of
-        sequences."""
-        load, variance, count = 0, 0, 0
-        for X, Y in batches:
-            *_, aux = self(X, Y, return_aux=True)
-            load, variance, count = load + aux.load * len(X), variance + aux.variance * len(X), count + len(X)
-        self.rebalance(load / count, variance / count, rate)
+    def balance_routers(self, steps: Iterable[Iterable]) -> None:
+        """Steps of rebalance, each by the mean load and variance of some batches (X, Y), of any numbers of
+        sequences, at a falling rate, so that the biases settle."""
+        self.eval()
+        for i, batches in enumerate(steps):
+            load, variance, count = 0, 0, 0
+            for X, Y in batches:
+                *_, aux = self(X, Y, return_aux=True)
+                load, variance = load + aux.load * len(X), variance + aux.variance * len(X)
+                count += len(X)
+            self.rebalance(load / count, variance / count, rate=1 / (1 + i / 5))
+        self.train()
 
     def describe(self) -> list[str]:
         """One line for each projection of a block: its structure and sizes."""

@@ -17,10 +17,11 @@ from lib.terminal import prepare_output
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
-init_from: Literal["scratch", "resume", "auto"] = "scratch"  # auto: resume from out_dir/ckpt.pt if it exists
+init_from: str = "scratch"              # scratch, resume, auto (if it can), or a *.pt for its weights
 eval_interval: PositiveInt = 2000       # iterations between evaluations; each writes a checkpoint
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
-eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation
+eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation, if eval_tokens is None
+eval_tokens: PositiveInt | None = None  # tokens of an evaluation, whatever batch_size is
 log_interval: PositiveInt = 10          # iterations between log lines, and looks at what was skipped
 sample_tokens: NonNegativeInt = 256     # tokens of the sample that is printed at the end; 0 for none
 # wandb
@@ -113,10 +114,11 @@ from data import tokenizer
 from data.batches import Batches
 from data.common import check_token_ids, open_dataset
 from lib import distributed, kernels
-from lib.checkpoint import Checkpoints, Progress, changed_settings, progress_of
+from lib.checkpoint import Checkpoints, Progress, changed_settings
 from lib.device import (autocast, check_memory, choose_compile, choose_device, choose_dtype, device_name,
                         keep_freed_memory, peak_flops, peak_memory)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
+from lib.evaluation import evaluate
 from lib.log import Logger, format_duration, print0
 from lib.signals import DeferredSignals
 from lib.steps import FiniteSteps
@@ -157,11 +159,12 @@ compile = or_fail(choose_compile, compile, device)
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
-meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, mapped from the disk}
+meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, read from the disk}
 vocab_size = meta["vocab_size"]
 tokens_per_iter = sequences_per_iter * block_size
+val_windows = -(-eval_tokens // block_size) if eval_tokens else eval_iters * batch_size
 batches = or_fail(lambda: Batches(splits, block_size=block_size, batch_size=batch_size, seed=seed,
-                                       sequences=sequences_per_iter, eval_iters=eval_iters, device=device))
+                                  sequences=sequences_per_iter, val_windows=val_windows, device=device))
 # every id of both files is read once; the processes of a machine share the work
 or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % machine_ranks, machine_ranks)
 
@@ -190,37 +193,39 @@ num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_exper
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
-checkpoints = Checkpoints(out_dir)
+checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
 
 def load_checkpoint() -> Progress:
-    """Puts ckpt.pt into model, optimizer and scaler. Raises ValueError if it is not of this run."""
-    checkpoint = checkpoints.load(raw_model, optimizer, scaler, gpt_config, meta["tokenizer"],
-                                  mup=dict(mup=mup, mup_base_width=mup_base_width))
-    print0(f"resuming {out_dir} at iteration {checkpoint['iteration']}")
-    for key, before, value in changed_settings(checkpoint, config):
+    """Puts the checkpoint into model, optimizer and scaler. ValueError if it does not fit this run."""
+    loaded = checkpoints.load(source, raw_model, optimizer, scaler, gpt_config, meta["tokenizer"],
+                              dict(mup=mup, mup_base_width=mup_base_width), measured_on, device)
+    print0(f"resuming {checkpoints.place} at iteration {loaded.iteration}" if checkpoints.resumes else
+           f"starting from the weights of {checkpoints.place}")
+    for key, before, value in changed_settings(checkpoints.settings, config):
         print0(f"  {key} = {value!r} from here on; it was {before!r}")
-    return progress_of(checkpoint)
+    return loaded
 
 
-def save_checkpoint(val_loss: float | None = None) -> None:
-    """Writes all that a run needs to go on; where the disk is full, the last checkpoint stays."""
+def any_signal() -> int:
+    """The signal that a rank has received, or 0."""
+    return int(all_reduce_max(signals.received))
+
+
+def save_checkpoint(val_loss: float | None = None) -> int:
+    """Writes all that a run needs to go on; where the disk is full, the last checkpoint stays. Returns
+    any_signal()."""
     if master:
         contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), model_args=model_args, config=config,
                         tokenizer=meta["tokenizer"], seed=seed, **dataclasses.asdict(progress))
-        try:
-            logger.sync()
-            checkpoints.save(contents, val_loss)
-        except OSError as e:
-            checkpoints.failure = f"it could not be written: {e.strerror}"
-            print0(f"the checkpoint of iteration {progress.iteration} could not be written ({e.strerror}): "
-                   f"{checkpoints.describe()}")
-    distributed.barrier()
+        checkpoints.save(contents, val_loss, logger)
+    return any_signal()  # the other ranks wait here
 
 
-found = or_fail(lambda: master and checkpoints.open(init_from))  # locks out_dir
-resuming = bool(all_reduce_max(found))
-progress = or_fail(load_checkpoint) if resuming else Progress()
+source = or_fail(checkpoints.open, init_from)  # the rank whose checkpoint all start from; locks out_dir
+resuming, measured_on = checkpoints.resumes, batches.val_digest()
+progress = Progress() if source is None else or_fail(load_checkpoint)
+progress.measured_on = measured_on
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model, device_ids=[ddp_local_rank] if device_type == "cuda" else None,
@@ -255,41 +260,28 @@ logger.log(type="run", config=config, model_args=model_args, torch=torch.__versi
 
 # ---- Training ----------------------------------------------------------------------------------------------
 
-def learning_rate_at(iteration: int) -> float:
-    """Linear warmup, then a cosine to min_lr or a constant: a function of iteration alone, for resumes."""
-    if iteration < warmup_iters:
-        return learning_rate * (iteration + 1) / (warmup_iters + 1)
-    if not decay_lr:
-        return learning_rate
-    done = min(1.0, (iteration - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+def learning_rate_at(iteration: int, c: dict = config) -> float:
+    """Linear warmup, then a cosine down to min_lr, or a constant: of iteration and settings c alone."""
+    if iteration < c["warmup_iters"]:
+        return c["learning_rate"] * (iteration + 1) / (c["warmup_iters"] + 1)
+    if not c["decay_lr"]:
+        return c["learning_rate"]
+    done = min(1.0, (iteration - c["warmup_iters"]) / max(1, c["lr_decay_iters"] - c["warmup_iters"]))
+    return c["min_lr"] + 0.5 * (1 + math.cos(math.pi * done)) * (c["learning_rate"] - c["min_lr"])
 
 
-@torch.no_grad()
-def evaluate() -> tuple[float, torch.Tensor]:
-    """(validation cross-entropy in nats per token, load (R, E) of the routers' experts), over all ranks."""
-    model.eval()
-    total, load = torch.zeros((), device=device), torch.zeros(num_routers, router_experts, device=device)
-    for i in range(ddp_rank, eval_iters, ddp_world_size):
-        X, Y = batches.val(i)
-        with amp:
-            _, loss, aux = (model.module if ddp else model)(X, Y, return_aux=True)  # compiled, without DDP
-        total += loss
-        load += aux.load
-    model.train()
-    share = eval_iters / ddp_world_size  # batches of a rank, on average
-    return all_reduce_mean(total).item() / share, all_reduce_mean(load) / share
+lr, lr_before = (learning_rate_at(progress.iteration, c) for c in (config, config | checkpoints.settings))
+if not math.isclose(lr, lr_before):
+    print0(f"  the learning rate jumps: iteration {progress.iteration} has {lr:.3g}, and by the checkpoint's "
+           f"settings it would have {lr_before:.3g}")
 
 
 def balance_routers() -> None:
     """Balances a new model's routers on 40 training batches of at most 8,192 tokens, alike on every rank."""
-    raw_model.eval()
     count = min(max(1, 8192 // block_size), sequences_per_iter)  # sequences of a step
     parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    for i in range(40):  # with a falling rate, so that the biases settle
-        with amp:
-            raw_model.balance_routers((batches.train(i, *part) for part in parts), rate=1 / (1 + i / 5))
-    raw_model.train()
+    with amp:
+        raw_model.balance_routers((batches.train(i, *part) for part in parts) for i in range(40))
 
 
 def train_step() -> None:
@@ -340,9 +332,14 @@ def log_point(kind: str, at: Progress | None = None, **values) -> None:
     logger.log(type=kind, iter=at.iteration, tokens=at.tokens, flops=at.flops, **values)
 
 
-def evaluate_and_save() -> None:
-    """Evaluates, logs the result, and writes a checkpoint."""
-    val_loss, load = evaluate()
+def evaluate_and_save() -> int:
+    """Evaluates, logs the result, and writes a checkpoint; a signal ends the evaluation. Returns
+    any_signal()."""
+    result = evaluate(model.module if ddp else model, batches,  # compiled, without DDP
+                      (num_routers, router_experts), amp, any_signal)
+    if result is None:
+        return any_signal()
+    val_loss, load = result
     entropy = torch.special.entr(load).sum(1)  # (R,) nats
     if math.isfinite(val_loss):
         progress.best_val_loss = min(progress.best_val_loss, val_loss)
@@ -352,8 +349,7 @@ def evaluate_and_save() -> None:
     log_point("eval", val_loss=val_loss, best_val_loss=progress.best_val_loss, router_load=load.tolist(),
               router_entropy=entropy.tolist(), router_max_load=[max(l) * len(l) for l in load.tolist()],
               seconds=time.perf_counter() - training_started)
-    if math.isfinite(val_loss):
-        save_checkpoint(val_loss)
+    return save_checkpoint(val_loss) if math.isfinite(val_loss) else any_signal()
 
 
 def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
@@ -385,22 +381,22 @@ def read_results() -> None:
 
 
 steps = FiniteSteps(optimizer)
-signals.deferring = True
-if not resuming and num_routers and router_balance_rate:
+if source is None and num_routers and router_balance_rate:
     balance_routers()
+signals.deferring = True
 training_started = last_report = time.perf_counter()
 iterations_since_report = 0
-while not (stop_signal := int(all_reduce_max(signals.received))):
+while not (stop_signal := any_signal()):
     evaluates = progress.iteration % eval_interval == 0 or progress.iteration >= max_iters
     if evaluates or progress.iteration % checkpoint_interval == 0:
         read_results()
     pause = time.perf_counter()
     if evaluates:
-        evaluate_and_save()
+        stop_signal = evaluate_and_save()
     elif progress.iteration % checkpoint_interval == 0 and next_loss_is_finite():
-        save_checkpoint()
+        stop_signal = save_checkpoint()
     last_report += time.perf_counter() - pause  # the time of an iteration does not include these
-    if progress.iteration >= max_iters:
+    if stop_signal or progress.iteration >= max_iters:
         break
     train_step()
     iterations_since_report += 1
@@ -411,9 +407,10 @@ while not (stop_signal := int(all_reduce_max(signals.received))):
             last_report, iterations_since_report = time.perf_counter(), 0
     progress.iteration += 1
 read_results()
-if stop_signal and next_loss_is_finite():
+saved = all_reduce_max(float(checkpoints.saved_at == progress.iteration))
+if stop_signal and not saved and next_loss_is_finite():
     save_checkpoint()
-signals.deferring = False
+signals.stop_deferring(handled=stop_signal)
 if stop_signal:
     print0(f"stopped by {signal.Signals(stop_signal).name} at iteration {progress.iteration}: "
            f"{checkpoints.advice()}")

@@ -1,5 +1,7 @@
 """Batches of a dataset: which tokens an iteration sees depends only on seed, iteration and place in the
 global batch."""
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,19 +11,21 @@ class Batches:
     """Windows of block_size tokens and their targets, the same whatever the number of ranks, and after a
     resume.
 
-    splits      {"train": ids, "val": ids}, 1-D, on disk; each longer than block_size, else ValueError
-    sequences   sequences of an iteration's global batch
-    batch_size  sequences of a validation batch, of which there are eval_iters
+    splits       {"train": ids, "val": ids}, 1-D, on disk; each longer than block_size, else ValueError
+    sequences    sequences of an iteration's global batch
+    batch_size   sequences of a validation batch; the last one may have fewer
+    val_windows  windows of an evaluation
     """
 
     def __init__(self, splits: dict[str, np.ndarray], *, block_size: int, sequences: int, batch_size: int,
-                 eval_iters: int, seed: int, device: str):
+                 val_windows: int, seed: int, device: str):
         for split, tokens in splits.items():
             if len(tokens) <= block_size:
                 raise ValueError(f"{split}.bin of the dataset holds {len(tokens)} tokens, too few for "
                                  f"block_size = {block_size}")
         self.splits, self.block_size, self.sequences = splits, block_size, sequences
-        self.batch_size, self.eval_iters, self.seed, self.device = batch_size, eval_iters, seed, device
+        self.batch_size, self.val_windows, self.seed, self.device = batch_size, val_windows, seed, device
+        self.val_batches = -(-val_windows // batch_size)
 
     def train(self, iteration: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Sequences [first, last) of an iteration's global batch: inputs and targets, (last - first,
@@ -34,12 +38,22 @@ class Batches:
         return self._windows("train", starts[first:last].tolist())
 
     def val(self, i: int) -> tuple[Tensor, Tensor]:
-        """The i-th of eval_iters batches: windows spread evenly over the validation tokens, (batch_size,
-        block_size)."""
-        last = len(self.splits["val"]) - self.block_size - 1
-        gaps = max(1, self.eval_iters * self.batch_size - 1)
-        places = range(i * self.batch_size, (i + 1) * self.batch_size)
-        return self._windows("val", [j * last // gaps for j in places])
+        """The i-th of val_batches batches, (at most batch_size, block_size) each."""
+        places = range(i * self.batch_size, min((i + 1) * self.batch_size, self.val_windows))
+        return self._windows("val", map(self._val_start, places))
+
+    def _val_start(self, j: int) -> int:
+        """Where the j-th validation window starts: the first n windows are spread over the validation tokens
+        for every n (multiples of the golden ratio modulo 1, in 64 bits)."""
+        fraction = (j * 0x9E3779B97F4A7C15) % 2 ** 64
+        return fraction * (len(self.splits["val"]) - self.block_size) >> 64
+
+    def val_digest(self) -> str:
+        """A digest of the tokens of all validation windows: losses on equal windows can be compared."""
+        sha = hashlib.sha256(f"{self.val_windows} windows of {self.block_size}".encode())
+        for start in map(self._val_start, range(self.val_windows)):
+            sha.update(self.splits["val"][start:start + self.block_size + 1].tobytes())
+        return sha.hexdigest()
 
     def _windows(self, split: str, starts) -> tuple[Tensor, Tensor]:
         data, T = self.splits[split], self.block_size

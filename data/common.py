@@ -47,11 +47,42 @@ def find_dataset(dataset: str) -> str:
                      "data/ (made by data/*/prepare.py)")
 
 
-def open_dataset(dataset: str) -> tuple[dict, dict[str, np.memmap]]:
+class TokenFile:
+    """The token ids in a file, 1-D: tokens[first:last] reads an array of them.
+
+    Not a memory map: every page of one that was read once counts as the process's own memory, in the end as
+    much as the dataset. Raises OSError, or ValueError if the file is empty or its last id is not whole.
+    """
+
+    def __init__(self, path: str | os.PathLike, dtype: np.dtype):
+        self.filename, self.dtype = str(path), dtype
+        self.file = open(path, "rb", buffering=0)
+        size = os.fstat(self.file.fileno()).st_size
+        if size == 0 or size % dtype.itemsize:
+            raise ValueError(f"its {size} bytes are not a whole number of ids")
+        self.length = size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        first, last, step = places.indices(self.length)
+        ids = np.empty(max(0, last - first), self.dtype)
+        self.file.seek(first * self.dtype.itemsize)
+        unread = ids.view(np.uint8)
+        while len(unread):
+            count = self.file.readinto(unread)
+            if not count:
+                raise OSError(f"{self.filename} has become shorter while it is in use")
+            unread = unread[count:]
+        return ids[::step]
+
+
+def open_dataset(dataset: str) -> tuple[dict, dict[str, TokenFile]]:
     """Opens a dataset, given as to find_dataset: (meta, {"train": tokens, "val": tokens}).
 
-    Tokens are read-only memory maps, 1-D, uint8 or uint16. Their ids are not checked: see check_token_ids.
-    Raises ValueError, one sentence, if the folder holds no whole dataset.
+    Ids are uint8 or uint16. They are not checked: see check_token_ids. Raises ValueError, one sentence, if
+    the folder holds no whole dataset.
     """
     folder = Path(find_dataset(dataset))
     script = folder / "prepare.py"
@@ -74,15 +105,16 @@ def open_dataset(dataset: str) -> tuple[dict, dict[str, np.memmap]]:
     tokens = {}
     for split, count in counts.items():
         try:
-            tokens[split] = np.memmap(folder / f"{split}.bin", dtype, "r")
+            tokens[split] = TokenFile(folder / f"{split}.bin", dtype)
             if len(tokens[split]) != count:
                 raise ValueError(f"it holds {len(tokens[split])} tokens, and meta.json says {count}")
-        except (OSError, ValueError) as error:  # numpy cannot map an empty file
+        except (OSError, ValueError) as error:
             raise ValueError(f"{problem}: {split}.bin cannot be used ({error})") from error
     return meta, tokens
 
 
-def check_token_ids(splits: dict[str, np.ndarray], vocab_size: int, part: int = 0, parts: int = 1) -> None:
+def check_token_ids(splits: dict[str, TokenFile | np.ndarray], vocab_size: int, part: int = 0,
+                    parts: int = 1) -> None:
     """Reads one of `parts` equal shares of each split. Raises ValueError if an id is not below vocab_size."""
     for split, tokens in splits.items():
         if (largest := largest_id(tokens, part, parts)) >= vocab_size:
@@ -91,7 +123,7 @@ def check_token_ids(splits: dict[str, np.ndarray], vocab_size: int, part: int = 
                              f"{vocab_size - 1}: make it again with data/*/prepare.py")
 
 
-def largest_id(tokens: np.ndarray, part: int = 0, parts: int = 1, size: int = 1 << 24) -> int:
+def largest_id(tokens: TokenFile | np.ndarray, part: int = 0, parts: int = 1, size: int = 1 << 21) -> int:
     """Returns the largest id in one of `parts` equal shares of tokens, -1 if it is empty. It reads `size` ids
     at a time."""
     first, last = (len(tokens) * i // parts for i in (part, part + 1))

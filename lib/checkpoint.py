@@ -5,18 +5,23 @@ files as they were: training goes on.
 """
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import shutil
 
 import torch
 
+from lib import distributed
+from lib.distributed import on_all_ranks
 from lib.files import lock_out_dir, remove, rename_old_files, replace_file, write_temporary
 from lib.log import print0
 
 # what every checkpoint holds
 CONTENTS = dict(model=dict, optimizer=dict, scaler=dict, model_args=dict, config=dict, tokenizer=dict,
                 iteration=int, tokens=int, flops=float, best_val_loss=float)
+
+INIT_FROM = ("scratch", "resume", "auto")  # anything else is the path of a checkpoint
 
 
 @dataclasses.dataclass
@@ -29,6 +34,7 @@ class Progress:
     skipped: int = 0            # iterations whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     wandb_id: str | None = None
+    measured_on: str | None = None  # digest of the validation windows that best_val_loss belongs to
 
     def count(self, finite: bool) -> bool:
         """Counts an iteration: as skipped, unless it was finite. Returns finite."""
@@ -40,60 +46,146 @@ class Progress:
 class Checkpoints:
     """out_dir/ckpt.pt, the last checkpoint, and out_dir/ckpt_best.pt, the one of least validation loss.
 
-    saved_at      iteration of ckpt.pt, None before there is one
+    Rank 0 writes them, on its own node. The nodes may share out_dir or have one each, and rank 0 may be on
+    another node the next time: the first rank of every node looks for checkpoints, and the newest is that of
+    all. open() and load() are collectives, which raise ValueError on every rank or on none.
+
+    saved_at      iteration of the last checkpoint, None before there is one
+    place         where that is
+    resumes       whether the run goes on from a checkpoint with all that is in it
+    settings      the config of the checkpoint that the run started from
     saved_best    validation loss of ckpt_best.pt, inf before there is one
-    failure       why the last checkpoint could not be written, for the caller to set
+    failure       why the last checkpoint could not be written
     """
 
-    def __init__(self, out_dir: str):
-        self.out_dir = out_dir
+    def __init__(self, out_dir: str, first_of_node: bool = True):
+        self.out_dir, self.first_of_node = out_dir, first_of_node
         self.path, self.best_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ckpt_best.pt"))
         self.saved_at: int | None = None
+        self.place, self.resumes, self.settings = self.path, False, {}
         self.saved_best = math.inf
+        self.opened: tuple[str, dict | None] = (self.path, None)  # what open() has chosen, for load()
         self.failure: str | None = None
 
-    def open(self, init_from: str) -> bool:
-        """Locks out_dir; whether the run resumes what is in it. What a run from scratch finds there is
-        renamed.
+    def open(self, init_from: str) -> int | None:
+        """Finds the newest whole checkpoint of all nodes, and locks rank 0's out_dir. Returns the rank that
+        has it; None without one. A run that does not resume renames what it finds in every out_dir.
 
-        init_from: 'scratch', 'resume' or 'auto'. Raises ValueError if there is nothing to resume from, or
-        out_dir cannot be written or is locked.
+        init_from: 'scratch', 'resume', 'auto', or the path of a checkpoint whose weights the run starts from.
+        Raises ValueError if there is nothing to start from, or out_dir cannot be written or is locked.
         """
-        if init_from == "resume" and not os.path.exists(self.path):
-            read_checkpoint(self.path)  # raises the sentence that there is none
-        lock_out_dir(self.out_dir)
+        if init_from not in INIT_FROM and not os.path.isfile(init_from) and not init_from.endswith(".pt"):
+            raise ValueError(f"init_from must be {', '.join(INIT_FROM)} or the path of a checkpoint, *.pt; "
+                             f"got {init_from!r}")
         # after a restart by torchrun, this very command made what is there
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if os.path.exists(self.path) and (init_from != "scratch" or restarted):
-            return True
-        for name in rename_old_files(self.out_dir):
-            print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
-        return False
+        restarted = any(distributed.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
+        source = None
+        if init_from in ("resume", "auto") or restarted:
+            source = self._newest(self.path, needed=init_from == "resume")
+            self.resumes = source is not None
+        if source is None and init_from not in INIT_FROM:
+            source = self._newest(init_from, needed=True)
+        on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
+        if not self.resumes and self.first_of_node:
+            for name in rename_old_files(self.out_dir):
+                print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
+        return source
 
-    def load(self, model, optimizer, scaler, config, tokenizer: dict, mup: dict) -> dict:
-        """Puts ckpt.pt into model, optimizer and scaler, and returns it. Raises ValueError if it is not of
-        this run.
+    def _newest(self, path: str, needed: bool) -> int | None:
+        """The rank whose checkpoint at path is the newest whole one. ValueError if there are only broken
+        ones, or none where one is needed."""
+        checkpoint = problem = None
+        try:
+            checkpoint = read_checkpoint(path) if self.first_of_node else None
+        except ValueError as e:
+            problem = str(e)
+        report = checkpoint and checkpoint["iteration"], problem, problem is not None and os.path.exists(path)
+        iterations, problems, unreadable = zip(*distributed.gather(report))
+        source = max((rank for rank, i in enumerate(iterations) if i is not None),
+                     key=lambda rank: (iterations[rank], -rank), default=None)
+        if source is None and (needed or any(unreadable)):
+            raise ValueError(next((p for p, bad in zip(problems, unreadable) if bad), problems[0]))
+        for rank, i in enumerate(iterations):
+            if unreadable[rank] or i is not None and i < iterations[source]:
+                what = "one that cannot be read" if i is None else f"that of iteration {i}"
+                print0(f"rank {rank} has an older checkpoint, {what}: all go on from that of rank {source}")
+        self.opened = path, checkpoint if source == distributed.rank() else None
+        return source
+
+    def load(self, source: int, model, optimizer, scaler, config, tokenizer: dict, mup: dict,
+             measured_on: str, device: str) -> Progress:
+        """Puts the checkpoint that open() found on the rank `source` into model, optimizer and scaler of
+        every rank, and returns its counters. A run that does not resume takes the weights alone.
 
         config: the GPTConfig of the model. mup: the settings that learning-rate factors depend on.
+        measured_on: the digest of the validation windows; best losses of others are forgotten. Raises
+        ValueError if the checkpoint does not fit this run.
         """
-        checkpoint = read_checkpoint(self.path)
-        with contextlib.suppress(TypeError, ValueError):  # else the arguments differ, and are named
-            checkpoint["model_args"] = dataclasses.asdict(type(config)(**checkpoint["model_args"]))
-        check_checkpoint(self.path, checkpoint, model_args=dataclasses.asdict(config), tokenizer=tokenizer,
-                         config=mup, model=model)
-        restore_checkpoint(self.path, checkpoint, model, optimizer, scaler)
-        self.saved_at = checkpoint["iteration"]
-        with contextlib.suppress(ValueError):  # ckpt_best.pt is missing, or of no use
-            best = read_checkpoint(self.best_path)
-            self.saved_best = best.get("val_loss", best["best_val_loss"])
-        return checkpoint
+        path, checkpoint = self.opened
+        self.opened = path, None
+        outline = distributed.broadcast(without_values(checkpoint), source)
+        checkpoint = outline if checkpoint is None else checkpoint
+        self.place = path if source == 0 else f"{path} on the node of rank {source}"
 
-    def save(self, contents: dict, val_loss: float | None) -> None:
-        """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least. Raises OSError if it
-        cannot."""
+        def restore():
+            model_args = dataclasses.asdict(config)
+            with contextlib.suppress(TypeError, ValueError):  # else the arguments differ, and are named
+                checkpoint["model_args"] = dataclasses.asdict(type(config)(**checkpoint["model_args"]))
+            if not self.resumes:
+                checkpoint["model_args"]["dropout"] = config.dropout
+            check_checkpoint(path, checkpoint, model_args=model_args, tokenizer=tokenizer,
+                             config=mup if self.resumes else {}, model=model)
+            if self.resumes:
+                restore_checkpoint(path, checkpoint, model, optimizer, scaler)
+            else:
+                model.load_state_dict(checkpoint["model"])
+        on_all_ranks(restore)
+        progress = progress_of(checkpoint) if self.resumes else Progress()
+        state = [model.state_dict(), optimizer.state_dict(), scaler.state_dict(),
+                 dataclasses.asdict(progress)]
+        distributed.broadcast_tensors(tensors_of(state), source, device)
+        if len(set(distributed.gather(digest(state)))) > 1:
+            raise ValueError(f"the processes differ after the start from {self.place}: does every node have "
+                             "the same command, code and versions?")
+        if self.resumes:
+            self.saved_at = checkpoint["iteration"]
+            self.settings = {key: value for key, value in checkpoint["config"].items() if value is not None}
+            if "max_iters" in self.settings:  # old checkpoints lack what it stood for
+                self.settings.setdefault("lr_decay_iters", self.settings["max_iters"])
+            self._find_best(progress, measured_on)
+        return progress
+
+    def _find_best(self, progress: Progress, measured_on: str) -> None:
+        """The best losses so far, of progress and of ckpt_best.pt, as far as they were measured on the same
+        windows. A ckpt_best.pt of others is renamed."""
+        if progress.measured_on != measured_on:
+            print0(f"the best validation loss so far, {progress.best_val_loss:.4f}, was measured on other "
+                   "windows or data: it starts anew")
+            progress.best_val_loss = math.inf
+        best_loss = math.inf
+        with contextlib.suppress(ValueError):  # ckpt_best.pt is missing, or of no use
+            if self.first_of_node:
+                best = read_checkpoint(self.best_path)
+                if best.get("measured_on") == measured_on:
+                    best_loss = best.get("val_loss", best["best_val_loss"])
+                else:
+                    with contextlib.suppress(OSError):  # another node of a shared folder was first
+                        os.replace(self.best_path, self.best_path + ".old")
+        self.saved_best = min(distributed.gather(best_loss))
+
+    def save(self, contents: dict, val_loss: float | None, log) -> None:
+        """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least, after the waiting lines
+        of `log`. Where the disk does not take it, it says so, and the last checkpoint stays."""
         best = val_loss is not None and val_loss < self.saved_best
-        save_checkpoint(self.path, contents | dict(val_loss=val_loss), self.best_path if best else None)
-        self.saved_at, self.failure = contents["iteration"], None
+        try:
+            log.sync()
+            save_checkpoint(self.path, contents | dict(val_loss=val_loss), self.best_path if best else None)
+        except OSError as e:
+            self.failure = f"it could not be written: {e.strerror}"
+            print0(f"the checkpoint of iteration {contents['iteration']} could not be written "
+                   f"({e.strerror}): {self.describe()}")
+            return
+        self.saved_at, self.place, self.failure = contents["iteration"], self.path, None
         self.saved_best = val_loss if best else self.saved_best
 
     def advice(self) -> str:
@@ -103,7 +195,7 @@ class Checkpoints:
     def describe(self) -> str:
         if self.saved_at is None:
             return "there is no checkpoint yet"
-        return f"{self.path} is that of iteration {self.saved_at}"
+        return f"{self.place} is that of iteration {self.saved_at}"
 
 
 def progress_of(checkpoint: dict) -> Progress:
@@ -112,10 +204,9 @@ def progress_of(checkpoint: dict) -> Progress:
     return Progress(**{name: checkpoint[name] for name in names if name in checkpoint})
 
 
-def changed_settings(checkpoint: dict, config: dict) -> list[tuple[str, object, object]]:
+def changed_settings(before: dict, config: dict) -> list[tuple[str, object, object]]:
     """(key, value before, value now) of the settings that a resumed run changes. None in an old checkpoint is
     unknown."""
-    before = checkpoint["config"]
     return [(key, before[key], value) for key, value in config.items()
             if key not in ("init_from", "out_dir") and before.get(key) not in (None, value)]
 
@@ -154,7 +245,7 @@ def read_checkpoint(path: str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path} to resume from: use --init_from=scratch, or another "
-                         "--out_dir, and let every node see the same one") from None
+                         "--out_dir") from None
     except Exception as e:
         raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): remove it, or "
                          "put ckpt_best.pt in its place") from None
@@ -178,10 +269,10 @@ def check_checkpoint(path: str, checkpoint: dict, *, model_args: dict, tokenizer
     for what, there, here in comparisons:
         if differing := _differences(there, here):
             raise ValueError(f"{path} {what}: {differing}")
-    for key in ("mup", "mup_base_width"):
-        before = checkpoint["config"].get(key, config[key])
-        if before != config[key]:
-            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {config[key]}: a "
+    for key, value in config.items():
+        before = checkpoint["config"].get(key, value)
+        if before != value:
+            raise ValueError(f"{path} was trained with {key} = {before}, and this run has {value}: a "
                              "resumed run keeps the learning-rate factors of its parameters")
 
 
@@ -223,3 +314,47 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
         raise ValueError(f"{path} does not fit this optimizer or its scaler: {reason}") from None
     for group, values in zip(optimizer.param_groups, options):
         group.update(values)
+
+
+# ---- The same state on every rank --------------------------------------------------------------------------
+
+def tensors_of(state):
+    """The tensors in nested dicts and lists, in order."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from tensors_of(part)
+
+
+def without_values(state):
+    """Nested dicts and lists with zeros for every tensor, of its shape and dtype: one number in memory."""
+    if isinstance(state, torch.Tensor):
+        return torch.zeros((), dtype=state.dtype).expand(state.shape)
+    if isinstance(state, dict):
+        return {key: without_values(part) for key, part in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(without_values, state))
+    return state
+
+
+def digest(state) -> str:
+    """A digest of nested dicts and lists: equal for equal values and equal tensors, on whatever device."""
+    def text(part):
+        if isinstance(part, torch.Tensor):
+            return f"{part.dtype} {tuple(part.shape)} {_checksum(part)}"
+        if isinstance(part, dict):
+            return {key: text(value) for key, value in part.items()}
+        return [text(value) for value in part] if isinstance(part, (list, tuple)) else repr(part)
+    return hashlib.sha256(repr(text(state)).encode()).hexdigest()
+
+
+def _checksum(tensor: torch.Tensor, size: int = 1 << 16) -> int:
+    """A polynomial of the tensor's bits, with odd coefficients, modulo 2^64: exact on any device."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = len(data) // 8 * 8
+    coefficients = 2 * torch.arange(size, device=tensor.device) * 0x9E3779B97F4A7C1 + 1  # int64, they wrap
+    total = 0
+    for part in (*data[:whole].view(torch.int64).split(size), data[whole:].long()):
+        total = total * 0x2545F4914F6CDD1D + (part * coefficients[:len(part)]).sum().item()
+    return total % 2 ** 64

@@ -1,7 +1,8 @@
 """The ranks of a run, as torchrun starts them.
 
-connect, barrier, all_reduce_* and on_all_ranks are collectives: every rank must call them. Before connect(),
-and so without DDP, they act on this process alone.
+connect, barrier, all_reduce_*, gather, broadcast* and on_all_ranks are collectives: every rank must call
+them.
+Before connect(), and so without DDP, they act on this process alone.
 """
 import os
 import re
@@ -66,6 +67,39 @@ def all_reduce_max(x: float) -> float:
     return x
 
 
+def rank() -> int:
+    return dist.get_rank() if is_connected() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_connected() else 1
+
+
+def gather(x) -> list:
+    """[x of rank 0, x of rank 1, ...]; any Python object that can be pickled."""
+    everyone = [x] * world_size()
+    if is_connected():
+        dist.all_gather_object(everyone, x)
+    return everyone
+
+
+def broadcast(x, source: int):
+    """x of the rank `source`: any Python object that can be pickled."""
+    box = [x]
+    if is_connected():
+        dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def broadcast_tensors(tensors, source: int, device: str) -> None:
+    """Gives every tensor, in place, its value on the rank `source`, by way of the device of the backend."""
+    if is_connected():
+        for tensor in tensors:
+            sent = tensor.detach().to(device).contiguous()
+            dist.broadcast(sent, src=source)
+            tensor.detach().copy_(sent)
+
+
 def on_all_ranks(function, *args):
     """function(*args) on every rank. If it raises ValueError on one, every rank raises the first one's
     sentence."""
@@ -74,11 +108,7 @@ def on_all_ranks(function, *args):
         result = function(*args)
     except ValueError as e:
         error = str(e)
-    errors = [error]
-    if is_connected():
-        errors *= dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    for error in errors:
+    for error in gather(error):
         if error is not None:
             raise ValueError(error)
     return result

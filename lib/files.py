@@ -70,15 +70,18 @@ def _lock(path: str) -> None:
 def rename_old_files(out_dir: str) -> list[str]:
     """Renames the files of an earlier run to <name>.old, for a run from scratch. Returns the names.
 
-    A log without a training iteration is of no use to anyone, and stays to be overwritten.
+    A log without a training iteration is of no use to anyone, and stays to be overwritten. Two nodes may
+    rename the same files of a shared folder: the second one finds some of them gone.
     """
     names = ["ckpt.pt", "ckpt_best.pt", "log.jsonl"]
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
-    if names == ["log.jsonl"]:
-        with open(os.path.join(out_dir, "log.jsonl"), "rb") as f:
-            names = names if any(b'"train"' in line for line in f) else []
+    with contextlib.suppress(FileNotFoundError):
+        if names == ["log.jsonl"]:
+            with open(os.path.join(out_dir, "log.jsonl"), "rb") as f:
+                names = names if any(b'"train"' in line for line in f) else []
     for name in names:
-        os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + ".old"))
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + ".old"))
     return names
 
 

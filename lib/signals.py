@@ -21,6 +21,13 @@ class DeferredSignals:
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._handle)
 
+    def stop_deferring(self, handled: int) -> None:
+        """From here on a signal exits at once: also one that came since the caller last looked, unless it has
+        `handled` one."""
+        self.deferring = False
+        if self.received and not handled:
+            raise Stopped(128 + self.received)
+
     def _handle(self, number, frame):
         if not self.deferring:
             raise Stopped(128 + number)

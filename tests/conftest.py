@@ -208,7 +208,7 @@ def write_ids(folder, train, val):
     return folder
 
 
-VAL_TOKENS = 15 * 1329 + 33  # 16 windows of 32 + 1 tokens, spread evenly, lie 1329 tokens apart
+VAL_TOKENS = 20_000
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What small runs of train.py leave behind: read, and compared."""
 import json
+import math
 
 import numpy as np
 import pytest
@@ -49,13 +50,14 @@ def untimed(out):
     return [{k: v for k, v in p.items() if k not in timed} for p in [*steps.values(), *evals.values()]]
 
 
-def cross_entropy(checkpoint, ids):
-    """Mean cross-entropy of a checkpoint's model, in float64, over 16 windows of 32 tokens that
-    are spread evenly over the VAL_TOKENS ids."""
+def cross_entropy(checkpoint, ids, length=32, starts=None):
+    """Mean cross-entropy of a checkpoint's model, in float64, over windows of so many tokens: the first 16
+    validation windows, or those that start there."""
     gpt = GPT(GPTConfig(**checkpoint["model_args"])).double().eval()
     gpt.load_state_dict(checkpoint["model"])
-    windows = torch.tensor([list(ids[start:start + 33]) for start in range(0, len(ids) - 32, 1329)])
-    assert windows.shape == (16, 33)
+    golden = (5 ** 0.5 - 1) / 2
+    starts = starts or [math.floor(i * golden % 1 * (len(ids) - length)) for i in range(16)]
+    windows = torch.tensor([list(ids[start:start + length + 1]) for start in starts])
     with torch.no_grad():
         logits, _ = gpt(windows[:, :-1], windows[:, 1:])
     return -logits.double().log_softmax(-1).gather(-1, windows[:, 1:, None]).mean().item()

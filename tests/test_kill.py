@@ -1,16 +1,20 @@
 """Runs that are killed or end by a signal, at any moment, and go on; and kill_test.py, which does it many
 times."""
+import atexit
 import functools
 import os
 import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import model
+from data import tokenizer
+from lib.signals import DeferredSignals, Stopped
 from tests import kill_test
 from tests.conftest import PROCESSES, TINY, ForkedProgram, run_script
 from tests.runs import (assert_one_sentence, assert_same_checkpoint, assert_same_course, in_float64, load,
@@ -182,6 +186,119 @@ def test_a_signal_to_one_of_two_processes_ends_both(run, flags, trained, tmp_pat
     done = run("train.py", *flags(init_from="auto", **settings), before=in_float64)
     assert done.returncode == 0, done.stderr
     assert_same_course(tmp_path / "out", trained(**settings, before=in_float64))
+
+
+def signal_in_an_evaluation(to="0"):
+    """The process of rank `to` gets a signal in the second batch of the evaluation at iteration 10. At the
+    end each process writes how many batches it saw there."""
+    in_float64()
+    forward, calls = model.GPT.forward, []
+
+    def counted(self, *args, **options):
+        if self.training:
+            calls.append("train")
+        elif sum(c == "train" for c in calls) == int(os.environ["STEPS"]):
+            calls.append("eval")
+            if calls.count("eval") == 2 and os.environ.get("RANK", "0") == to:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args, **options)
+    model.GPT.forward = counted
+    atexit.register(lambda: Path(f"{os.environ['COUNT']}{os.environ.get('RANK', '0')}").write_text(
+        str(calls.count("eval"))))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_ends_an_evaluation(processes, run, flags, trained, tmp_path):
+    """After the batch in hand; the checkpoint is that of the iteration, whose evaluation is made again."""
+    settings = dict(n_layer=1, gradient_accumulation_steps=4, batch_size=2, eval_iters=40)
+    done = run("train.py", *flags(**settings), processes=processes, COUNT=str(tmp_path / "count"),
+               STEPS=str(40 // processes),
+               before=functools.partial(signal_in_an_evaluation, str(processes - 1)))
+    assert done.returncode == 128 + 15 and not done.stderr, done.stderr
+    for rank in range(processes):  # one more for the check of the loss before it is saved
+        assert int((tmp_path / f"count{rank}").read_text()) <= 2 + 1
+    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 10
+    assert list(read_log(tmp_path / "out")[2]) == [0, 5]
+    done = run("train.py", *flags(init_from="auto", **settings), processes=processes, before=in_float64)
+    assert done.returncode == 0, done.stderr
+    whole = trained(**settings, processes=processes, before=in_float64)
+    assert_same_checkpoint(tmp_path / "out", whole)
+    assert untimed(tmp_path / "out") == untimed(whole)
+
+
+def signal_in_a_save():
+    """A signal while the checkpoint of iteration 5 is written; `saves` has a line for each one."""
+    save = torch.save
+
+    def signalled(contents, f):
+        with open(os.environ["SAVES"], "a") as saves:
+            saves.write(f"{contents['iteration']}\n")
+        if contents["iteration"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(contents, f)
+    torch.save = signalled
+
+
+@pytest.mark.parametrize("interval", [5, 20])
+def test_a_signal_in_a_save_does_not_save_twice_nor_train_on(interval, run, flags, trained, tmp_path):
+    """In the save of an evaluation, or in one between two of them."""
+    settings = dict(checkpoint_interval=5, eval_interval=interval)
+    done = run("train.py", *flags(**settings), before=signal_in_a_save, SAVES=str(tmp_path / "saves"))
+    assert done.returncode == 128 + 15 and not done.stderr, done.stderr
+    assert (tmp_path / "saves").read_text().split() == ["0", "5"]
+    done = run("train.py", *flags(init_from="auto", **settings))
+    assert done.returncode == 0 and "at iteration 5" in done.stdout, done.stderr
+    assert_same_checkpoint(tmp_path / "out", trained(**settings))
+
+
+def signal_in_the_calibration():
+    """A signal in the third batch that balances the routers; the calls of the model are counted."""
+    forward, calls = model.GPT.forward, []
+
+    def counted(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args, **options)
+    model.GPT.forward = counted
+    atexit.register(lambda: Path(os.environ["COUNT"]).write_text(str(len(calls))))
+
+
+def test_a_signal_ends_the_calibration_of_routers(run, flags, tmp_path):
+    """At once: there is nothing yet to save."""
+    done = run("train.py", *flags("btt_moe", router_balance_rate=0.01), before=signal_in_the_calibration,
+               COUNT=str(tmp_path / "count"))
+    assert done.returncode == 128 + 15 and not done.stderr, done.stderr
+    assert (tmp_path / "count").read_text() == "3" and not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def signal_in_the_sample():
+    print_tokens = tokenizer.print_tokens
+
+    def signalled(tok, tokens):
+        os.kill(os.getpid(), signal.SIGTERM)
+        print_tokens(tok, tokens)
+    tokenizer.print_tokens = signalled
+
+
+def test_a_signal_ends_the_sample(run, flags, trained, tmp_path):
+    done = run("train.py", *flags(sample_tokens=30), before=signal_in_the_sample)
+    assert done.returncode == 128 + 15 and not done.stderr and "sample more" not in done.stdout
+    assert_same_checkpoint(tmp_path / "out", trained())
+
+
+def test_a_signal_that_nobody_handled_is_not_forgotten():
+    """One that comes between the last look at it and the end of training."""
+    signals = object.__new__(DeferredSignals)
+    signals.received, signals.deferring = 0, True
+    signals.stop_deferring(handled=0)
+    assert not signals.deferring
+    signals.deferring = True
+    signals._handle(15, None)
+    signals.stop_deferring(handled=15)
+    with pytest.raises(Stopped) as stopped:
+        signals.stop_deferring(handled=0)
+    assert stopped.value.code == 128 + 15
 
 
 # Lock

@@ -1,15 +1,21 @@
-"""One course of training, computed in other ways: another split of the batch, two processes.
+"""One course of training, computed in other ways: another split of the batch, two processes, two nodes.
 
 The runs are in float64: in float32 the rounding of another order of summation may choose other experts.
 """
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+import model
+from lib.checkpoint import digest, tensors_of
 from tests.conftest import ROOT, SMALL, THREADS
-from tests.runs import assert_same_course, in_float64, read_log
+from tests.runs import assert_one_sentence, assert_same_course, in_float64, load, read_log
 
 SHORT = dict(n_layer=1, max_iters=8, eval_interval=4, before=in_float64)
 
@@ -49,3 +55,118 @@ def test_the_documented_command(start, trained, python_text, tmp_path):
     assert os.listdir(tmp_path) == ["out-dense-quickstart"]
     assert_same_course(tmp_path / "out-dense-quickstart", trained(), tolerance=1e-4)
     assert done.stdout.count("a sample of 30 tokens") == done.stdout.count("best val loss") == 1
+
+
+# ---- Two nodes, here two folders: each rank looks into its own, and rank 0 may have been the other one -----
+
+
+def in_a_folder_of_its_own():
+    """The process is the first of its node; when it ends, it writes its weights and moments to its folder."""
+    in_float64()
+    folder = Path(os.environ["NODES"]) / os.environ["RANK"]
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    configure = model.GPT.configure_optimizers
+
+    def recorded(self, *args):
+        optimizer = configure(self, *args)
+        atexit.register(lambda: torch.save([self.state_dict(), optimizer.state_dict()["state"]], "end.pt"))
+        return optimizer
+    model.GPT.configure_optimizers = recorded
+
+
+NODES = dict(config="btt_moe", n_layer=1, gradient_accumulation_steps=4, batch_size=2, max_iters=10,
+             out_dir="out", router_balance_rate=0.01)
+
+
+@pytest.fixture
+def nodes(run, flags, tmp_path):
+    """nodes([checkpoint of rank 0 | None, of rank 1], init_from="auto", ...) -> the process of rank 0."""
+    def nodes(checkpoints, **settings):
+        for rank, checkpoint in enumerate(checkpoints):
+            if checkpoint is not None:
+                shutil.copytree(checkpoint, tmp_path / str(rank) / "out")
+        return run("train.py", *flags(**NODES | settings), processes=2, before=in_a_folder_of_its_own,
+                   NODES=str(tmp_path))
+    return nodes
+
+
+def assert_same_ends(folder):
+    ends = [load(folder / rank / "end.pt") for rank in "01"]
+    assert ends[0][0].keys() == ends[1][0].keys() and len(ends[0][1]) == len(ends[1][1]) > 0
+    for a, b in zip(*map(list, map(tensors_of, ends)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def parts(train, trained, tmp_path_factory):
+    """{n: the out_dir of that course, stopped at iteration n}; "other": of another seed, at iteration 6."""
+    folder, settings = tmp_path_factory.mktemp("parts"), {k: v for k, v in NODES.items() if k != "out_dir"}
+    settings |= dict(before=in_float64, lr_decay_iters=10)
+    parts = {n: train(folder / str(n), **settings | dict(max_iters=n)) for n in (3, 6)}
+    parts["other"] = train(folder / "other", **settings | dict(max_iters=6, seed=8))
+    parts["whole"] = trained(**settings)
+    return parts
+
+
+@pytest.mark.parametrize("first, second", [(None, 6), (3, 6), (6, None)])
+def test_the_newest_checkpoint_of_all_nodes_is_resumed(first, second, nodes, parts, tmp_path):
+    """On whichever node it lies; the end is that of one process left alone, and the same on both nodes."""
+    done = nodes([parts.get(first), parts.get(second)], init_from="auto")
+    assert done.returncode == 0 and "at iteration 6" in done.stdout, done.stderr
+    assert (f"older checkpoint, that of iteration {first}" in done.stdout) == (first == 3)
+    assert_same_ends(tmp_path)
+    whole, end = load(parts["whole"] / "ckpt.pt"), load(tmp_path / "0" / "out" / "ckpt.pt")
+    for name, weight in whole["model"].items():
+        torch.testing.assert_close(end["model"][name], weight, rtol=0, atol=1e-7, msg=name)
+    assert end["iteration"] == 10 and end["tokens"] == whole["tokens"]
+
+
+def test_two_checkpoints_of_one_iteration_do_not_let_the_nodes_diverge(nodes, parts, tmp_path):
+    done = nodes([parts[6], parts["other"]], init_from="resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_ends(tmp_path)
+
+
+def test_a_broken_checkpoint_gives_way_to_a_whole_one(nodes, parts, tmp_path):
+    shutil.copytree(parts[6], tmp_path / "0" / "out")
+    os.truncate(tmp_path / "0" / "out" / "ckpt.pt", 1000)
+    done = nodes([None, parts[3]], init_from="auto")
+    assert done.returncode == 0 and "at iteration 3" in done.stdout, done.stderr
+    assert "rank 0 has an older checkpoint, one that cannot be read" in done.stdout
+    assert_same_ends(tmp_path)
+
+
+def test_where_no_node_has_a_checkpoint_there_is_one_sentence(nodes, tmp_path):
+    assert_one_sentence(nodes([None, None], init_from="resume"), "there is no checkpoint", "scratch")
+    assert not (tmp_path / "0" / "out").exists()
+
+
+def test_a_checkpoint_of_another_model_on_the_second_node_is_one_sentence(nodes, parts):
+    assert_one_sentence(nodes([None, parts[3]], init_from="auto", n_embd=16), "n_embd = 32", "16")
+
+
+def test_a_run_from_scratch_leaves_no_checkpoint_behind_on_any_node(nodes, parts, tmp_path):
+    """A later resume would take it for its own."""
+    done = nodes([None, parts[6]], max_iters=2)
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path / "0" / "out" / "ckpt.pt")["iteration"] == 2
+    assert "ckpt.pt" not in os.listdir(tmp_path / "1" / "out")
+
+
+def test_a_digest_sees_every_bit_and_no_layout():
+    state = {"a": torch.arange(200_003.0), "b": [torch.tensor(3, dtype=torch.int32), 1.5]}
+    same = {"a": state["a"].repeat_interleave(2)[::2], "b": [torch.tensor(3, dtype=torch.int32), 1.5]}
+    assert digest(state) == digest(same)
+    seen = {digest(state)}
+    for place in (0, 1, 77_777, 200_002):
+        changed = state["a"].clone()
+        changed[place] = torch.nextafter(changed[place], torch.tensor(1e9))
+        seen.add(digest(state | {"a": changed}))
+    swapped = state["a"].clone()
+    swapped[[5, 131_077]] = swapped[[131_077, 5]]
+    for other in ({"a": swapped}, {"a": state["a"].double()}, {"b": [state["b"][0], 1.25]},
+                  {"b": [state["b"][0] + 1, 1.5]}):
+        seen.add(digest(state | other))
+    assert len(seen) == 9

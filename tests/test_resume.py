@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY, Hostile
+from tests.conftest import ROOT, SMALL, TINY, Hostile, write_ids
 from tests.runs import (assert_one_sentence, assert_same_checkpoint, cross_entropy, load, losses, read_log,
                         untimed)
 
@@ -88,6 +88,82 @@ def test_a_run_from_scratch_renames_the_files_of_an_earlier_one(train, trained, 
     assert load(out / "ckpt.pt")["iteration"] == 2 and max(read_log(out)[2]) == 2
 
 
+# Going on with something else
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """A dataset of random characters: no model of it is as good as one of text."""
+    ids = torch.randint(96, (20_000,), generator=torch.Generator().manual_seed(1)).tolist()
+    return write_ids(tmp_path_factory.mktemp("data") / "noise", ids, ids)
+
+
+def test_best_val_loss_belongs_to_the_data(trained, train, noise, tmp_path):
+    """Of other data it starts anew; the best checkpoint of the data before is kept under another name."""
+    out = tmp_path / "out"
+    shutil.copytree(trained(**SMALL), out)
+    before = (out / "ckpt_best.pt").read_bytes()
+    train(out, max_iters=25, dataset=noise, init_from="resume")
+    evals, best = losses(out)[1], load(out / "ckpt_best.pt")
+    assert evals[25] > evals[15] + 0.2  # which were measured on text
+    assert best["best_val_loss"] == load(out / "ckpt.pt")["best_val_loss"] == min(evals[20], evals[25])
+    assert best["iteration"] in (20, 25)
+    assert (out / "ckpt_best.pt.old").read_bytes() == before
+
+
+def test_best_val_loss_belongs_to_the_windows(run, flags, trained, tmp_path):
+    """Their number, not how they are batched."""
+    for name, settings, anew in (("a", dict(eval_tokens=16 * 32, batch_size=8,
+                                            gradient_accumulation_steps=1), False),
+                                 ("b", dict(eval_iters=5), True)):
+        out = tmp_path / name
+        shutil.copytree(trained(), out)
+        best = load(out / "ckpt.pt")["best_val_loss"]
+        done = run("train.py", *flags(out_dir=out, max_iters=21, lr_decay_iters=20, decay_lr=False,
+                                      learning_rate=1, init_from="resume", **settings))
+        assert done.returncode == 0, done.stderr
+        assert ("starts anew" in done.stdout) == anew
+        change = abs(load(out / "ckpt.pt")["best_val_loss"] - best)
+        assert change > 1e-4 if anew else change < 1e-5  # the last evaluation is made again
+
+
+def test_a_jump_of_the_learning_rate_is_said(run, flags, train, tmp_path):
+    """An ended run that is extended has left its cosine's end for another cosine's middle."""
+    train(tmp_path / "out", max_iters=10, learning_rate=1e-2)
+    done = run("train.py", *flags(max_iters=20, learning_rate=1e-2, init_from="resume"))
+    [line] = [line for line in done.stdout.splitlines() if "learning rate" in line]
+    # 5 of 15 decaying iterations are done: a quarter of the way from 1e-2 to 1e-3 is left behind
+    assert "iteration 10 has 0.00775" in line and "0.001" in line.split("settings")[1]
+    assert read_log(tmp_path / "out")[1][10]["lr"] == pytest.approx(7.75e-3)
+    done = run("train.py", *flags(max_iters=21, lr_decay_iters=20, learning_rate=1e-2, init_from="resume"))
+    assert done.returncode == 0 and "learning rate" not in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("config", ["dense", "btt_moe"])
+def test_a_run_from_the_weights_of_another(config, run, flags, trained, noise, tmp_path):
+    """It starts at those weights' loss, at iteration 0, with a fresh optimizer and schedule."""
+    source = trained(config, n_layer=1)
+    settings = dict(n_layer=1, max_iters=1, init_from=source / "ckpt.pt", dropout=0.1)
+    done = run("train.py", *flags(config, **settings))
+    assert done.returncode == 0 and f"weights of {source / 'ckpt.pt'}" in done.stdout, done.stderr
+    _, steps, evals = read_log(tmp_path / "out")
+    assert evals[0]["val_loss"] == pytest.approx(losses(source)[1][20], abs=1e-6)
+    assert evals[0]["tokens"] == 0 and steps[0]["lr"] == pytest.approx(3e-3 / 6)
+    end = load(tmp_path / "out" / "ckpt.pt")
+    assert end["iteration"] == 1 and all(s["step"] == 1 for s in end["optimizer"]["state"].values())
+    assert_one_sentence(run("train.py", *flags(config, **settings | dict(n_embd=16))), "n_embd", "32", "16")
+    assert_one_sentence(run("train.py", *flags(config, **settings | dict(init_from="gone/ckpt.pt"))),
+                        "there is no checkpoint gone/ckpt.pt")
+
+
+def test_a_run_may_start_from_the_weights_in_its_own_folder(train, trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained(**TINY), out)
+    before = (out / "ckpt.pt").read_bytes()
+    train(out, **TINY | {"max_iters": 0}, init_from=out / "ckpt.pt")
+    assert (out / "ckpt.pt.old").read_bytes() == before
+    assert losses(out)[1][0] == pytest.approx(losses(trained(**TINY))[1][4], abs=1e-6)
+
+
 # A checkpoint of the first version of this file format. `python train.py config/btt_moe.py --n_layer=1 ...`
 # wrote it, with the settings below. They leave device, dtype, compile, lr_decay_iters, min_lr, backend,
 # out_dir, head_aligned and weight_norm at None.
@@ -113,13 +189,16 @@ def test_a_checkpoint_of_the_first_version_resumes(run, alphabet, old_run):
              "weight_norm")
     config = load(old_run / "ckpt.pt")["config"]
     assert all(config[key] is None for key in unset) and config | V1 == config
-    before = read_log(old_run)[2][40]["val_loss"]
+    before, weights = read_log(old_run)[2][40]["val_loss"], load(old_run / "ckpt.pt")
     settings = V1 | dict(dataset=alphabet, out_dir=old_run, device="cpu", init_from="resume", max_iters=60)
     done = run("train.py", "config/btt_moe.py", *(f"--{k}={v}" for k, v in settings.items()))
     assert done.returncode == 0 and "at iteration 40" in done.stdout, done.stderr
     _, steps, evals = read_log(old_run)
     assert list(steps) == [0, 10, 20, 30, 40, 50] and list(evals) == [0, 40, 60]
-    assert evals[40]["val_loss"] == pytest.approx(before, abs=5e-3)  # a tie may choose another expert
+    ids = (alphabet / "val.bin").read_bytes()
+    starts = [i * 79 // 15 for i in range(16)]  # the validation windows of that version
+    assert cross_entropy(weights, ids, 16, starts) == pytest.approx(before, abs=5e-3)  # a tie may choose
+    assert evals[40]["val_loss"] == pytest.approx(cross_entropy(weights, ids, 16), abs=5e-3)  # another expert
     assert evals[60]["val_loss"] < before - 0.1
     assert load(old_run / "ckpt.pt")["optimizer"]["state"][0]["step"] == 60
 

@@ -102,13 +102,33 @@ def test_data_order_depends_on_seed_and_iteration_alone(places, tmp_path):
     assert places(seed=8, max_iters=1)[0] != training[:64]
 
 
-def test_evaluation_windows_are_fixed_and_evenly_spread(places):
-    """From the first window to the last that fits; neighbours are as far apart as any others, to one
-    token."""
+def test_evaluation_windows_are_fixed_and_spread(places):
+    """All that fit may be among them, and after each new one no gap is much wider than the mean gap."""
     evaluation = places()[1]
-    assert evaluation == 3 * evaluation[:32]
-    assert evaluation[0] == 0 and evaluation[31] == 96 - 32 - 1
-    assert {b - a for a, b in zip(evaluation[:31], evaluation[1:32])} == {2, 3}  # 63 / 31
+    assert evaluation == 3 * evaluation[:32] and max(evaluation) < 96 - 32
+    for n in range(1, 33):
+        sorted_places = sorted(evaluation[:n])
+        gaps = [b - a for a, b in zip(sorted_places, sorted_places[1:] + [sorted_places[0] + 64])]
+        assert max(gaps) <= 2.62 * 64 / n + 1, n  # two successive golden sections of an interval
+
+
+def test_evaluation_windows_depend_on_their_number_alone(places):
+    """Not on how they are batched, the last batch of fewer included; more windows begin with the same."""
+    settings = dict(max_iters=1, eval_tokens=20 * 32 - 5)  # 20 windows
+    windows = places(**settings)[1]
+    assert windows == 2 * windows[:20] and len(windows) == 40
+    assert places(**settings | dict(batch_size=8, gradient_accumulation_steps=8, eval_iters=7))[1] == windows
+    assert places(max_iters=1)[1][:20] == windows[:20]
+
+
+def test_batches_of_an_evaluation_do_not_change_its_loss(trained, python_text):
+    """7 windows in batches of 4, 8 or 2: the mean over windows, of the weights and of the experts' load."""
+    runs = [trained("btt_moe", n_layer=1, max_iters=1, eval_tokens=7 * 32, batch_size=size, before=in_float64,
+                    gradient_accumulation_steps=8 // size, aux_loss_weight=0) for size in (4, 8, 2)]
+    first, *others = (read_log(out)[2][0] for out in runs)
+    for other in others:
+        assert other["val_loss"] == pytest.approx(first["val_loss"], abs=1e-9)
+        assert np.allclose(other["router_load"], first["router_load"], rtol=0, atol=1e-9)
 
 
 # Waiting for the device

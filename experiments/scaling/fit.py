@@ -33,7 +33,8 @@ AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs
 PER_DECADE = 12     # budgets of a frontier
 SIZE = ("n_embd", "n_layer", "n_head")
 STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on
-COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "batch_size")    # losses compare if equal
+# losses compare if these are equal
+COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "eval_tokens", "batch_size")
 VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")    # as intended
 SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
 HUBER = 1.345       # residuals beyond so many standard deviations count less
