@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import structured
+from lib import kernels
 from structured import LayerConfig
 
 
@@ -83,13 +84,26 @@ def layer_config(config: GPTConfig, part: str) -> LayerConfig:
     return config if config.layers in ("all", part) else LayerConfig("dense", bias=config.bias)
 
 
-def apply_layer(layer: nn.Module, x: Tensor, aux: list | None) -> Tensor:
-    """layer(x). If the layer is a MoE, its Aux is appended to the list aux, where there is one."""
-    if not isinstance(layer, structured.MoE) or aux is None:
+def apply_layer(layer: nn.Module, x: Tensor, aux: list | None, logits: Tensor | None = None) -> Tensor:
+    """layer(x). If the layer is a MoE, its Aux is appended to the list aux, where there is one, and logits
+    may be those of its router."""
+    if not isinstance(layer, structured.MoE):
         return layer(x)
-    y, report = layer(x, return_aux=True)
+    if aux is None:
+        return layer(x, logits=logits)
+    y, report = layer(x, return_aux=True, logits=logits)
     aux.append(report)
     return y
+
+
+def shared_logits(layers: list[nn.Module], x: Tensor) -> list[Tensor | None]:
+    """The logits (T, E) of routers that all read x (..., d), by one product; None for each where the layers
+    have no routers, or a kernel computes the logits beside its other work."""
+    if not all(isinstance(layer, structured.MoE) for layer in layers) or kernels.computes_logits(x):
+        return [None] * len(layers)
+    routers = torch.cat([layer.router for layer in layers])  # (layers · E, d)
+    routers = routers.to(torch.promote_types(routers.dtype, torch.float32))
+    return list(kernels.router_logits(x.flatten(0, -2), routers).chunk(len(layers), dim=1))
 
 
 @contextlib.contextmanager
@@ -141,9 +155,10 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, aux: list | None, cache: KVCache | None = None) -> Tensor:
         B, T, d = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        q = self.q_norm(apply_layer(self.q, x, aux).view(heads)).transpose(1, 2)  # (B, nh, T, hs)
-        k = self.k_norm(apply_layer(self.k, x, aux).view(heads)).transpose(1, 2)
-        v = apply_layer(self.v, x, aux).view(heads).transpose(1, 2)
+        logits = shared_logits([self.q, self.k, self.v], x)
+        q = self.q_norm(apply_layer(self.q, x, aux, logits[0]).view(heads)).transpose(1, 2)  # (B, nh, T, hs)
+        k = self.k_norm(apply_layer(self.k, x, aux, logits[1]).view(heads)).transpose(1, 2)
+        v = apply_layer(self.v, x, aux, logits[2]).view(heads).transpose(1, 2)
         mask = None
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)

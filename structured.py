@@ -325,11 +325,11 @@ class Einsum(Structured):
             y = kernels.einsum(rows, *cores, self.contraction, self.b_first, experts=experts)[0]
         return self.add_bias(y.view(*x.shape[:-1], self.d_out), ends)
 
-    def mixture(self, x: Tensor, router: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, ...]:
-        """These experts with a router: x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k)."""
+    def mixture(self, x: Tensor, balance: Tensor, top_k: int, **routing) -> tuple[Tensor, ...]:
+        """These experts with a router or its logits: x (T, d_in) -> y (T, d_out), logits (T, E), chosen."""
         cores = (self.core(name) for name in self.order)
-        y, logits, chosen = kernels.einsum(x, *cores, self.contraction, self.b_first, router=router,
-                                           balance=balance, top_k=top_k)
+        y, logits, chosen = kernels.einsum(x, *cores, self.contraction, self.b_first, balance=balance,
+                                           top_k=top_k, **routing)
         if self.bias is not None:
             gates = kernels.gate_weights(logits, chosen)[..., None]  # (T, k, 1)
             y = y + (gates * self.bias[chosen]).sum(1).to(y.dtype)
@@ -470,26 +470,28 @@ class MoE(nn.Module):
         self.router = nn.Parameter(router * math.sqrt(min(d_in, num_experts)) / d_in)  # (E, d_in)
         self.register_buffer("balance", torch.zeros(num_experts))  # (E,)
 
-    def forward(self, x: Tensor, return_aux: bool = False):
-        """x (..., d_in) -> y (..., d_out), or (y, Aux)."""
+    def forward(self, x: Tensor, return_aux: bool = False, logits: Tensor | None = None):
+        """x (..., d_in) -> y (..., d_out), or (y, Aux). logits (T, E): the router's, where they are known."""
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
         router = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
         if isinstance(self.experts, Einsum) and not self.experts.plain:  # not by Einsum.forward
-            y, logits, chosen = self.experts.mixture(rows, router, self.balance, self.top_k)
+            routing = dict(router=router) if logits is None else dict(logits=logits)
+            y, logits, chosen = self.experts.mixture(rows, self.balance, self.top_k, **routing)
         else:
-            y, logits, chosen = self._dispatch(rows, router)
+            logits = kernels.router_logits(rows, router) if logits is None else logits
+            y, chosen = self._dispatch(rows, logits)
         y = y.view(*x.shape[:-1], y.shape[-1])
         return (y, self._aux(logits, chosen)) if return_aux else y
 
-    def _dispatch(self, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (T, d_in) -> y (T, d_out), logits (T, E), chosen (T, k), with rows gathered by expert."""
-        logits, chosen = kernels.route(x, router, self.balance, self.top_k)
+    def _dispatch(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """x (T, d_in), logits (T, E) -> y (T, d_out), chosen (T, k), with rows gathered by expert."""
+        chosen = kernels.choose(logits, self.balance, self.top_k)
         gates = kernels.gate_weights(logits, chosen)  # (T, k)
         order = chosen.flatten().argsort(stable=True)  # (T·k,) assignments by expert
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         rows = kernels.dispatch(x, order, place.view(chosen.shape))  # (T·k, d_in)
         y = self.experts(rows, self._counts(chosen).cumsum(0))  # (T·k, d_out)
-        return kernels.combine(y, gates, order, place), logits, chosen
+        return kernels.combine(y, gates, order, place), chosen
 
     def _counts(self, chosen: Tensor) -> Tensor:
         """Assignments to each expert: (E,)."""

@@ -253,8 +253,8 @@ def check_training_runs() -> None:
         kinds = itertools.product(("dense", "btt_moe", "moe"), (False, True)) if on_gpu else [("moe", False)]
         for structure, compiled in kinds:
             name = f"{structure} {'compiled' if compiled else 'eager'}"
-            attempt(name, check_training, name, [f"config/{structure}.py", f"--compile={compiled}", *alone],
-                    folder, [sys.executable])
+            options = [f"config/{structure}.py", f"--compile={compiled}", *alone]
+            attempt(name, check_training, name, options, folder, [sys.executable])
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         for processes in sorted({1, accumulation}):
             name = f"btt_moe with torchrun on {processes}"

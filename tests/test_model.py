@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lib import kernels
+from lib.kernels import operators
 from model import GPT, GPTConfig, _sample
 from structured import STRUCTURES, MoE, Structured
 from tests.conftest import ROOT
@@ -577,3 +579,40 @@ def test_config_errors(options, message):
 def test_structure_errors(options, message):
     with pytest.raises(ValueError, match=message):
         GPT(GPTConfig(**SMALL | options))
+
+
+@pytest.mark.parametrize("experts", [dict(struct="btt", num_experts=4), dict(struct="dense", num_experts=4),
+                                     dict(struct="btt", num_experts=4, top_k=1)])
+def test_routers_of_q_k_and_v_share_a_product(experts, monkeypatch):
+    """Where the kernel does not compute logits itself: the same loss and gradients as by three products."""
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=24, block_size=16, vocab_size=50, **experts)
+    gpt = GPT(config).double()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    idx = torch.randint(50, (3, 16))
+    products, router_logits = [], kernels.router_logits
+
+    def counted(x, router):
+        products.append(len(router))
+        return router_logits(x, router)
+
+    monkeypatch.setattr(operators, "_kernel", "torch")
+    monkeypatch.setattr(kernels, "router_logits", counted)
+    results = []
+    for own in (True, False):
+        if own:
+            monkeypatch.setattr(kernels, "computes_logits", lambda x: True)
+        else:
+            monkeypatch.setattr(kernels, "computes_logits", operators.computes_logits)
+        gpt.zero_grad()
+        products.clear()
+        _, loss, aux = gpt(idx, idx, return_aux=True)
+        (loss + aux.loss).backward()
+        results.append([loss.detach(), *(p.grad for p in gpt.parameters())])
+        assert (12 in products) == (not own)
+    for shared, alone in zip(*results):
+        torch.testing.assert_close(shared, alone, rtol=1e-9, atol=1e-12)
+    if experts.get("top_k"):
+        compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(idx, idx)[1], results[0][0])

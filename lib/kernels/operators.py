@@ -81,41 +81,47 @@ def describe_body(device_type: str, dtype: str) -> str:
     return f"c (vectors of {c_body.library(dtype).vector_bits()} bits)" if name == "c" else name
 
 
-def _body(name: str, sizes, x: Tensor, first: Tensor, *others: Tensor | None):
-    """The body of a call on these tensors; name: '', or the one to take."""
+def _body(name: str, given: bool, sizes, x: Tensor, first: Tensor, *others: Tensor | None):
+    """The body of a call on these tensors; name: '', or the one to take; given: whether logits are given."""
     if not name:
         a, b, g, d, e, f, _ = sizes
         name = body_name(x.device.type, first.dtype, a * b * g * d * e * f)
-        if name == "c" and any(t is not None and t.dtype != first.dtype for t in (x, *others)):
-            name = "torch"  # einsum.c takes one type in all
+        if name == "c" and (given or any(t is not None and t.dtype != first.dtype for t in (x, *others))):
+            name = "torch"  # einsum.c takes one type in all, and computes the logits itself
     return _bodies()[name]
 
 
-def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes):
+def computes_logits(x: Tensor) -> bool:
+    """Whether the body of a mixture that reads x would rather compute the router's logits itself (c)."""
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return body_name(x.device.type, dtype) == "c"
+
+
+def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes, given: Tensor | None):
     """y, logits and chosen of the operator's shapes and types, with nothing in them."""
     y = first.new_empty(x.shape[0], sizes[3] * sizes[4] * sizes[5])
-    if router is None:
-        return y, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
-    return (y, router.new_empty(x.shape[0], router.shape[0]),
-            x.new_empty(x.shape[0], top_k, dtype=torch.int64))
+    logits = x.new_empty(0) if router is None else router.new_empty(x.shape[0], router.shape[0])
+    routed = router is not None or given is not None
+    return y, logits, x.new_empty((x.shape[0], top_k) if routed else 0, dtype=torch.int64)
 
 
 @torch.library.custom_op("structured::einsum", mutates_args=())
 def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, balance: Tensor | None,
-            experts: Tensor | None, top_k: int, sizes: list[int], swapped: bool,
-            body: str) -> tuple[Tensor, Tensor, Tensor]:
+            experts: Tensor | None, top_k: int, sizes: list[int], swapped: bool, body: str,
+            given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not len(x):
-        return _empty_outputs(x, first, router, top_k, sizes)
-    y, logits, chosen = _body(body, sizes, x, first, second, router, balance).forward(
-        x, first, second, router, balance, experts, top_k, sizes, swapped)
-    if router is None:  # an operator returns tensors, and none of its inputs
-        return y, x.new_empty(0), x.new_empty(0, dtype=torch.int64)
-    return y, logits, chosen
+        return _empty_outputs(x, first, router, top_k, sizes, given)
+    y, logits, chosen = _body(body, given is not None, sizes, x, first, second, router, balance).forward(
+        x, first, second, router, balance, experts, top_k, sizes, swapped, *([] if given is None else [given]))
+    # an operator returns tensors, and none of its inputs
+    return (y, x.new_empty(0) if router is None else logits,
+            chosen if balance is not None else x.new_empty(0, dtype=torch.int64))
 
 
 @_einsum.register_fake
-def _(x, first, second, router, balance, experts, top_k, sizes, swapped, body):
-    return _empty_outputs(x, first, router, top_k, sizes)
+def _(x, first, second, router, balance, experts, top_k, sizes, swapped, body, given=None):
+    return _empty_outputs(x, first, router, top_k, sizes, given)
 
 
 @torch.library.custom_op("structured::einsum_backward", mutates_args=())
@@ -123,25 +129,27 @@ def _einsum_backward(dy: Tensor, dlogits: Tensor | None, x: Tensor, first: Tenso
                      router: Tensor | None, experts: Tensor | None, logits: Tensor, chosen: Tensor,
                      sizes: list[int], swapped: bool, body: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not len(x):
-        drouter = x.new_empty(0) if router is None else torch.zeros_like(router)
+        drouter = torch.zeros_like(logits if router is None else router)
         return torch.empty_like(x), torch.zeros_like(first), torch.zeros_like(second), drouter
-    if router is None:
+    given = router is None and len(logits) > 0
+    if router is None and not given:
         logits, chosen = None, experts
-    dx, dfirst, dsecond, drouter = _body(body, sizes, x, first, second, router, logits, dy).backward(
+    dx, dfirst, dsecond, drouter = _body(body, given, sizes, x, first, second, router, logits, dy).backward(
         dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped)
     return dx, dfirst, dsecond, x.new_empty(0) if drouter is None else drouter
 
 
 @_einsum_backward.register_fake
 def _(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped, body):
-    drouter = x.new_empty(0) if router is None else torch.empty_like(router)
+    drouter = torch.empty_like(logits if router is None else router)  # without either, logits are empty
     return torch.empty_like(x), torch.empty_like(first), torch.empty_like(second), drouter
 
 
 def _setup(ctx, inputs, output):
-    x, first, second, router, _, experts, _, ctx.sizes, ctx.swapped, ctx.body = inputs
+    x, first, second, router, _, experts, _, ctx.sizes, ctx.swapped, ctx.body, given = inputs
     y, logits, chosen = output
-    ctx.save_for_backward(x, first, second, router, experts, logits, chosen)
+    ctx.given = given is not None
+    ctx.save_for_backward(x, first, second, router, experts, given if ctx.given else logits, chosen)
     ctx.mark_non_differentiable(chosen)
     ctx.set_materialize_grads(False)
 
@@ -151,13 +159,14 @@ def _autograd(ctx, dy, dlogits, _):
     if router is None:
         dlogits = None
     if dy is None and dlogits is None:
-        return (None,) * 10
+        return (None,) * 11
     if dy is None:
         dy = first.new_zeros(x.shape[0], ctx.sizes[3] * ctx.sizes[4] * ctx.sizes[5])
     dlogits = None if dlogits is None else dlogits.contiguous()
     dx, dfirst, dsecond, drouter = _einsum_backward(dy.contiguous(), dlogits, *ctx.saved_tensors, ctx.sizes,
                                                     ctx.swapped, ctx.body)
-    return dx, dfirst, dsecond, None if router is None else drouter, None, None, None, None, None, None
+    return (dx, dfirst, dsecond, None if router is None else drouter, None, None, None, None, None, None,
+            drouter if ctx.given else None)
 
 
 _einsum.register_autograd(_autograd, setup_context=_setup)
@@ -179,7 +188,7 @@ def _(x_shape, first_shape, second_shape, router_shape, balance_shape, experts_s
 @register_flop_formula(torch.ops.structured.einsum_backward)
 def _(dy_shape, dlogits_shape, x_shape, first_shape, second_shape, router_shape, experts_shape, logits_shape,
       chosen_shape, sizes, *args, **kwargs) -> int:
-    top_k = chosen_shape[1] if router_shape else 1
+    top_k = chosen_shape[1] if len(chosen_shape) == 2 else 1
     router = 4 * x_shape[0] * x_shape[1] * router_shape[0] if router_shape else 0
     first, second = _product_flops(x_shape[0] * top_k, sizes)
     return router + 3 * first + 2 * second  # the first product is computed again
@@ -187,14 +196,15 @@ def _(dy_shape, dlogits_shape, x_shape, first_shape, second_shape, router_shape,
 
 def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, router: Tensor | None = None,
            balance: Tensor | None = None, top_k: int = 1, experts: Tensor | None = None,
-           body: str = "") -> tuple[Tensor, Tensor, Tensor]:
+           logits: Tensor | None = None, body: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """The einsum of two cores: x (T, d_in) -> y (T, d_out), logits, chosen. Takes part in autocast.
 
-    sizes are the seven of the contraction, swapped where B goes first. There are three kinds of call:
+    sizes are the seven of the contraction, swapped where B goes first. There are four kinds of call:
         one matrix     first (1, γ, ρφδ, α), second (1, φ, ε, γρβ): y = W x; logits and chosen are empty
         a mixture      first (E, ...), second (E, ...), router (E, d_in) and balance (E,) in at least float32:
                        y[t] = Σ_{e in chosen[t]} gate · W[e] x[t]; logits = x routerᵀ (T, E); chosen
                        (T, top_k), the largest of logits + balance; gates by routing.gate_weights
+        given logits   the same with logits (T, E), in at least float32, instead of the router
         given experts  experts (T, 1): y[t] = W[experts[t]] x[t]; logits and chosen are empty
     body: 'torch', 'c' or 'triton' to force one.
     """
@@ -203,8 +213,11 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
         x = x.to(dtype) if router is None else x  # the router sees it as it is
         first, second = first.to(dtype), second.to(dtype)
     tensors = (x.contiguous(), first.contiguous(), second.contiguous(), router, balance, experts)
+    given = None if logits is None else logits.contiguous()
     plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if plain and 0 < len(x) <= FEW:
         # a token at a time, calling an operator takes longer than its work
-        return _body(body, sizes, *tensors[:5]).forward(*tensors, top_k, sizes, swapped)
-    return _einsum(*tensors, top_k, list(sizes), swapped, body)
+        body = _body(body, given is not None, sizes, *tensors[:5])
+        return body.forward(*tensors, top_k, sizes, swapped, *([] if given is None else [given]))
+    y, logits, chosen = _einsum(*tensors, top_k, list(sizes), swapped, body, given)
+    return y, logits if given is None else given, chosen

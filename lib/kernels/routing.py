@@ -10,13 +10,9 @@ def router_logits(x: Tensor, router: Tensor) -> Tensor:
         return F.linear(x.to(router.dtype), router)
 
 
-def route(x: Tensor, router: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """x (T, d_in), router (E, d_in), balance (E,) -> logits (T, E), and the experts chosen: (T, k).
-
-    Chosen are the largest of logits + balance.
-    """
-    logits = router_logits(x, router)
-    return logits, (logits.detach() + balance).topk(top_k).indices
+def choose(logits: Tensor, balance: Tensor, top_k: int) -> Tensor:
+    """logits (T, E), balance (E,) -> the experts with the largest of logits + balance: (T, k)."""
+    return (logits.detach() + balance).topk(top_k).indices
 
 
 def gate_weights(logits: Tensor, chosen: Tensor) -> Tensor:

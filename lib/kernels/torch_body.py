@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.kernels.plan import Plan, make_plan, tile_rows
-from lib.kernels.routing import gate_weights, logits_gradient, route
+from lib.kernels.routing import choose, gate_weights, logits_gradient, router_logits
 
 
 def _first_rows(x: Tensor, tiles: int, sizes, swapped: bool) -> Tensor:
@@ -107,29 +107,34 @@ def _sum_over_choices(rows: Tensor, plan: Plan | None, gates: Tensor | None = No
     return F.embedding_bag(plan.place, rows, per_sample_weights=gates, mode="sum")
 
 
-def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
+def forward(x, first, second, router, balance, experts, top_k, sizes, swapped, logits=None):
     """See operators.einsum."""
-    logits, chosen = (None, experts) if router is None else route(x, router, balance, top_k)
+    if router is not None:
+        logits = router_logits(x, router)
+    chosen = experts if logits is None else choose(logits, balance, top_k)
     x = x.to(first.dtype)  # the router has seen it as it was
     plan = _plan(x, first, chosen)
     tiles = 1 if plan is None else len(plan.tile_expert)
     w1, w2 = _cores(plan, first, second)
     z = rows_to_z(_first_rows(_take(x, plan), tiles, sizes, swapped), w1)
     rows = _second_rows_back(z_to_rows(_z_for_second(z, sizes), w2), sizes, swapped)
-    gates = None if router is None else gate_weights(logits, chosen)
+    gates = None if logits is None else gate_weights(logits, chosen)
     return _sum_over_choices(rows, plan, gates), logits, chosen
 
 
 def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped):
-    """See operators.einsum. z is computed again: that takes less memory than to keep it."""
+    """See operators.einsum; the last result is the gradient of the router, or of logits that were given.
+
+    z is computed again: that takes less memory than to keep it.
+    """
     x_seen, x = x, x.to(first.dtype)
-    plan = _plan(x, first, experts if router is None else chosen)
+    plan = _plan(x, first, experts if logits is None else chosen)
     tiles = 1 if plan is None else len(plan.tile_expert)
     w1, w2 = _cores(plan, first, second)
     xs = _first_rows(_take(x, plan), tiles, sizes, swapped)  # (t, g, Pb, a)
     dys = _take(dy, plan)
     if plan is not None:
-        gates = dy.new_ones(plan.place.shape) if router is None else gate_weights(logits, chosen)
+        gates = dy.new_ones(plan.place.shape) if logits is None else gate_weights(logits, chosen)
         row_gate = F.pad(gates.flatten(), (0, 1)).index_select(0, plan.row_choice)  # 0 in padding rows
         dys = dys * row_gate[:, None].to(dys.dtype)
     dys = _second_rows(dys, tiles, sizes, swapped)  # (t, f, Pd, e)
@@ -140,13 +145,15 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
     dfirst = core_gradient(dz, xs, tile_expert, first)
     dx_rows = z_to_rows(dz, w1.mT)  # (t, g, Pb, a)
     dx = _sum_over_choices(_first_rows_back(dx_rows, sizes, swapped), plan)
-    if router is None:
+    if logits is None:
         return dx.to(x_seen.dtype), dfirst, dsecond, None
     # gate · its gradient is the product of a row's input with the input's gradient
     s = _first_rows_back(dx_rows * xs, sizes, swapped).sum(1, dtype=logits.dtype)[plan.place]  # (T, k)
     dlogit = logits_gradient(logits, chosen, gates, s)
     if dlogits is not None:
         dlogit = dlogit + dlogits
+    if router is None:
+        return dx.to(x_seen.dtype), dfirst, dsecond, dlogit
     drouter = dlogit.T @ x_seen.to(router.dtype)
     dx = dx.to(x_seen.dtype) + (dlogit @ router).to(x_seen.dtype)
     return dx, dfirst, dsecond, drouter

@@ -442,12 +442,13 @@ def _device(x: Tensor):
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
+def forward(x, first, second, router, balance, experts, top_k, sizes, swapped, logits=None):
     """See operators.einsum. All tensors are contiguous; the router and its logits are float32."""
     with _device(x):
-        logits, chosen = None, experts
+        chosen = experts
         if router is not None:
             logits = router_logits(x, router)
+        if logits is not None:
             chosen = torch.empty(len(x), top_k, dtype=torch.int64, device=x.device)
         x = x.to(first.dtype)  # the router has seen it as it was
         problem = _problem(len(x), top_k, first, chosen is not None, sizes, swapped)
@@ -456,15 +457,15 @@ def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
         z = rows_to_z(problem, side1, x, first, plan)
         y = z_to_rows(problem, side2, z, second, plan)
         if plan is not None:
-            y, _ = combine(plan, y, y.dtype, gated=router is not None)
+            y, _ = combine(plan, y, y.dtype, gated=logits is not None)
         return y, logits, chosen
 
 
 def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped):
-    """See operators.einsum. z is computed again: that takes less memory than to keep it."""
+    """See torch_body.backward."""
     with _device(x):
         x_seen, x = x, x.to(first.dtype)
-        chosen, gated = experts if router is None else chosen, router is not None
+        chosen, gated = experts if logits is None else chosen, logits is not None
         problem = _problem(len(x), 1 if chosen is None else chosen.shape[1], first, chosen is not None, sizes,
                            swapped)
         plan = None if chosen is None else make_plan(problem, chosen, logits, None)
@@ -476,8 +477,10 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
         dx = z_to_rows(problem, side1, dz, first, plan)
         if plan is not None:  # gate · its gradient is the product of a row's input with the input's gradient
             dx, s = combine(plan, dx, x_seen.dtype, gated=False, x=x if gated else None)
-        if router is None:
+        if not gated:
             return dx.to(x_seen.dtype), dfirst, dsecond, None
         dlogit = route_gradient(plan, logits, chosen, s, dlogits)
+        if router is None:
+            return dx, dfirst, dsecond, dlogit
         dx += (dlogit @ router).to(dx.dtype)
         return dx, dfirst, dsecond, dlogit.T @ x_seen.to(router.dtype)

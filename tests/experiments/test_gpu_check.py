@@ -20,7 +20,8 @@ def test_gpu_check(run, tmp_path):
     done = run("experiments.gpu_check", *SMALL, f"--out={tmp_path}", TRITON_INTERPRET="0")
     names, failed = read(tmp_path, done)
     assert done.returncode == 0 and not failed, done.stdout
-    for name in ("torch btt_moe 16 x 16 bfloat16: error", "torch btt_moe 16 x 8 float32: bitwise the same again",
+    for name in ("torch btt_moe 16 x 16 bfloat16: error",
+                 "torch btt_moe 16 x 8 float32: bitwise the same again",
                  "torch btt_moe 16 x 8 float32: expert without tokens", "time of btt_moe torch 16 float32",
                  "torch dense_moe 16 float32: compiled is eager", "training of moe eager",
                  "training of btt_moe with torchrun on 1"):

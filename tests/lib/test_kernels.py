@@ -275,6 +275,21 @@ def test_mixture_is_its_definition(sizes, swapped, T, E, k, balance, body):
     check_gradients(y, chosen_sum(rows, gates, chosen), (x, first, second, router), [logits], [expected])
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("T", [0, 1, 40])
+@all_experts
+def test_given_logits(sizes, T, k):
+    """The logits of a router's own product, given, and their gradient."""
+    first, second = make_cores(sizes, 3)
+    x = torch.randn(T, sizes.d_in, dtype=torch.float64, requires_grad=True)
+    router = torch.randn(3, sizes.d_in, dtype=torch.float64, requires_grad=True)
+    options = dict(balance=torch.tensor([0.3, 0, -0.1]).double(), top_k=k)
+    y, logits, chosen = operators.einsum(x, first, second, sizes, True, logits=x @ router.mT, **options)
+    expected = operators.einsum(x, first, second, sizes, True, router=router, body="torch", **options)
+    assert torch.equal(chosen, expected[2])
+    check_gradients(y, expected[0], (x, first, second, router), [logits], [expected[1]])
+
+
 @bodies
 @pytest.mark.parametrize("tokens", [0, 2, 200])
 @all_experts
@@ -589,7 +604,7 @@ def operator_arguments(sizes, kind, grad=False):
     x = torch.randn(10, sizes.d_in, requires_grad=grad)
     cores = [core.detach().requires_grad_(grad) for core in make_cores(sizes, E, torch.float32)]
     router = torch.randn(E, sizes.d_in, requires_grad=grad) if kind == "mixture" else None
-    balance = torch.randn(E) if kind == "mixture" else None
+    balance = torch.randn(E) if kind in ("mixture", "logits") else None
     experts = torch.randint(3, (10, 1)) if kind == "experts" else None
     return x, *cores, router, balance, experts, 2 if kind == "mixture" else 1, list(sizes), False
 
@@ -599,6 +614,17 @@ def backward_arguments(sizes, kind):
     y, logits, chosen = operators._einsum(*arguments, "torch")
     dlogits = torch.randn_like(logits) if kind == "mixture" else None
     return [torch.randn_like(y), dlogits, x, first, second, router, experts, logits, chosen, *rest[1:]]
+
+
+def test_operators_with_given_logits_are_well_formed():
+    x, first, second, _, balance, *rest = operator_arguments(EXPERTS[3], "logits", True)
+    logits = torch.randn(10, 3, requires_grad=True)
+    arguments = (x, first, second, None, balance, *rest[:1], 2, *rest[2:], "torch", logits)
+    torch.library.opcheck(operators._einsum, arguments)
+    y, _, chosen = operators._einsum(*arguments)
+    torch.library.opcheck(operators._einsum_backward, (
+        torch.randn_like(y), None, *(t.detach() for t in (x, first, second)), None, None, logits.detach(),
+        chosen, *rest[2:], "torch"))
 
 
 @bodies

@@ -76,6 +76,21 @@ def test_routing(T, E, k, bias):
     assert not empty or not dfirst[empty].any() and not dsecond[empty].any()  # exactly zero
 
 
+def test_given_logits():
+    """They take the place of the router, and get its gradient's first half."""
+    x, first, second, router, balance, *_ = tensors(SIZES[5], 30, 4, "mixture", torch.float32)
+    logits = x @ router.mT
+    inputs = [t.requires_grad_() for t in (x, first, second, logits)]
+    results = []
+    for body in ("triton", "torch"):
+        y, given, chosen = operators.einsum(*inputs[:3], SIZES[5], False, logits=logits, balance=balance,
+                                            top_k=2, body=body)
+        assert given is logits and chosen.shape == (30, 2)
+        results.append([y, *torch.autograd.grad((y ** 2).sum(), inputs)])
+    for actual, truth in zip(*results):
+        assert (actual - truth).norm() < 1e-5 * truth.norm()
+
+
 @pytest.mark.parametrize("T, k, E", [(50, 2, 4), (1, 1, 1), (300, 3, 5), (40, 1, 16), (7, 8, 8)])
 def test_plan_is_the_plan(T, k, E):
     """The kernels' plan is plan.make_plan's, and its gates are routing.gate_weights'."""
