@@ -98,6 +98,8 @@ if sequences_per_iter > 2 ** 20:  # every micro-step draws the starts of all of 
          f"more than the {2 ** 20} sequences that an iteration may have")
 if not out_dir.strip() or "\0" in out_dir or os.path.exists(out_dir) and not os.path.isdir(out_dir):
     fail(f"out_dir must be a folder, or a path where one can be made; got {out_dir!r}")
+if init_from not in ("scratch", "resume", "auto") and not init_from.endswith(".pt"):
+    fail(f"init_from must be scratch, resume, auto or the path of a checkpoint, *.pt; got {init_from!r}")
 
 import contextlib
 import dataclasses

@@ -187,7 +187,7 @@ def check_layer(name: str, body: str, dtype: torch.dtype) -> None:
 
 
 def time_layers(width: int, dtype: torch.dtype) -> None:
-    """Forward and backward beside nn.Linear's, in turns: medians of ratios, and GB/s of x, y and gradients."""
+    """Forward and backward beside nn.Linear's, in turns: medians of ratios, and GB/s of what has to move."""
     runs = {"nn.Linear": (nn.Linear(width, width, bias=False).to(device), "torch")}
     names = ("btt", "kronecker", "btt_moe")
     for name, body in itertools.product(names, bodies(dtype)):

@@ -113,7 +113,8 @@ def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, bal
     if not len(x):
         return _empty_outputs(x, first, router, top_k, sizes, given)
     y, logits, chosen = _body(body, given is not None, sizes, x, first, second, router, balance).forward(
-        x, first, second, router, balance, experts, top_k, sizes, swapped, *([] if given is None else [given]))
+        x, first, second, router, balance, experts, top_k, sizes, swapped,
+        *([] if given is None else [given]))
     # an operator returns tensors, and none of its inputs
     return (y, x.new_empty(0) if router is None else logits,
             chosen if balance is not None else x.new_empty(0, dtype=torch.int64))

@@ -142,10 +142,10 @@ def test_a_model_does_not_wait(kind, bodies):
     with fake_cuda(HOPPER, bodies=bodies):
         model = build(kind)
         train(model, torch.bfloat16)
-        model.eval()
         idx = torch.randint(50, (2, 8))
         with autocast():
-            model.balance_routers([(idx, idx)], rate=0.5)
+            model.balance_routers([[(idx, idx)]])
+            model.eval()
             with torch.no_grad():
                 _, loss, aux = model(idx, idx, return_aux=True)
                 assert loss.device == aux.load.device == idx.device

@@ -68,6 +68,7 @@ def test_hosts_have_a_backend_of_their_own(backend, expected, monkeypatch):
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     distributed.connect(backend)
     found = BackendConfig(dist.Backend(chosen[0])).get_device_backend_map()
     assert {device: str(found[device]) for device in expected} == expected
