@@ -94,8 +94,7 @@ if decay_lr and min_lr > learning_rate:
     fail(f"min_lr = {min_lr} must not exceed learning_rate = {learning_rate}, from which it decays")
 sequences_per_iter = gradient_accumulation_steps * batch_size
 if sequences_per_iter > 2 ** 20:  # every micro-step draws the starts of all of them
-    fail(f"gradient_accumulation_steps = {gradient_accumulation_steps} times batch_size = {batch_size} is "
-         f"more than the {2 ** 20} sequences that an iteration may have")
+    fail(f"gradient_accumulation_steps · batch_size = {sequences_per_iter} is more than {2 ** 20} sequences")
 if not out_dir.strip() or "\0" in out_dir or os.path.exists(out_dir) and not os.path.isdir(out_dir):
     fail(f"out_dir must be a folder, or a path where one can be made; got {out_dir!r}")
 if init_from not in ("scratch", "resume", "auto") and not init_from.endswith(".pt"):
@@ -214,8 +213,7 @@ def any_signal() -> int:
 
 
 def save_checkpoint(val_loss: float | None = None) -> int:
-    """Writes all that a run needs to go on; where the disk is full, the last checkpoint stays. Returns
-    any_signal()."""
+    """Writes all that a run needs to go on, if the disk takes it; returns any_signal()."""
     if master:
         contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), model_args=model_args, config=config,
@@ -274,8 +272,7 @@ def learning_rate_at(iteration: int, c: dict = config) -> float:
 
 lr, lr_before = (learning_rate_at(progress.iteration, c) for c in (config, config | checkpoints.settings))
 if not math.isclose(lr, lr_before):
-    print0(f"  the learning rate jumps: iteration {progress.iteration} has {lr:.3g}, and by the checkpoint's "
-           f"settings it would have {lr_before:.3g}")
+    print0(f"  the learning rate jumps to {lr:.3g}; by the checkpoint's settings it would be {lr_before:.3g}")
 
 
 def balance_routers() -> None:
@@ -286,15 +283,18 @@ def balance_routers() -> None:
         raw_model.balance_routers((batches.train(i, *part) for part in parts) for i in range(40))
 
 
-def train_step() -> None:
-    """One iteration, without waiting for a GPU. If the loss or the gradient norm of the global batch is not
-    finite, the parameters, the optimizer and the routers' biases stay as they were, on every rank."""
+def train_step() -> bool:
+    """One iteration, without waiting for a GPU. False, and none, if a signal comes between micro-steps. If
+    the batch's loss or gradient norm is not finite, weights, optimizer and biases stay as they were."""
     # dropout is a function of seed, iteration and rank, so that a resumed run repeats it
     state = np.random.SeedSequence((seed, progress.iteration, ddp_rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))  # 63 bits
     micro_steps = gradient_accumulation_steps // ddp_world_size
     total, router_stats = torch.zeros((), device=device), 0
     for micro_step in range(micro_steps):
+        if micro_step and any_signal():
+            optimizer.zero_grad(set_to_none=True)
+            return False
         first = (micro_step * ddp_world_size + ddp_rank) * batch_size
         X, Y = batches.train(progress.iteration, first, first + batch_size)
         # gradients are reduced over the ranks once, at the last micro-step
@@ -315,6 +315,7 @@ def train_step() -> None:
         raw_model.rebalance(router_stats[:, :-1], router_stats[:, -1], router_balance_rate * finite)
     scaler.update()  # float16: a smaller scale after gradients that are not finite
     optimizer.zero_grad(set_to_none=True)
+    return True
 
 
 @torch.no_grad()
@@ -328,15 +329,13 @@ def next_loss_is_finite() -> bool:
     return not all_reduce_max(float(not math.isfinite(loss.item())))
 
 
-def log_point(kind: str, at: Progress | None = None, **values) -> None:
+def log_point(kind: str, at: Progress = progress, **values) -> None:
     """A point of the log. Tokens and FLOPs include iteration `iter` in 'train' and 'skip', not in 'eval'."""
-    at = at or progress
     logger.log(type=kind, iter=at.iteration, tokens=at.tokens, flops=at.flops, **values)
 
 
 def evaluate_and_save() -> int:
-    """Evaluates, logs the result, and writes a checkpoint; a signal ends the evaluation. Returns
-    any_signal()."""
+    """Evaluates, logs and writes a checkpoint, unless a signal comes before that; returns any_signal()."""
     result = evaluate(model.module if ddp else model, batches,  # compiled, without DDP
                       (num_routers, router_experts), amp, any_signal)
     if result is None:
@@ -400,7 +399,8 @@ while not (stop_signal := any_signal()):
     last_report += time.perf_counter() - pause  # the time of an iteration does not include these
     if stop_signal or progress.iteration >= max_iters:
         break
-    train_step()
+    if not train_step():
+        continue
     iterations_since_report += 1
     if progress.iteration % log_interval == 0:
         read_results()

@@ -25,9 +25,9 @@ os.environ["OMP_NUM_THREADS"] = THREADS
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on CPU tensors; read when triton is imported
 
 # Long files first: one that starts last would keep one worker busy alone.
-LONG = ["test_mup.py", "test_train.py", "test_search.py", "test_compile.py", "test_processes.py",
-        "test_sweep.py", "test_search_space.py", "test_failures.py", "test_kill.py", "test_model.py",
-        "test_resume.py"]
+LONG = ["test_triton.py", "test_gpu_check.py", "test_fake_cuda.py", "test_mup.py", "test_train.py",
+        "test_search.py", "test_compile.py", "test_processes.py", "test_sweep.py", "test_search_space.py",
+        "test_failures.py", "test_kill.py", "test_model.py", "test_resume.py"]
 
 
 def pytest_collection_modifyitems(items):

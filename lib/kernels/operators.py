@@ -92,10 +92,11 @@ def _body(name: str, given: bool, sizes, x: Tensor, first: Tensor, *others: Tens
 
 
 def computes_logits(x: Tensor) -> bool:
-    """Whether the body of a mixture that reads x would rather compute the router's logits itself (c)."""
+    """Whether the body of a mixture that reads x would rather compute the router's logits itself: c, so on a
+    CPU whether or not einsum.c could be compiled. torch.compile traces this."""
     autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return body_name(x.device.type, dtype) == "c"
+    return x.device.type == "cpu" and _kernel in ("auto", "c") and dtype in (torch.float32, torch.float64)
 
 
 def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes, given: Tensor | None):

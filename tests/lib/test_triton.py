@@ -53,8 +53,8 @@ def check(sizes, swapped, T, E, k, kind, dtype, bias=0.0):
     return chosen, grads
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("number", range(len(SIZES)))
+@pytest.mark.parametrize("number, dtype", [*((n, torch.float32) for n in range(len(SIZES))),
+                                           *((n, torch.float16) for n in (0, 3, 5, 6))])
 def test_is_the_torch_body(number, dtype):
     """One matrix, given experts or a mixture; each size in both orders of x and y."""
     swapped = bool(number % 2)
@@ -127,7 +127,7 @@ def test_logits_of_nan_choose_an_expert():
 
 
 def test_runs_are_bitwise_the_same():
-    made = tensors(SIZES[1], 60, 4, "mixture", torch.float32)
+    made = tensors(SIZES[1], 20, 3, "mixture", torch.float32)
     first, again = (run(triton_body, *made, 2, SIZES[1], False) for _ in range(2))
     for a, b in zip((*first[:3], *first[3]), (*again[:3], *again[3])):
         assert torch.equal(a, b)
