@@ -55,6 +55,12 @@ def _tokens(row, row_token, T, PLANNED: tl.constexpr):
 
 
 @triton.jit
+def _work(pid, U: tl.constexpr, V: tl.constexpr, blocks: tl.constexpr):
+    """What a program is for: its tile, group, repeat and block. Programs of a tile are neighbours."""
+    return pid // (blocks * V * U), pid // (blocks * V) % U, pid // blocks % V, pid % blocks
+
+
+@triton.jit
 def rows_to_z_kernel(rows, core, z, row_token, row_gate, tile_expert, T,
                      U: tl.constexpr, V: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
                      N1: tl.constexpr, N2: tl.constexpr, Z0: tl.constexpr, Z1: tl.constexpr,
@@ -66,8 +72,7 @@ def rows_to_z_kernel(rows, core, z, row_token, row_gate, tile_expert, T,
     times their gates."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = (N + BN - 1) // BN
-    tile = pid // (blocks * V * U)
-    u, v, block = pid // (blocks * V) % U, pid // blocks % V, pid % blocks
+    tile, u, v, block = _work(pid, U, V, blocks)
     expert = 0
     if PLANNED:
         expert = tl.load(tile_expert + tile)
@@ -102,8 +107,7 @@ def z_to_rows_kernel(z, core, rows, tile_expert, T,
     """One program per tile, group, repeat and block of K. Rows are written in the order of the plan."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = (K + BK - 1) // BK
-    tile = pid // (blocks * V * U)
-    u, v, block = pid // (blocks * V) % U, pid // blocks % V, pid % blocks
+    tile, u, v, block = _work(pid, U, V, blocks)
     expert = 0
     if PLANNED:
         expert = tl.load(tile_expert + tile)
