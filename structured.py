@@ -21,7 +21,6 @@ Source: Potapczynski et al., "Searching for Efficient Linear Layers over a Conti
 Matrices" (NeurIPS 2024, arXiv 2410.02117); DYAD: Chandy et al., arXiv 2312.06881. FLOPs count 2 per
 multiply-add throughout.
 """
-import ast
 import dataclasses
 import functools
 import math
@@ -60,8 +59,9 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
     def parse(cls, value) -> "Theta":
         """A Theta from seven numbers, or from their text '0.5, 0, 0.5, 0, 0.5, 0.5, 0'. Raises ValueError."""
         try:
-            numbers = [float(n) for n in (ast.literal_eval(value) if isinstance(value, str) else value)]
-        except (ValueError, TypeError, SyntaxError):
+            text = value.strip(" ()[],").split(",") if isinstance(value, str) else value
+            numbers = [float(n) for n in text]
+        except (ValueError, TypeError):
             numbers = []
         if len(numbers) != 7:
             raise ValueError(f"theta must be seven numbers ({', '.join(INDICES)}); got {value!r}")

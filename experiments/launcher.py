@@ -20,14 +20,12 @@ from lib.log import read_log
 from lib.terminal import prepare_output
 
 TRAIN = os.path.join(HERE, "train.py")
+# read at import: Python 3.11 can fail with a SystemError where several threads parse source at once
+TRAIN_KEYS = configurator.read_keys(TRAIN)
+TRAIN_DEFAULTS = {name: key.default for name, key in TRAIN_KEYS.items()}
 # keys of train.py that change neither what is learned nor what is measured; no part of a run's name
 NO_EFFECT = ("out_dir", "init_from", "eval_interval", "checkpoint_interval", "log_interval", "sample_tokens",
              "max_skipped", "wandb_log", "wandb_project", "wandb_run_name")
-
-
-def train_defaults() -> dict:
-    """{key: default} of train.py."""
-    return {key.name: key.default for key in configurator.read_keys(TRAIN).values()}
 
 
 def split_arguments(script: str, doc: str, commands: tuple[str, ...]) -> tuple[str, list, list, list]:
@@ -46,7 +44,7 @@ def split_arguments(script: str, doc: str, commands: tuple[str, ...]) -> tuple[s
     if command != commands[0]:
         return command, [], rest, []
     files = [a for a in rest if a.strip() and not a.startswith("-")]
-    keys = set(configurator.read_keys(TRAIN)) - set(configurator.read_keys(script))
+    keys = TRAIN_KEYS.keys() - set(configurator.read_keys(script))
     of_train = [a for a in rest if a.partition("=")[0].removeprefix("--").replace("-", "_") in keys]
     return command, files, [a for a in rest if a not in files + of_train], of_train
 
@@ -117,18 +115,18 @@ def tokens_per_iter(settings: dict) -> int:
     return math.prod(settings[key] for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
 
 
-def make_run(label: str, values: dict, defaults: dict, root: str) -> Run:
+def make_run(label: str, values: dict, root: str) -> Run:
     """One point of a grid as a run: head_size, flops and evals become n_head, max_iters and eval_interval.
     Raises ValueError where no such model can be made."""
     shown = ("n_embd", "n_layer", "learning_rate", "seed")      # in every run's name
-    settings = values | {key: defaults[key] for key in shown if key not in values}
+    settings = values | {key: TRAIN_DEFAULTS[key] for key in shown if key not in values}
     head_size, budget, evals = (settings.pop(key, None) for key in ("head_size", "flops", "evals"))
     width = settings["n_embd"]
     if head_size:
         if width % head_size:
             raise ValueError(f"n_embd = {width} is no multiple of head_size = {head_size}")
         settings["n_head"] = int(width // head_size)
-    everything = defaults | settings
+    everything = TRAIN_DEFAULTS | settings
     flops_per_iter = training_flops(everything) * tokens_per_iter(everything)
     if isinstance(budget, dict):
         if width not in budget:
@@ -136,7 +134,7 @@ def make_run(label: str, values: dict, defaults: dict, root: str) -> Run:
         budget = budget[width]
     if budget:
         settings["max_iters"] = max(1, round(budget / flops_per_iter))
-    settings.setdefault("max_iters", defaults["max_iters"])
+    settings.setdefault("max_iters", TRAIN_DEFAULTS["max_iters"])
     if evals:
         settings["eval_interval"] = max(1, math.ceil(settings["max_iters"] / evals))
     return Run(label, settings, float(flops_per_iter * settings["max_iters"]), root)

@@ -6,19 +6,17 @@ import types
 
 import configurator
 from configurator import HERE, Key, nearest, show
-from experiments.launcher import TRAIN, Run, make_run, train_defaults
+from experiments.launcher import TRAIN_KEYS, Run, make_run
 
 REPLACES = dict(head_size="n_head", flops="max_iters", evals="eval_interval")   # a plan's key: what it sets
 POSITIVE = (("above", 0), ("below", 1e30))
-KEYS = configurator.read_keys(TRAIN)
+KEYS = TRAIN_KEYS | {name: Key(name, float, False, (), POSITIVE, None, "", "") for name in REPLACES}
 del KEYS["out_dir"], KEYS["init_from"]
-KEYS |= {name: Key(name, float, False, (), POSITIVE, None, "", "") for name in REPLACES}
 
 
 def expand(path: str, flags: list[str], root: str) -> list[Run]:
     """The runs of a plan, each in a folder below root, the cheapest first. flags: of train.py, for all runs.
     Later ones win: config/<label>.py, the plan, a structure's own keys, the flags. Raises ValueError."""
-    defaults = train_defaults()
     path, plan = read_plan(path)
     structures = plan.pop("structures")
     plan = check_values(path, plan)
@@ -35,7 +33,7 @@ def expand(path: str, flags: list[str], root: str) -> list[Run]:
         axes = {key: value for key, value in values.items() if isinstance(value, list)}
         for point in (dict(zip(axes, choice)) for choice in itertools.product(*axes.values())):
             try:
-                run = make_run(label, values | point, defaults, root)
+                run = make_run(label, values | point, root)
             except ValueError as e:
                 raise ValueError(f"{where}, {', '.join(f'{k} = {v}' for k, v in point.items())}: {e}") from e
             if run.name not in found or run.max_iters > found[run.name].max_iters:

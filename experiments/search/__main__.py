@@ -91,7 +91,7 @@ def check_keys() -> None:
 def shared_settings() -> dict:
     """Keys of train.py that all trials share: those that differ from its defaults, and the most important."""
     settings = configurator.configure({"__file__": launcher.TRAIN}, files + train_flags)
-    defaults = launcher.train_defaults()
+    defaults = launcher.TRAIN_DEFAULTS
     flags = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in train_flags}
     for key in points.CHOSEN:
         if key in flags or key in points.STRUCTURAL and settings[key] != defaults[key]:

@@ -10,7 +10,7 @@ import pprint
 
 import numpy as np
 
-from experiments.launcher import train_defaults
+from experiments.launcher import TRAIN_DEFAULTS
 from experiments.scaling import fit as scaling_fit
 from experiments.scaling import plot as scaling_plot
 from experiments.scaling.report import markdown_table, number, round_all, write_csv
@@ -91,7 +91,7 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of experiments.scaling, or a "
                              "folder of runs") from error
-    here = train_defaults() | settings
+    here = TRAIN_DEFAULTS | settings
     for key in scaling_fit.COMPARABLE:
         if key in measure and key in here and measure[key] != here[key]:
             raise ValueError(f"the runs in {dense!r} do not measure the same loss: {key} is {measure[key]} "

@@ -17,7 +17,7 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-from experiments.launcher import Run, make_run, tokens_per_iter, train_defaults
+from experiments.launcher import Run, make_run, tokens_per_iter
 from structured import STRUCTURES, Sizes, Theta
 
 PARTS = tuple(map(Fraction, ("0", "1/4", "1/3", "1/2", "2/3", "3/4", "1")))
@@ -212,8 +212,7 @@ class Space:
             values |= dict(rank=point.rank)
         if point.num_experts:
             values |= dict(num_experts=point.num_experts, top_k=point.top_k)
-        defaults = train_defaults()
-        runs = [make_run(point.label, values | dict(learning_rate=rate), defaults, root)
+        runs = [make_run(point.label, values | dict(learning_rate=rate), root)
                 for rate in self.learning_rates]
         if abs(runs[0].flops / self.flops - 1) > self.tolerance + 1e-9:
             raise ValueError(f"a run of {point.label} would cost {runs[0].flops:.3g} FLOPs, not "
