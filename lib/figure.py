@@ -1,7 +1,7 @@
 """How figures are drawn, by experiments and tools alike. Needs matplotlib, and imports it where it draws.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. Each curve also has a marker and a line
-style of its own, so that a grey print shows as much. Every figure is written as svg and as png.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Each curve also has a marker and a
+line style of its own, so that a grey print shows as much. Every figure is written as svg and as png.
 """
 import contextlib
 import os
