@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer import CHARACTERS, Gpt2Tokenizer
+from data.tokenizer import CHARACTERS, count_ids
 from lib.files import fsync_folder
 from lib.terminal import prepare_output
 
-DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
+DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SPLIT_SEED = 2357  # nanoGPT's, so that the validation documents of OpenWebText are the same
 FEW_TOKENS = 10_000  # fewer validation tokens than this are worth a remark
@@ -81,7 +81,7 @@ class TokenFile:
 def open_dataset(dataset: str) -> tuple[dict, dict[str, TokenFile]]:
     """Opens a dataset, given as to find_dataset: (meta, {"train": tokens, "val": tokens}).
 
-    Ids are uint8 or uint16. They are not checked: see check_token_ids. Raises ValueError, one sentence, if
+    They are not checked: see check_token_ids. Raises ValueError, one sentence, if
     the folder holds no whole dataset.
     """
     folder = Path(find_dataset(dataset))
@@ -92,8 +92,7 @@ def open_dataset(dataset: str) -> tuple[dict, dict[str, TokenFile]]:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         described, dtype = meta["tokenizer"], DTYPES[meta["dtype"]]
         counts = {split: meta[f"{split}_tokens"] for split in ("train", "val")}
-        sizes = {"gpt2": Gpt2Tokenizer.vocab_size, "char": len(described.get("characters", ""))}
-        size = sizes[described["name"]]
+        size = count_ids(described)
         if any(type(n) is not int for n in [meta["vocab_size"], *counts.values()]):
             raise TypeError("vocab_size and the numbers of tokens must be whole numbers")
         if meta["vocab_size"] != size:

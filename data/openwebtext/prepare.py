@@ -10,17 +10,17 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from data import common  # noqa: E402
-from data.tokenizer import Gpt2Tokenizer  # noqa: E402
+from data.tokenizer import TiktokenTokenizer  # noqa: E402
 
 
 def encode(batch):
-    tokenizer = Gpt2Tokenizer()  # tiktoken loads the vocabulary once in each process
+    tokenizer = TiktokenTokenizer()  # tiktoken loads the vocabulary once in each process
     return {"ids": [tokenizer.encode_ordinary(text) + [tokenizer.end_of_text] for text in batch["text"]]}
 
 
 def main():
     args = common.parse_arguments(__doc__, HERE, val_fraction=0.0005, num_proc=True)
-    tokenizer = Gpt2Tokenizer()  # before the documents: without a vocabulary there is no use in loading them
+    tokenizer = TiktokenTokenizer()  # before the documents: without a vocabulary there is no use in loading them
     with common.work_folder(args.out_dir) as work:
         documents, source = common.load_documents(args, work)
         common.write_documents(args, work, documents, tokenizer, encode, source)

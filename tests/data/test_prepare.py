@@ -183,7 +183,7 @@ def test_openwebtext(tiktoken_cache, tmp_path, num_proc):
     meta, splits = read(out)
     assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ({"name": "gpt2"}, 50257, "uint16")
 
-    gpt2 = tokenizer.Gpt2Tokenizer()
+    gpt2 = tokenizer.TiktokenTokenizer()
     train, val = (documents_of(gpt2, splits[split]) for split in ("train", "val"))
     expected = held_out(5, len(TEXTS))  # the ceiling of 0.1 * 44
     assert set(val) == {TEXTS[i] for i in expected} and len(val) == 5
@@ -198,7 +198,7 @@ def test_openwebtext_holds_out_a_two_thousandth(tiktoken_cache, tmp_path):
     texts = [f"{i}" for i in range(2001)]
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
     prepared("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1)
-    val = documents_of(tokenizer.Gpt2Tokenizer(), read(tmp_path / "out")[1]["val"])
+    val = documents_of(tokenizer.TiktokenTokenizer(), read(tmp_path / "out")[1]["val"])
     assert set(val) == {texts[i] for i in held_out(2, 2001)}
 
 
@@ -218,7 +218,7 @@ def test_openwebtext_of_txt_jsonl_parquet_and_a_folder(tiktoken_cache, tmp_path)
     sources = [folder, tmp_path / "three.parquet"]
     prepared("openwebtext", "--source", *sources, "--text-field", "body", "--out-dir", out, "--num-proc", 1)
     meta, splits = read(out)
-    found = documents_of(tokenizer.Gpt2Tokenizer(), splits["train"] + splits["val"])
+    found = documents_of(tokenizer.TiktokenTokenizer(), splits["train"] + splits["val"])
     assert sorted(found) == ["fifth", "fourth", "one document\n\nof two paragraphs", "second", "third"]
     assert meta["source"]["documents"] == 5
 
@@ -506,15 +506,15 @@ def test_a_kill_at_any_step_leaves_no_broken_dataset(first_dataset, tmp_path):
 TOKENIZE = f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-from data.tokenizer import Gpt2Tokenizer
-left, encode = int(sys.argv[1]), Gpt2Tokenizer.encode_ordinary
+from data.tokenizer import TiktokenTokenizer
+left, encode = int(sys.argv[1]), TiktokenTokenizer.encode_ordinary
 def encode_ordinary(self, text):
     global left
     left -= 1
     if not left:
         os._exit(9)
     return encode(self, text)
-Gpt2Tokenizer.encode_ordinary = encode_ordinary
+TiktokenTokenizer.encode_ordinary = encode_ordinary
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -533,7 +533,7 @@ def test_killed_while_it_tokenizes(tiktoken_cache, tmp_path):
     prepared("openwebtext", *command[1:])
     meta, splits = read(out)
     assert meta["source"]["documents"] == 1_300
-    assert documents_of(tokenizer.Gpt2Tokenizer(), splits["val"])[0].startswith("text ")
+    assert documents_of(tokenizer.TiktokenTokenizer(), splits["val"])[0].startswith("text ")
     assert not (out / "prepare.tmp").exists()
 
 

@@ -48,21 +48,21 @@ def test_char_tokenizer_needs_distinct_characters(chars):
 
 
 def test_gpt2_known_ids(tiktoken_cache):
-    gpt2 = tokenizer.Gpt2Tokenizer()
+    gpt2 = tokenizer.TiktokenTokenizer()
     assert gpt2.vocab_size == 50257 and gpt2.end_of_text == 50256
     assert gpt2.encode("Hello world") == gpt2.encode_ordinary("Hello world") == [15496, 995]
     assert gpt2.decode([15496, 995, 50256]) == "Hello world<|endoftext|>"
 
 
 def test_gpt2_end_of_text_is_special_in_prompts_alone(tiktoken_cache):
-    gpt2 = tokenizer.Gpt2Tokenizer()
+    gpt2 = tokenizer.TiktokenTokenizer()
     assert gpt2.encode("<|endoftext|>Hello") == [50256, 15496]
     assert 50256 not in gpt2.encode_ordinary("<|endoftext|>")
     assert gpt2.decode(gpt2.encode_ordinary("<|endoftext|>")) == "<|endoftext|>"
 
 
 def test_gpt2_decoder_never_gives_half_a_character(tiktoken_cache):
-    gpt2 = tokenizer.Gpt2Tokenizer()
+    gpt2 = tokenizer.TiktokenTokenizer()
     text = "naïve 漢字 🙂🏴‍☠️ ok\n"
     ids = gpt2.encode(text)
     assert any("\ufffd" in gpt2.decode([i]) for i in ids)  # some tokens end inside a character
@@ -74,14 +74,14 @@ def test_gpt2_decoder_never_gives_half_a_character(tiktoken_cache):
 
 
 def test_gpt2_decoder_flushes_an_unfinished_character(tiktoken_cache):
-    gpt2 = tokenizer.Gpt2Tokenizer()
+    gpt2 = tokenizer.TiktokenTokenizer()
     decode = gpt2.decoder()
     assert decode(gpt2.encode("🙂")[0]) == ""
     assert decode.flush() == "\ufffd"
 
 
 def test_gpt2_refuses_ids_of_a_padded_vocabulary(tiktoken_cache):
-    gpt2 = tokenizer.Gpt2Tokenizer()
+    gpt2 = tokenizer.TiktokenTokenizer()
     with pytest.raises(ValueError, match="50257"):
         gpt2.decode([50257])
     with pytest.raises(ValueError, match="50300"):
@@ -89,7 +89,7 @@ def test_gpt2_refuses_ids_of_a_padded_vocabulary(tiktoken_cache):
 
 
 def test_meta_round_trip(tiktoken_cache):
-    for made in (tokenizer.CharTokenizer("ab\n"), tokenizer.Gpt2Tokenizer()):
+    for made in (tokenizer.CharTokenizer("ab\n"), tokenizer.TiktokenTokenizer()):
         again = tokenizer.from_meta(json.loads(json.dumps({"tokenizer": made.to_meta()})))
         assert type(again) is type(made) and again.to_meta() == made.to_meta()
         assert again.encode("ab\n") == made.encode("ab\n")
