@@ -12,7 +12,7 @@ Every tokenizer has
     decoder(after)  -> a function of one id at a time; `after` are the ids that come before the first
     to_meta()       -> a JSON object that describes it
 
-meta.json and every checkpoint hold that object under "tokenizer", and from_meta() makes the tokenizer from it.
+meta.json and every checkpoint hold that object under "tokenizer", and from_meta() makes the tokenizer of it.
 """
 import codecs
 import functools
@@ -121,8 +121,8 @@ class CharTokenizer:
         for first in range(0, len(text), size := 1 << 20):  # a text may fill much of the memory
             part = self.table[code_points(text[first:first + size])]
             if part.min() < 0:
-                raise ValueError(f"the character {text[first + int(part.argmin())]!r} is not in the vocabulary "
-                                 f"of {self.vocab_size}")
+                char = text[first + int(part.argmin())]
+                raise ValueError(f"the character {char!r} is not in the vocabulary of {self.vocab_size}")
             ids[first:first + size] = part
         return ids
 
@@ -141,8 +141,9 @@ class CharTokenizer:
         return Decoder(lambda i: self._char(i).encode("utf-8"))
 
     def to_meta(self) -> dict:
-        options = {"unknown": self.unknown, "normalization": self.normalization}
-        return {"name": "char", "characters": self.chars} | {k: v for k, v in options.items() if v is not None}
+        meta = {"name": "char", "characters": self.chars, "unknown": self.unknown,
+                "normalization": self.normalization}
+        return {key: value for key, value in meta.items() if value is not None}
 
     def _char(self, i: int) -> str:
         if not 0 <= i < self.vocab_size:
@@ -167,8 +168,8 @@ class TiktokenTokenizer:
         try:
             self.bpe = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:
-            raise OSError(f"the vocabulary {name} could not be downloaded ({type(error).__name__}): connect to "
-                          "the network once, or set TIKTOKEN_CACHE_DIR to tiktoken's cache") from error
+            raise OSError(f"the vocabulary {name} could not be downloaded ({type(error).__name__}): connect "
+                          "to the network once, or set TIKTOKEN_CACHE_DIR to tiktoken's cache") from error
         self.name, self.vocab_size, self.dtype = name, self.bpe.n_vocab, smallest_dtype(self.bpe.n_vocab)
         self.end_of_text = self.start = self.bpe.eot_token
 
