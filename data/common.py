@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer import Tokenizer, count_ids
+from data.tokenizer import Tokenizer, count_ids, without_half_characters
 from lib.files import fsync_folder
 from lib.terminal import prepare_output
 
@@ -297,7 +297,7 @@ def _json_field(line: str, field: str, number: int) -> str:
         raise ValueError(f"line {number} is not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise ValueError(f"line {number} has no string field {field!r} (see --text-field)")
-    return row[field]
+    return without_half_characters(row[field])
 
 
 def read_hub(args: argparse.Namespace) -> Iterator[tuple[str, str]]:

@@ -39,6 +39,12 @@ def smallest_dtype(vocab_size: int) -> str:
     return next(f"uint{bits}" for bits in (8, 16, 32) if vocab_size <= 2 ** bits)
 
 
+def without_half_characters(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs. JSON and command lines may hold them, UTF-8 does
+    not."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class Decoder:
     """Decodes one token at a time, for text that is printed while it is generated.
 
@@ -243,8 +249,7 @@ class FileTokenizer:
 
     def _encode(self, text: str, special_as_text: bool) -> list[int]:
         self.tokenizer.encode_special_tokens = special_as_text
-        text = text.encode("utf-8", "replace").decode()  # the library refuses halves of surrogate pairs
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(without_half_characters(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids. Raises ValueError if one is outside the vocabulary."""
