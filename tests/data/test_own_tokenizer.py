@@ -8,7 +8,8 @@ import torch
 
 import model
 from data import tokenizer
-from tests.conftest import SMALL, TINY
+from tests.conftest import ROOT, SMALL, TINY
+from tests.test_readme import blocks
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +52,14 @@ def test_a_run_and_its_sample(run, words, tmp_path):
                "--max_new_tokens=3", "--device=cpu")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout == words.decode(ids, skip_special_tokens=False) + "\n"
+
+
+def test_the_tokenizer_that_the_docs_train(tmp_path, monkeypatch):
+    example, _ = blocks((ROOT / "docs" / "data.md").read_text(encoding="utf-8"), "python")
+    text = "κόσμε, e\N{COMBINING ACUTE ACCENT} 漢字 🙂\r\n\tκόσμε"
+    (tmp_path / "my.txt").write_bytes(text.encode() * 9)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/data.md", "exec"), {})
+    tok = tokenizer.from_name("my.json")
+    assert tok.decode(tok.encode(text)) == text and len(tok.encode(text)) < 20
+    assert tok.decode([tok.end_of_text]) == "<|endoftext|>"
