@@ -43,6 +43,7 @@ import math
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from data import tokenizer
@@ -79,7 +80,7 @@ del checkpoint
 model.eval().to(device)
 
 block_size = model.config.block_size
-end_of_text = getattr(tok, "end_of_text", None) if stop_at_end else None
+end_of_text = tok.end_of_text if stop_at_end else None
 
 # ---- Texts, and their tokens -------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ def encode(text: str, what: str, function=tok.encode) -> list[int]:
 # ---- The loss of a text ------------------------------------------------------------------------------------
 
 def evaluate_text() -> None:
-    """Prints the model's cross-entropy on the file `eval`. The first token is context alone."""
+    """Prints the model's cross-entropy on the file `eval`, as a new text, after tok.start."""
     longest = window or block_size
     step = stride or max(1, longest // 2)
     if longest > block_size:
@@ -128,26 +129,28 @@ def evaluate_text() -> None:
     if step > longest:
         fail(f"stride = {step} must not exceed window = {longest}: tokens in between would not be scored")
     text = read_text(eval, "text", newline="")  # every byte counts
-    ids = encode(text, "text", getattr(tok, "encode_ordinary", tok.encode))
-    if len(ids) < 2:
-        fail(f"the text {eval} has {len(ids)} token(s): a loss needs two, one of them to begin with")
-    count = len(ids) - 1
-    size = len(text.encode()) - len(tok.decoder().token_bytes(ids[0]))
-    nats = score_text(model, torch.tensor(ids, device=device), longest, step, batch_size, amp)
-    print(f"{eval}: {count:,} tokens of {size:,} bytes, each after at least {longest - step + 1:,} tokens "
-          "or from the beginning of the text")
+    ids = np.array(encode(text, "text", tok.encode_ordinary), np.int64)
+    count, size = len(ids), len(text.encode())
+    if not count:
+        fail(f"the text {eval} is empty: there is nothing to score")
+    ids = torch.from_numpy(np.insert(ids, 0, tok.start)).to(device)
+    nats = score_text(model, ids, longest, step, batch_size, amp)
+    print(f"{eval}: {count:,} tokens of {size:,} bytes, each after {longest - step + 1:,} tokens or more, or "
+          "after all that there are")
+    if getattr(tok, "unknown", None) is not None and (unknown := (ids[1:] == tok.ids[tok.unknown]).sum()):
+        print(f"{unknown:,} of them are the unknown mark: the loss does not tell those characters apart")
     print(f"{nats / count:.4f} nats per token, perplexity {math.exp(min(700, nats / count)):.4f}, "
           f"{nats / math.log(2) / size:.4f} bits per byte")
 
 # ---- Samples -----------------------------------------------------------------------------------------------
 
 class Continuation:
-    """The text that follows a prompt, from the tokens of its row in a batch."""
+    """The text that follows a prompt, from the tokens of its row in a batch, whose first ones are its own."""
 
-    def __init__(self, unread: int):
+    def __init__(self, prompt: list[int], unread: int):
         self.unread = unread  # tokens of the prompt that come before its continuation
         self.left = max_new_tokens  # 0 where the text has ended
-        self.decode, self.before_stop = tok.decoder(), StopText(stop)
+        self.decode, self.before_stop = tok.decoder(after=prompt), StopText(stop)
 
     def add(self, token: int) -> str:
         """The text that this token completes."""
@@ -174,7 +177,7 @@ def continuations(batch: list[list[int]]) -> Iterator[list[str]]:
     shortest, longest = min(map(len, batch)), max(map(len, batch))
     padded = [ids + [-1] * (longest - len(ids)) for ids in batch]
     idx, known = torch.tensor(padded, device=device).split([shortest, longest - shortest], dim=1)
-    rows = [Continuation(len(ids) - shortest) for ids in batch]
+    rows = [Continuation(ids, len(ids) - shortest) for ids in batch]
     with amp:
         for tokens in model.stream(idx, longest - shortest + max_new_tokens, temperature, top_k, top_p,
                                    known=known):
