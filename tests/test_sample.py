@@ -123,7 +123,7 @@ def test_seed_and_number_of_samples(sample):
     assert "----" not in sample(start="import ", top_k=5) and set(text) <= set(CHARACTERS)
 
 
-def test_top_k_and_temperature(run, tmp_path):
+def test_top_k_top_p_and_temperature(tmp_path):
     """A model that gives a, b, c and d 4, 3, 2 and 1 times the odds of the next, e none to speak of."""
     config = dict(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=4)
     gpt = model.GPT(model.GPTConfig(**config))
@@ -140,14 +140,14 @@ def test_top_k_and_temperature(run, tmp_path):
                tmp_path / "ckpt.pt")
 
     def shares(**settings):
-        settings = dict(out_dir=tmp_path, start="a", max_new_tokens=3000, device="cpu", temperature=1,
-                        top_k=None) | settings
-        done = run("sample.py", *(f"--{k}={v}" for k, v in settings.items()))
-        assert done.returncode == 0, done.stderr
-        return [done.stdout[1:].count(c) / 3000 for c in "abcd"]
+        settings = dict(out_dir=tmp_path, start="a", max_new_tokens=3000, temperature=1, top_k=None) | settings
+        printed, error = here(**settings)
+        assert not error
+        return [printed[1:].count(c) / 3000 for c in "abcd"]
 
     assert shares() == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.04)
     assert shares(top_k=2) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.04)
+    assert shares(top_p=0.6) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.04)
     assert shares(temperature=0.5) == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30], abs=0.04)
 
 
@@ -172,7 +172,7 @@ def greedy(path, prompt, count):
     return text
 
 
-PROMPTS = ["def ", "    for name in sorted(self._names):", "return x", "import os"]
+PROMPTS = ["def ", "    for name in sorted(self._names): x", "return x", "import os"]
 
 
 def test_a_file_of_prompts(sample, out, tmp_path):
