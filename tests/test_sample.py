@@ -183,6 +183,22 @@ def test_a_file_of_prompts(sample, out, tmp_path):
                            for i, prompt in enumerate(PROMPTS, 1))
 
 
+def test_prompts_beyond_the_block_go_on_as_alone(tmp_path):
+    """By a model of random weights, whose next token depends on all that it sees."""
+    torch.manual_seed(2)
+    config = dict(block_size=16, vocab_size=96, n_layer=2, n_head=2, n_embd=32)
+    gpt = model.GPT(model.GPTConfig(**config))
+    for p in gpt.parameters():
+        p.data.normal_(std=0.5)
+    torch.save({"model": gpt.state_dict(), "model_args": config,
+                "tokenizer": {"name": "char", "characters": CHARACTERS}}, tmp_path / "ckpt.pt")
+    prompts, settings = [*PROMPTS, "x" * 21], dict(out_dir=tmp_path, temperature=0, max_new_tokens=20)
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    printed, error = here(prompts=tmp_path / "prompts.txt", **settings)
+    alone = [here(start=prompt, **settings)[0] for prompt in prompts]
+    assert not error and re.split(r"---- prompt \d of 5\n", printed) == ["", *alone]
+
+
 def test_a_jsonl_file_of_prompts_and_several_samples(sample, out, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(json.dumps("a\n\nb") + "\n\n" + json.dumps("class ") + "\n")
     text = sample(prompts=tmp_path / "prompts.jsonl", num_samples=2, temperature=0, max_new_tokens=9)
