@@ -11,9 +11,9 @@ MIN_COUNT = {"--min-count": {"type": int, "metavar": "N", "help":
              "characters that occur fewer times become one unknown mark (default: 1, none)"}}
 
 
-def is_plain(text: str) -> bool:
-    """Whether a text has no character but the newline and the 95 printable ones of ASCII."""
-    return text.isascii() and not text.encode().translate(None, CHARACTERS.encode())
+def is_plain(text: str | None) -> bool:
+    """Whether a text has characters, and none but the newline and the 95 printable ones of ASCII."""
+    return bool(text) and text.isascii() and not text.encode().translate(None, CHARACTERS.encode())
 
 
 def count_characters(batch: dict) -> dict:
@@ -55,8 +55,8 @@ def write_characters(args: argparse.Namespace, work: Path, plain: bool = False) 
     documents, source = common.load_documents(args, work, nfc=not plain)
     if plain:
         found = len(documents)
-        documents = documents.filter(is_plain, input_columns="text", num_proc=args.num_proc,
-                                     desc="leaving out other characters")
+        documents = documents.filter(lambda batch: list(map(is_plain, batch["text"])), batched=True,
+                                     num_proc=args.num_proc, desc="leaving out other characters")
         left_out = found - len(documents)
         print(f"{found:,} documents, {left_out:,} left out for a character outside the 96")
         if not documents:

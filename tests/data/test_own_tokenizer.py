@@ -33,7 +33,8 @@ def test_a_run_and_its_sample(run, words, tmp_path):
         part.astype("<u4").tofile(tmp_path / "data" / f"{split}.bin")
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
     settings = SMALL | TINY | dict(dataset=tmp_path / "data", out_dir=tmp_path / "out", sample_tokens=2,
-                                   max_iters=30, eval_interval=30, learning_rate=0.1)
+                                   max_iters=8, warmup_iters=0, gradient_accumulation_steps=1,
+                                   learning_rate=0.3)
     flags = [f"--{key}={value}" for key, value in settings.items()]
     done = run("train.py", "config/dense.py", "config/quickstart.py", *flags)
     assert done.returncode == 0 and not done.stderr, done.stderr

@@ -17,6 +17,7 @@ import pytest
 
 from data import tokenizer
 from data import common
+from data.characters import is_plain
 
 ROOT = Path(__file__).resolve().parents[2]
 PRINTABLE = "\n" + bytes(range(32, 127)).decode("ascii")
@@ -194,15 +195,15 @@ def test_openwebtext(tiktoken_cache, tmp_path, num_proc):
     assert not (out / "prepare.tmp").exists()
 
 
-def test_openwebtext_holds_out_a_two_thousandth(tiktoken_cache, tmp_path):
+def test_openwebtext_holds_out_a_two_thousandth(prepare_here, tiktoken_cache, tmp_path):
     texts = [f"{i}" for i in range(2001)]
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
-    prepared("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1)
+    prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1)
     val = documents_of(tokenizer.TiktokenTokenizer(), read(tmp_path / "out")[1]["val"])
     assert set(val) == {texts[i] for i in held_out(2, 2001)}
 
 
-def test_openwebtext_of_txt_jsonl_parquet_and_a_folder(tiktoken_cache, tmp_path):
+def test_openwebtext_of_txt_jsonl_parquet_and_a_folder(prepare_here, tiktoken_cache, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -216,7 +217,8 @@ def test_openwebtext_of_txt_jsonl_parquet_and_a_folder(tiktoken_cache, tmp_path)
     pyarrow.parquet.write_table(table, tmp_path / "three.Parquet")
     out = tmp_path / "out"
     sources = [folder, tmp_path / "three.Parquet"]
-    prepared("openwebtext", "--source", *sources, "--text-field", "body", "--out-dir", out, "--num-proc", 1)
+    prepare_here("openwebtext", "--source", *sources, "--text-field", "body", "--out-dir", out,
+                 "--num-proc", 1)
     meta, splits = read(out)
     found = documents_of(tokenizer.TiktokenTokenizer(), splits["train"] + splits["val"])
     assert sorted(found) == ["fifth", "fourth", "one document\n\nof two paragraphs", "second", "third"]
@@ -232,7 +234,8 @@ def test_openwebtext_with_a_tokenizers_file(prepare_here, tmp_path, num_proc):
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(["<end>"])  # 70,000
-    made.save(str(tmp_path / "words.json"))
+    made.enable_truncation(9)  # is not used, and stays in the file
+    made.save(str(tmp_path / "words.json"), pretty=False)
     texts = ["漢 w7\tκόσμε", "w65535 <end>\r\nnothing"]
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
     prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", num_proc,
@@ -275,6 +278,12 @@ def test_one_document_is_cut_in_two(prepare_here, tiktoken_cache, tmp_path, name
     end = "<|endoftext|>" if name == "openwebtext" else "\n"
     train, val = (made.decode(splits[split]).removesuffix(end) for split in ("train", "val"))
     assert train + val == text and len(val) == 105
+
+
+@pytest.mark.parametrize("text", ["", None, "caf\xe9", "\t"])
+def test_a_text_that_is_left_out(text):
+    """Of OpenWebText and of Python's sources; rows of the hub may be empty."""
+    assert not is_plain(text) and is_plain(PRINTABLE)
 
 
 def test_openwebtext_char(prepare_here, tmp_path, capsys):
