@@ -99,7 +99,7 @@ def read_prompts(path: str) -> list[str]:
     lines = [(number, line) for number, line in lines if line.strip()]
     if not lines:
         fail(f"the file of prompts {path} holds no prompt")
-    if not path.endswith(".jsonl"):
+    if not path.lower().endswith(".jsonl"):
         return [line for _, line in lines]
     found = []
     for number, line in lines:

@@ -125,8 +125,9 @@ def measured_on(start: dict) -> dict:
     config = start["config"]
     tokens, block_size = config.get("eval_tokens"), config["block_size"]
     windows = -(-tokens // block_size) if tokens else config["eval_iters"] * config["batch_size"]
-    return {"dataset": config["dataset"], "vocabulary": start.get("model_args", {}).get("vocab_size"),
-            "block_size": block_size, "validation windows": windows}
+    found = {"dataset": config["dataset"], "vocabulary": start.get("model_args", {}).get("vocab_size"),
+             "block_size": block_size, "validation windows": windows}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 # ---- What differs ------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def remarks(runs: list[Run]) -> list[str]:
     """What a reader must know before comparing the losses."""
     notes = []
     for key in different([run.measured for run in runs]):
-        values = ", ".join(f"{run.measured[key]} ({run.label})" for run in runs)
+        values = ", ".join(f"{run.measured[key]} ({run.label})" for run in runs if key in run.measured)
         notes.append(f"these validation losses do not measure the same, compare them with care: {key} is "
                      + values)
     return notes
@@ -262,6 +263,9 @@ def draw(runs: list[Run], folder: str) -> None:
 def compare(places: list[str]) -> None:
     """Prints the tables and writes the figure. Raises ValueError for a place without a run."""
     runs = [read_run(place) for place in places]
+    if len({run.name for run in runs}) < len(runs):
+        for run, place in zip(runs, places):
+            run.name = place
     name_runs(runs)
     print(overview(runs))
     for note in remarks(runs):

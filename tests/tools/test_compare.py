@@ -175,6 +175,13 @@ def test_the_figure_has_four_panels_and_every_label(two, tmp_path, monkeypatch):
     assert (tmp_path / "figures" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_the_same_folder_name(tmp_path, capsys, no_figure):
+    """And of the same settings: their paths tell them apart."""
+    places = [write(tmp_path / folder / "out", start(), evaluation(0, 4.0)) for folder in ("a", "b")]
+    compare.compare(places)
+    assert [row[0] for row in tables(capsys.readouterr().out)[0]] == places
+
+
 def test_without_matplotlib_the_table_is_there(two, tmp_path, capsys, monkeypatch):
     real = builtins.__import__
 
