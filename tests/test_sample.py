@@ -140,8 +140,8 @@ def test_top_k_top_p_and_temperature(tmp_path):
                tmp_path / "ckpt.pt")
 
     def shares(**settings):
-        settings = dict(out_dir=tmp_path, start="a", max_new_tokens=3000, temperature=1, top_k=None) | settings
-        printed, error = here(**settings)
+        settings = dict(out_dir=tmp_path, start="a", temperature=1, top_k=None) | settings
+        printed, error = here(max_new_tokens=3000, **settings)
         assert not error
         return [printed[1:].count(c) / 3000 for c in "abcd"]
 

@@ -30,7 +30,7 @@ out: str = "out-compare"        # folder of the figure
 
 AXES = {"iter": "iterations", "tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds"}
 # keys that change no result
-NO_EFFECT = ("out_dir", "init_from", "eval_interval", "checkpoint_interval", "log_interval", "sample_tokens",
+NO_EFFECT = ("out_dir", "eval_interval", "checkpoint_interval", "log_interval", "sample_tokens",
              "max_skipped", "wandb_log", "wandb_project", "wandb_run_name", "eval_iters", "eval_tokens",
              "backend")
 
@@ -72,7 +72,7 @@ def read_run(place: str) -> Run:
             loss = point["val_loss" if point["type"] == "eval" else "loss"]
             curves[point["type"]].append(dict(iter=done, tokens=tokens, seconds=clock(done), loss=loss,
                                               flops=point.get("flops", tokens * per_token)))
-        return Run(name, settings_of(starts[-1]), measured_on(starts[-1]), starts[-1]["config"]["max_iters"],
+        return Run(name, settings_of(starts), measured_on(starts[-1]), starts[-1]["config"]["max_iters"],
                    *([p for p in curve if p["loss"] is not None and math.isfinite(p["loss"])]
                      for curve in curves.values()))
     except (KeyError, TypeError, AttributeError) as e:
@@ -108,9 +108,13 @@ def make_clock(points: list[dict]) -> Callable[[int], float]:
                                     + max(0, iterations - done[-1]) * rates[-1])
 
 
-def settings_of(start: dict) -> dict:
-    """The settings of a run that change what it does; None for those that follow from others by default."""
+def settings_of(starts: list[dict]) -> dict:
+    """The settings of a run that change what it does, from the first lines of its attempts: the last ones, but
+    the first start. None for those that follow from others by default."""
+    first, start = starts[0], starts[-1]
     config = dict(start["config"])
+    origin = first["config"].get("init_from")
+    config["init_from"] = "scratch" if origin in (None, "auto", "resume") else origin
     config |= {key: start[key] for key in ("dtype", "compile", "device", "processes") if key in start}
     follow = {"min_lr": config["learning_rate"] / 10, "lr_decay_iters": config["max_iters"],
               "weight_norm": config["struct"] != "dense",
