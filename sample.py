@@ -85,4 +85,5 @@ for i in range(num_samples):
         print(f"---- sample {i + 1} of {num_samples}")
     print(start, end="", flush=True)
     with amp:
-        tokenizer.print_tokens(tok, model.stream(prompt, max_new_tokens, temperature, top_k))
+        tokens = model.stream(prompt, max_new_tokens, temperature, top_k)
+        tokenizer.print_tokens(tok, tokens, after=prompt[0].tolist())
