@@ -139,7 +139,8 @@ def coerce(key: Key, value: object) -> object:
     if key.choices and value not in key.choices:
         raise ValueError(f"{key.name} must be one of {', '.join(key.choices)}{or_none}; got {show(value)}")
     for words, limit in key.limits:
-        if not {"at least": value >= limit, "above": value > limit, "below": value < limit}[words]:
+        if not {"at least": value >= limit, "above": value > limit, "below": value < limit,
+                "at most": value <= limit}[words]:
             raise ValueError(f"{key.name} must be {words} {limit}; got {show(value)}")
     return value
 
