@@ -26,11 +26,11 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.launcher import NO_EFFECT
+from lib.figure import LOSS
 from lib.log import read_log
 
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
         "seconds": "training seconds"}
-CROSS_ENTROPY = "validation loss, nats per token"     # unless a log's first line says otherwise
 PER_DECADE = 12     # budgets of a frontier
 SIZE = ("n_embd", "n_layer", "n_head")
 STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on
@@ -117,7 +117,7 @@ def comparable_config(start: dict) -> dict:
     config |= {key: config[key] for key in ("learning_rate", "seed", "max_iters", "decay_lr", *STEP_SHAPE)}
     config |= {key: start.get(key, config.get(key)) for key in ("dtype", "compile")}
     config["vocab_size"] = start.get("model_args", {}).get("vocab_size")
-    config["loss"] = start.get("loss", CROSS_ENTROPY)
+    config["loss"] = start.get("loss", LOSS)  # of another program's log
     min_lr, decay_iters = config.pop("min_lr", None), config.pop("lr_decay_iters", None)
     if config["decay_lr"]:
         rate = config["learning_rate"] or 1.0
