@@ -73,13 +73,14 @@ def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
 def draw(found: dict) -> dict[str, tuple]:
     """{name: (figure, the axes that have its legend)} of those FIGURES that fit.json has data for."""
     by_axis, base, drawn = found["axes"], found["base"], {}
+    loss = found["measure"].get("loss", LOSS)
     labels = dict.fromkeys(label for of_axis in by_axis.values() for label in of_axis)
     looks = {label: style(i) for i, label in enumerate(labels)}
     for name, axis in AXIS_FIGURES.items():
         if axis in by_axis:
             fig, [[ax]] = figure()
             draw_frontier(ax, by_axis[axis], looks, found["curves"], axis)
-            ax.set(xlabel=AXES[axis], ylabel=LOSS)
+            ax.set(xlabel=AXES[axis], ylabel=loss)
             drawn[name] = fig, ax
     panels = {"flops": "Compute", "seconds": "Time"}
     panels = {axis: what for axis, what in panels.items() if axis in by_axis}
@@ -96,7 +97,7 @@ def draw(found: dict) -> dict[str, tuple]:
     for ax, (key, what) in zip(row, (("params", "parameters"), ("active_params", "active parameters"))):
         draw_params(ax, found["runs"], looks, key)
         ax.set_xlabel(what)
-    row[0].set_ylabel(LOSS + ", at each run's end")
+    row[0].set_ylabel(loss + ", at each run's end")
     return drawn | {"params": (fig, row[0])}
 
 
