@@ -493,8 +493,9 @@ def test_undefined_gradient(path):
 def fresh(monkeypatch, tmp_path):
     """An empty cache folder, no library loaded, and a small source: what is kept does not depend on it."""
     source = tmp_path / "small.c"
-    source.write_text("#include <stdint.h>\nint64_t scratch_size(void) { return 0; }\n"
-                      "int64_t vector_bits(void) { return 512; }\nvoid forward(void) {}\nvoid backward(void) {}\n")
+    source.write_text("#include <stdint.h>\n"
+                      "int64_t scratch_size(void) { return 0; }\nint64_t vector_bits(void) { return 512; }\n"
+                      "void forward(void) {}\nvoid backward(void) {}\n")
     monkeypatch.setattr(c_body, "SOURCE", source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     c_body.library.cache_clear()
