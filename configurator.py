@@ -139,9 +139,9 @@ def coerce(key: Key, value: object) -> object:
         raise ValueError(f"{key.name} takes {TAKES[key.type]}{or_none}, not {show(value)}")
     if key.choices and value not in key.choices:
         raise ValueError(f"{key.name} must be one of {', '.join(key.choices)}{or_none}; got {show(value)}")
-    for words, limit in key.limits:
-        if not {"at least": value >= limit, "above": value > limit, "below": value < limit}[words]:
-            raise ValueError(f"{key.name} must be {words} {limit}; got {show(value)}")
+    for words, x in key.limits:
+        if not {"at least": value >= x, "above": value > x, "below": value < x, "at most": value <= x}[words]:
+            raise ValueError(f"{key.name} must be {words} {x}; got {show(value)}")
     return value
 
 

@@ -426,7 +426,7 @@ def print_sample() -> None:
     raw_model.eval()
     torch.manual_seed(seed)
     tok = tokenizer.from_meta(meta)
-    start = torch.tensor([[getattr(tok, "end_of_text", 0)]], device=device)
+    start = torch.tensor([[tok.start]], device=device)
     with amp:
         tokenizer.print_tokens(tok, raw_model.stream(start, sample_tokens, temperature=0.8))
 

@@ -1,13 +1,48 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding, or one id per character.
+"""Text to token ids and back: one id per character, tiktoken's encodings, or a file of Hugging Face's library
+`tokenizers`.
 
-A tokenizer describes itself as a JSON object, to_meta(). meta.json and every checkpoint hold that object
-under "tokenizer", and from_meta() makes the tokenizer from it.
+Every tokenizer has
+    vocab_size      ids are below it
+    dtype           of the ids on the disk: the smallest of uint8, uint16 and uint32
+    end_of_text     the id that ends a document, or None
+    start           the id after which a new text begins: end_of_text, or else the newline's, or else 0
+    encode(text)    -> ids of a prompt, in which the special tokens' names are special tokens
+    encode_ordinary(text) -> ids of a document, in which they are text like any other
+    decode(ids)     -> the text of ids. ValueError if one is outside the vocabulary
+    decoder(after)  -> a function of one id at a time; `after` are the ids that come before the first
+    to_meta()       -> a JSON object that describes it
+
+meta.json and every checkpoint hold that object under "tokenizer", and from_meta() makes the tokenizer of it.
 """
 import codecs
-from collections.abc import Callable, Iterable
+import functools
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
 
 # The newline and the 95 printable ASCII characters; a character's id is its place here.
 CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
+UNKNOWN = "\ufffd"  # stands for characters that are not in a vocabulary, and for bytes that are not UTF-8
+
+# tiktoken's encodings and the numbers of their ids, so that no vocabulary is needed to check a dataset
+TIKTOKEN = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "p50k_edit": 50284, "cl100k_base": 100277,
+            "o200k_base": 200019, "o200k_harmony": 201088}
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|end▁of▁sentence|>")
+
+
+def smallest_dtype(vocab_size: int) -> str:
+    """The smallest unsigned type that holds the ids of a vocabulary."""
+    return next(f"uint{bits}" for bits in (8, 16, 32) if vocab_size <= 2 ** bits)
+
+
+def without_half_characters(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs. JSON and command lines may hold them, UTF-8 does
+    not."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Decoder:
@@ -30,34 +65,91 @@ class Decoder:
         return self.utf8.decode(b"", final=True)
 
 
+class PrefixDecoder:
+    """As Decoder, where the text of a token depends on the tokens before it: what the text of the last tokens
+    grows by.
+
+    decode   ids -> text
+    after    the ids that come before the first: their text is not given again
+    pending  ids whose text may still change, until one that is not among them follows
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], after: Sequence[int], pending: set[int]):
+        self.decode, self.pending = decode, pending
+        self.ids, self.given = list(after), len(decode(list(after)))
+
+    def __call__(self, token: int) -> str:
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        # the library decodes an unfinished character to U+FFFD
+        end = self.given if token in self.pending else max(self.given, len(text.rstrip(UNKNOWN)))
+        piece, self.given = text[self.given:end], end
+        if end == len(text) and token not in self.pending and (alone := self.decode([token])):
+            self.ids, self.given = [token], len(alone)  # so that each call takes the same time
+        return piece
+
+    def flush(self) -> str:
+        """Returns the text that was kept back, because more tokens could have changed it."""
+        return self.decode(self.ids)[self.given:]
+
+
 class CharTokenizer:
-    """One id per character of `chars`, in their order. Raises ValueError if they are not distinct."""
+    """One id per character of `chars`, in their order.
 
-    dtype = "uint8"  # of the ids on the disk
+    unknown        the one of them that stands for all other characters; None: there is none
+    normalization  the Unicode form that texts are brought into, such as NFC; None: they are taken as they are
 
-    def __init__(self, chars: str):
+    Raises ValueError if the characters are not distinct.
+    """
+
+    end_of_text = None
+
+    def __init__(self, chars: str, unknown: str | None = None, normalization: str | None = None):
         if not chars or len(set(chars)) != len(chars):
             raise ValueError(f"a character vocabulary needs distinct characters, at least one; got {chars!r}")
-        self.chars = chars
+        if unknown is not None and (len(unknown) != 1 or unknown not in chars):
+            raise ValueError(f"the unknown mark {unknown!r} is not one of the characters")
+        self.chars, self.unknown, self.normalization = chars, unknown, normalization
         self.ids = {char: i for i, char in enumerate(chars)}
-        self.vocab_size = len(chars)
+        self.vocab_size, self.dtype = len(chars), smallest_dtype(len(chars))
+        self.start = self.ids.get("\n", 0)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text. Raises ValueError if a character is not in the vocabulary."""
-        try:
-            return [self.ids[char] for char in text]
-        except KeyError as error:
-            raise ValueError(f"the character {error} is not in the vocabulary of {self.vocab_size}") from None
+        """Returns the ids of a text. Raises ValueError if a character is not in the vocabulary, and there is
+        no unknown mark."""
+        return self.encode_ordinary(text).tolist()
+
+    def encode_ordinary(self, text: str) -> np.ndarray:
+        """As encode, but an array of the type `dtype`."""
+        if self.normalization:
+            text = unicodedata.normalize(self.normalization, text)
+        ids = np.empty(len(text), self.dtype)
+        for first in range(0, len(text), size := 1 << 20):  # a text may fill much of the memory
+            part = self.table[code_points(text[first:first + size])]
+            if part.min() < 0:
+                char = text[first + int(part.argmin())]
+                raise ValueError(f"the character {char!r} is not in the vocabulary of {self.vocab_size}")
+            ids[first:first + size] = part
+        return ids
+
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """The id of every code point, (0x110000,) int32; -1 for those that have none."""
+        table = np.full(0x110000, self.ids.get(self.unknown, -1), np.int32)
+        table[code_points(self.chars)] = np.arange(self.vocab_size)
+        return table
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids. Raises ValueError if one is outside the vocabulary."""
         return "".join(self._char(i) for i in ids)
 
-    def decoder(self) -> Decoder:
+    def decoder(self, after: Sequence[int] = ()) -> Decoder:
         return Decoder(lambda i: self._char(i).encode("utf-8"))
 
     def to_meta(self) -> dict:
-        return {"name": "char", "characters": self.chars}
+        meta = {"name": "char", "characters": self.chars, "unknown": self.unknown,
+                "normalization": self.normalization}
+        return {key: value for key, value in meta.items() if value is not None}
 
     def _char(self, i: int) -> str:
         if not 0 <= i < self.vocab_size:
@@ -65,28 +157,31 @@ class CharTokenizer:
         return self.chars[i]
 
 
-class Gpt2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken, which downloads the vocabulary when it is first used.
+def code_points(text: str) -> np.ndarray:
+    """The code points of a text, one uint32 each."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+class TiktokenTokenizer:
+    """An encoding of TIKTOKEN: byte pairs by tiktoken, which downloads the vocabulary when it is first used.
 
     Raises OSError if the vocabulary is not cached and cannot be downloaded.
     """
 
-    dtype = "uint16"
-    vocab_size = 50257
-    end_of_text = 50256
-
-    def __init__(self):
+    def __init__(self, name: str = "gpt2"):
         import tiktoken
 
         try:
-            self.bpe = tiktoken.get_encoding("gpt2")
+            self.bpe = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:
-            raise OSError(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): connect to "
-                          "the network once, or set TIKTOKEN_CACHE_DIR to tiktoken's cache") from error
+            raise OSError(f"the vocabulary {name} could not be downloaded ({type(error).__name__}): connect "
+                          "to the network once, or set TIKTOKEN_CACHE_DIR to tiktoken's cache") from error
+        self.name, self.vocab_size, self.dtype = name, self.bpe.n_vocab, smallest_dtype(self.bpe.n_vocab)
+        self.end_of_text = self.start = self.bpe.eot_token
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a prompt: "<|endoftext|>" in it is the end-of-text token."""
-        return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
+        return self.bpe.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=())
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Returns the ids of a document: "<|endoftext|>" in it is text like any other."""
@@ -96,32 +191,130 @@ class Gpt2Tokenizer:
         """Returns the text of ids. Raises ValueError if one is outside the vocabulary."""
         return b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
 
-    def decoder(self) -> Decoder:
+    def decoder(self, after: Sequence[int] = ()) -> Decoder:
         return Decoder(self._bytes)
 
     def to_meta(self) -> dict:
-        return {"name": "gpt2"}
+        return {"name": self.name}
 
     def _bytes(self, i: int) -> bytes:
         if not 0 <= i < self.vocab_size:
-            raise ValueError(f"token id {i} is outside GPT-2's vocabulary of {self.vocab_size}")
-        return self.bpe.decode_single_token_bytes(i)
+            raise ValueError(f"token id {i} is outside the vocabulary {self.name} of {self.vocab_size}")
+        try:
+            return self.bpe.decode_single_token_bytes(i)
+        except KeyError:  # cl100k_base and o200k_base skip some ids, which a new model may choose
+            return UNKNOWN.encode()
 
 
-def from_meta(meta: dict) -> CharTokenizer | Gpt2Tokenizer:
+class FileTokenizer:
+    """A tokenizer.json of the library `tokenizers`, given as its text.
+
+    end_of_text  the name of the token that ends a document, or its id; None: the first of END_OF_TEXT in it
+
+    Raises ValueError if the text describes no tokenizer, or has no such token, and OSError if the library is
+    not installed.
+    """
+
+    def __init__(self, text: str, end_of_text: str | int | None = None):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise OSError("this tokenizer needs the library tokenizers: pip install -r "
+                          "requirements-transformers.txt") from error
+        try:
+            self.tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"it is no file of the library tokenizers ({error})") from error
+        self.tokenizer.no_truncation()  # a file may say that texts are cut at 512 tokens
+        self.tokenizer.no_padding()
+        self.text, vocabulary = text, self.tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.dtype = smallest_dtype(self.vocab_size)
+        names = END_OF_TEXT if end_of_text is None else (end_of_text,)
+        found = [vocabulary[name] for name in names if name in vocabulary]
+        if not found and end_of_text not in vocabulary.values():
+            raise ValueError(f"its vocabulary has no token {' or '.join(map(str, names))}: name the one that "
+                             "ends a text with --end-of-text")
+        self.end_of_text = self.start = found[0] if found else end_of_text
+        # One byte that is no part of a character makes all bytes beside it U+FFFD.
+        self.bytes = {i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name)}
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a prompt: the names of special tokens in it are those tokens."""
+        return self._encode(text, special_as_text=False)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Returns the ids of a document: the names of special tokens in it are text like any other."""
+        return self._encode(text, special_as_text=True)
+
+    def _encode(self, text: str, special_as_text: bool) -> list[int]:
+        self.tokenizer.encode_special_tokens = special_as_text
+        return self.tokenizer.encode(without_half_characters(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids. Raises ValueError if one is outside the vocabulary."""
+        ids = list(ids)
+        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def decoder(self, after: Sequence[int] = ()) -> PrefixDecoder:
+        return PrefixDecoder(self.decode, after, self.bytes)
+
+    def to_meta(self) -> dict:
+        return {"name": "tokenizers", "json": self.text, "end_of_text": self.end_of_text}
+
+
+Tokenizer = CharTokenizer | TiktokenTokenizer | FileTokenizer
+
+
+def from_name(name: str, end_of_text: str | None = None) -> Tokenizer:
+    """Returns the tokenizer of an encoding of tiktoken, or of a tokenizer.json at the path `name`, whose
+    end-of-text token may be named. Raises ValueError if it is neither, and OSError if it cannot be had."""
+    if name in TIKTOKEN and end_of_text is None:
+        return TiktokenTokenizer(name)
+    if name in TIKTOKEN:
+        raise ValueError(f"the encoding {name} has an end-of-text token of its own: leave out --end-of-text")
+    if not name.lower().endswith(".json"):
+        raise ValueError(f"the tokenizer {name!r} is none of {', '.join(TIKTOKEN)}, nor the path of a "
+                         "tokenizer.json of the library tokenizers")
+    try:
+        return FileTokenizer(Path(name).read_text(encoding="utf-8"), end_of_text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def from_meta(meta: dict) -> Tokenizer:
     """Returns the tokenizer that meta["tokenizer"] describes. Raises ValueError if it describes none."""
-    described = meta.get("tokenizer")
-    name = described.get("name") if isinstance(described, dict) else None
-    if name == "gpt2":
-        return Gpt2Tokenizer()
-    if name == "char" and isinstance(described.get("characters"), str):
-        return CharTokenizer(described["characters"])
-    raise ValueError(f"the tokenizer {described!r} is neither gpt2 nor char with its characters")
+    match meta.get("tokenizer"):
+        case {"name": "char", "characters": str(characters), **options}:
+            return CharTokenizer(characters, options.get("unknown"), options.get("normalization"))
+        case {"name": "tokenizers", "json": str(text), "end_of_text": int(end_of_text)}:
+            return FileTokenizer(text, end_of_text)
+        case {"name": str(name)} if name in TIKTOKEN:
+            return TiktokenTokenizer(name)
+        case other:
+            raise ValueError(f"the tokenizer {str(other)[:200]} is neither char with its characters, nor an "
+                             f"encoding of tiktoken, nor a file of the library tokenizers")
 
 
-def print_tokens(tokenizer: CharTokenizer | Gpt2Tokenizer, tokens) -> None:
-    """Prints the text of tokens, tensors of one id each, as they come; then the end of the line."""
-    decode = tokenizer.decoder()
+def count_ids(described: dict) -> int:
+    """Returns the vocab_size of the tokenizer that an object of to_meta() describes, without a vocabulary or
+    the library tokenizers. Raises ValueError, KeyError, TypeError or AttributeError if it describes none."""
+    if described["name"] == "char":
+        return len(described["characters"])
+    if described["name"] != "tokenizers":
+        return TIKTOKEN[described["name"]]
+    file = json.loads(described["json"])
+    vocabulary = file["model"]["vocab"]  # {token: id}, or a list of [token, score]
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    return 1 + max([*ids, *(token["id"] for token in file.get("added_tokens") or ())])
+
+
+def print_tokens(tokenizer: Tokenizer, tokens, after: Sequence[int] = ()) -> None:
+    """Prints the text of tokens, tensors of one id each, as they come; then the end of the line. `after` are
+    the ids of the text that was printed before them."""
+    decode = tokenizer.decoder(after)
     for token in tokens:
         print(decode(token.item()), end="", flush=True)
     print(decode.flush())
