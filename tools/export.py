@@ -115,6 +115,7 @@ def write_model(folder: str, model: GPT) -> None:
     with torch.device("meta"):
         exported = StructuredGPTForCausalLM(StructuredGPTConfig(**model_config(model)))
     exported.load_state_dict(exported_weights(model), assign=True)
+    exported.tie_weights()
     exported.config.auto_map = {"AutoConfig": f"{MODELING_FILE[:-3]}.StructuredGPTConfig",
                                 "AutoModelForCausalLM": f"{MODELING_FILE[:-3]}.StructuredGPTForCausalLM"}
     try:
@@ -133,8 +134,9 @@ def model_config(model: GPT) -> dict:
     return dict(
         vocab_size=config.vocab_size, block_size=config.block_size, n_layer=config.n_layer,
         n_head=config.n_head, n_embd=config.n_embd, dropout=config.dropout, qk_norm=config.qk_norm,
-        norm_bias=config.bias, attn_scale=8 / block.attn.head_size, branch_scale=block.branch_scale,
-        ffn_experts=config.ffn_experts, ffn_top_k=config.top_k if config.ffn_experts else 0,
+        norm_bias=config.bias, norm_eps=config.norm_eps, gelu=config.gelu,
+        attention_scale=config.attention_scale, branch_scale=config.branch_scale,
+        tie_word_embeddings=config.tie_embeddings, ffn_experts=config.ffn_experts, ffn_top_k=config.top_k if config.ffn_experts else 0,
         projections={name: describe(layer) for name, layer in layers.items()})
 
 
@@ -169,7 +171,10 @@ def exported_weights(model: GPT) -> dict[str, Tensor]:
                 weights[f"{prefix}.{name}"] = layer.core(name)
             if is_dense(layer):
                 weights[f"{prefix}.weight"] = weights.pop(f"{prefix}.{layer.order[0]}")[0]
-    weights["lm_head.weight"] = weights["lm_head.weight"][:model.config.vocab_size]  # without its padding
+    if model.config.tie_embeddings:
+        weights["lm_head.weight"] = weights["wte.weight"]
+    for name in ("wte.weight", "lm_head.weight"):
+        weights[name] = weights[name][:model.config.vocab_size]  # without padding
     return {name: w.contiguous().clone() for name, w in weights.items()}
 
 

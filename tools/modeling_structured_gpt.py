@@ -17,15 +17,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # the name that this version of transformers has for the cache of keys and values
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 class StructuredGPTConfig(PretrainedConfig):
     """
-    projections    {"q", "k", "v", "o", "up", "down": a description}: see make_projection
-    ffn_experts    experts that are whole MLPs, ffn_top_k of which a token uses; 0: one MLP
-    attn_scale     factor on the products of queries and keys
-    branch_scale   factor on what each attention and MLP adds to the residual stream
+    projections      {"q", "k", "v", "o", "up", "down": a description}: see make_projection
+    ffn_experts      experts that are whole MLPs, ffn_top_k of which a token uses; 0: one MLP
+    gelu             "exact", or its "tanh" approximation
+    attention_scale  factor on the products of queries and keys
+    branch_scale     factor on what each attention and MLP adds to the residual stream
     """
     model_type = "structured_gpt"
     attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
@@ -33,14 +33,14 @@ class StructuredGPTConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(self, vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, projections=None,
-                 ffn_experts=0, ffn_top_k=0, qk_norm=True, norm_bias=False, activation="gelu",
-                 attn_scale=0.125, branch_scale=1.0, dropout=0.0, use_cache=True, tie_word_embeddings=False,
-                 **kwargs):
+                 ffn_experts=0, ffn_top_k=0, qk_norm=True, norm_bias=False, norm_eps=1e-5, gelu="exact",
+                 attention_scale=0.125, branch_scale=1.0, dropout=0.0, use_cache=True,
+                 tie_word_embeddings=False, **kwargs):
         self.vocab_size, self.block_size, self.use_cache = vocab_size, block_size, use_cache
         self.n_layer, self.n_head, self.n_embd, self.dropout = n_layer, n_head, n_embd, dropout
         self.projections, self.ffn_experts, self.ffn_top_k = projections, ffn_experts, ffn_top_k
-        self.qk_norm, self.norm_bias, self.activation = qk_norm, norm_bias, activation
-        self.attn_scale, self.branch_scale = attn_scale, branch_scale
+        self.qk_norm, self.norm_bias, self.norm_eps, self.gelu = qk_norm, norm_bias, norm_eps, gelu
+        self.attention_scale, self.branch_scale = attention_scale, branch_scale
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -142,15 +142,19 @@ def make_projection(spec: dict, experts: tuple = ()) -> nn.Module:
     return Mixture(layer, layer.d_in, layer.d_out, num_experts, top_k) if num_experts else layer
 
 
+def layer_norm(config: StructuredGPTConfig, width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: StructuredGPTConfig, layer: int):
         super().__init__()
         self.n_head, self.head_size, self.layer = config.n_head, config.n_embd // config.n_head, layer
-        self.scale, self.dropout = config.attn_scale, config.dropout
+        self.scale, self.dropout = config.attention_scale, config.dropout
         self.q, self.k, self.v, self.o = (make_projection(config.projections[name]) for name in "qkvo")
         if config.qk_norm:
-            self.q_norm = nn.LayerNorm(self.head_size, bias=config.norm_bias)
-            self.k_norm = nn.LayerNorm(self.head_size, bias=config.norm_bias)
+            self.q_norm = layer_norm(config, self.head_size)
+            self.k_norm = layer_norm(config, self.head_size)
         else:
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
 
@@ -171,19 +175,19 @@ class MLP(nn.Module):
     def __init__(self, config: StructuredGPTConfig, experts: tuple = ()):
         super().__init__()
         self.up, self.down = (make_projection(config.projections[name], experts) for name in ("up", "down"))
-        self.activation = ACTIVATIONS[config.activation]
+        self.gelu = nn.GELU("tanh" if config.gelu == "tanh" else "none")
 
     def forward(self, x: Tensor, *expert: int) -> Tensor:
-        return self.down(self.activation(self.up(x, *expert)), *expert)
+        return self.down(self.gelu(self.up(x, *expert)), *expert)
 
 
 class Block(GradientCheckpointingLayer):
     def __init__(self, config: StructuredGPTConfig, layer: int):
         super().__init__()
         d, E = config.n_embd, config.ffn_experts
-        self.ln_1 = nn.LayerNorm(d, bias=config.norm_bias)
+        self.ln_1 = layer_norm(config, d)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(d, bias=config.norm_bias)
+        self.ln_2 = layer_norm(config, d)
         self.mlp = Mixture(MLP(config, (E,)), d, d, E, config.ffn_top_k) if E else MLP(config)
         self.dropout, self.branch_scale = nn.Dropout(config.dropout), config.branch_scale
 
@@ -204,7 +208,7 @@ class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.norm_bias)
+        self.ln_f = layer_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
