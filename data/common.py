@@ -7,18 +7,20 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer import CHARACTERS, count_ids
+from data.tokenizer import Tokenizer, count_ids, without_half_characters
 from lib.files import fsync_folder
 from lib.terminal import prepare_output
 
@@ -30,9 +32,6 @@ FEW_TOKENS = 10_000  # fewer validation tokens than this are worth a remark
 # The hub's parquet version (80 files, 8,013,769 documents); the revision keeps the data the same tomorrow.
 HUB_DATASET = "Skylion007/openwebtext"
 HUB_REVISION = "b4325f019c648b1641a1784748667e8b74e5e064"
-
-ALPHABET = CHARACTERS.encode("ascii")
-ALPHABET_TO_IDS = bytes.maketrans(ALPHABET, bytes(range(len(ALPHABET))))
 
 # ---- Reading a dataset -------------------------------------------------------------------------------------
 
@@ -87,6 +86,8 @@ def open_dataset(dataset: str) -> tuple[dict, dict[str, TokenFile]]:
     folder = Path(find_dataset(dataset))
     script = folder / "prepare.py"
     command = f"python {os.path.relpath(script)}" if script.is_file() else "a data/*/prepare.py"
+    if (folder / "train.bin").exists() and not (folder / "meta.json").exists():
+        command += f", or python data/adopt.py {folder} if nanoGPT made it"
     problem = f"there is no whole dataset in {folder} (run {command})"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -137,25 +138,49 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f"error: {message}")
 
 
-def parse_arguments(doc: str, folder: Path, *, val_fraction: float, num_proc: bool) -> argparse.Namespace:
-    """Parses a prepare script's command line. Data goes to `folder`, the script's own, by default."""
+def parse_arguments(doc: str, folder: Path, *, val_fraction: float, text_of_its_own: bool = True,
+                    more: dict[str, dict] | None = None) -> argparse.Namespace:
+    """Parses a prepare script's command line. Data goes to `folder`, the script's own, by default.
+
+    text_of_its_own  whether the script has a text where neither --source nor --dataset is given
+    more             {"--name": options of argparse} of further arguments
+    """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--source", nargs="+", metavar="PATH",
         help="local .txt (one document each), .jsonl or .parquet files, or folders of them")
-    add("--text-field", default="text", help="field of .jsonl and .parquet files (default: text)")
+    add("--dataset", metavar="NAME", help="a dataset of the Hugging Face hub, or the folder of one, streamed")
+    add("--config", metavar="NAME", help="configuration of --dataset, if it has several")
+    add("--split", metavar="NAME", help="split of --dataset (default: train)")
+    add("--revision", metavar="COMMIT", help="commit of --dataset (default: the newest)")
+    add("--text-field", metavar="NAME",
+        help="field of .jsonl and .parquet files, and of --dataset (default: text)")
+    add("--max-documents", type=int, metavar="N", help="take the first N documents (default: all)")
     add("--out-dir", type=Path, default=folder, help="where the dataset goes (default: beside the script)")
     add("--val-fraction", type=float, default=val_fraction,
         help="share held out for validation (default: %(default)s)")
-    if num_proc:  # a container often grants fewer cores than the machine has
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        add("--num-proc", type=int, default=cores, help="processes (default: all cores)")
+    # a container often grants fewer cores than the machine has
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--num-proc", type=int, default=cores, metavar="N", help="processes (default: all cores)")
+    for name, options in (more or {}).items():
+        add(name, **options)
     args = parser.parse_args()
+    if args.source and args.dataset:
+        parser.error("give either --source or --dataset")
+    if not (text_of_its_own or args.source or args.dataset):
+        parser.error("there is no text: give local files with --source, or a dataset's name with --dataset")
+    belong_to = dict.fromkeys(("config", "split", "revision"), "--dataset") | dict.fromkeys(
+        ("text_field", "max_documents", "min_count"), "--source or --dataset")
+    for name, other in belong_to.items():
+        if getattr(args, name, None) is not None and not (args.dataset or args.source and "source" in other):
+            parser.error(f"--{name.replace('_', '-')} belongs to {other}, which is not given")
+    args.text_field = args.text_field or "text"
     if not 0 < args.val_fraction < 1:
         parser.error(f"--val-fraction must be between 0 and 1; got {args.val_fraction}")
-    if num_proc and args.num_proc < 1:
-        parser.error(f"--num-proc must be at least 1; got {args.num_proc}")
-    if num_proc and args.num_proc == 1:
+    for name in ("max_documents", "num_proc", "min_count"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
+    if args.num_proc == 1:
         args.num_proc = None  # for `datasets` 1 is one process besides this one
     return args
 
@@ -214,13 +239,13 @@ def find_files(paths: list[str]) -> list[tuple[str, Path]]:
     found, kinds = [], ", ".join(SUFFIXES)
     for path in map(Path, paths):
         if path.is_dir():
-            files = [p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()]
+            files = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
             if not files:
                 raise ValueError(f"the folder {path} holds no {kinds} file")
             found += sorted((p.relative_to(path).as_posix(), p) for p in files)
         elif not path.exists():
             raise ValueError(f"the source {path} does not exist")
-        elif path.suffix not in SUFFIXES:
+        elif path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"the source {path} is none of {kinds}, nor a folder of them")
         else:
             found.append((path.name, path))
@@ -245,9 +270,10 @@ def read_documents(files: list[tuple[str, Path]], text_field: str, work: Path) -
 
 def _read_file(path: Path, text_field: str, work: Path) -> Iterator[str | None]:
     # Not the "json" builder: it turns texts that look like dates into dates, and needs all rows alike.
+    suffix = path.suffix.lower()
     builder, options = {".txt": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),
                         ".jsonl": ("text", {"sample_by": "line", "encoding": "utf-8-sig"}),
-                        ".parquet": ("parquet", {"columns": [text_field]})}[path.suffix]
+                        ".parquet": ("parquet", {"columns": [text_field]})}[suffix]
     pattern = glob.escape(str(path.absolute()))
     rows = import_datasets().load_dataset(builder, data_files=pattern, split="train", streaming=True,
                                           cache_dir=str(work), **options)
@@ -258,7 +284,7 @@ def _read_file(path: Path, text_field: str, work: Path) -> Iterator[str | None]:
         raise ValueError(f"the column {text_field!r} holds {kind}, not strings (see --text-field)")
     for number, row in enumerate(rows, 1):
         [text] = row.values()
-        if path.suffix != ".jsonl":
+        if suffix != ".jsonl":
             yield text
         elif text.strip():
             yield _json_field(text, text_field, number)
@@ -271,14 +297,44 @@ def _json_field(line: str, field: str, number: int) -> str:
         raise ValueError(f"line {number} is not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise ValueError(f"line {number} has no string field {field!r} (see --text-field)")
-    return row[field]
+    return without_half_characters(row[field])
 
 
-def load_documents(args: argparse.Namespace, work: Path):
-    """Loads OpenWebText or the local files of --source: (a datasets.Dataset with the column "text", the
-    source for meta.json). Texts of local files are kept in `work`, the hub's in the hub's own cache."""
+def read_hub(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Yields (name, text) of every document of --dataset that is not empty, as they are downloaded. Raises
+    ValueError, one sentence, if it cannot be read."""
+    empty = True
+    try:
+        rows = import_datasets().load_dataset(args.dataset, args.config, split=args.split or "train",
+                                              revision=args.revision, streaming=True)
+        for number, row in enumerate(rows):
+            if args.text_field not in row:
+                raise ValueError(f"there is no field {args.text_field!r} among {', '.join(row)} (see "
+                                 "--text-field)")
+            text = row[args.text_field]
+            if not isinstance(text, str | None):
+                raise ValueError(f"the field {args.text_field!r} holds {type(text).__name__}, not strings "
+                                 "(see --text-field)")
+            if text:
+                empty = False
+                yield f"{args.dataset}:{number}", text
+    except Exception as error:  # the errors of the hub and of its formats share no base class
+        raise ValueError(f"the dataset {args.dataset}: {error or type(error).__name__}") from error
+    if empty:
+        raise ValueError(f"the split {args.split or 'train'} of the dataset {args.dataset} holds no text")
+
+
+def load_documents(args: argparse.Namespace, work: Path, nfc: bool = False):
+    """Loads OpenWebText, the local files of --source or the --dataset: (a datasets.Dataset with the column
+    "text", the source for meta.json). nfc: texts are brought into Unicode's form NFC, but for OpenWebText's.
+    Texts are kept in `work`, OpenWebText's in the hub's own cache."""
     datasets = import_datasets()
-    if not args.source:
+    files, source = (), {key: value for key in ("dataset", "config", "split", "revision", "max_documents")
+                         if (value := getattr(args, key)) is not None}
+    if args.source:
+        files = tuple(find_files(args.source))  # a list would be the shards of the generator
+        source = {"paths": args.source, "files": len(files)} | source
+    elif not args.dataset:
         print(f"loading {HUB_DATASET} at revision {HUB_REVISION}")
         try:
             documents = datasets.load_dataset(HUB_DATASET, revision=HUB_REVISION, split="train",
@@ -287,18 +343,19 @@ def load_documents(args: argparse.Namespace, work: Path):
             raise OSError(f"{HUB_DATASET} could not be loaded ({type(error).__name__}: {error}): try again, "
                           "or give local files with --source") from error
         return documents.select_columns("text"), {"dataset": HUB_DATASET, "revision": HUB_REVISION}
-    files = find_files(args.source)
     try:
         documents = datasets.Dataset.from_generator(
             _rows, features=datasets.Features({"text": datasets.Value("large_string")}), cache_dir=str(work),
-            gen_kwargs={"files": tuple(files), "text_field": args.text_field, "work": work})  # a list: shards
+            gen_kwargs={"args": args, "files": files, "work": work, "nfc": nfc})
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error
-    return documents, {"paths": args.source, "files": len(files)}
+    return documents, source
 
 
-def _rows(**arguments) -> Iterator[dict]:
-    return ({"text": text} for _, text in read_documents(**arguments))
+def _rows(args: argparse.Namespace, files: tuple, work: Path, nfc: bool) -> Iterator[dict]:
+    documents = read_documents(files, args.text_field, work) if files else read_hub(args)
+    for _, text in itertools.islice(documents, args.max_documents):
+        yield {"text": unicodedata.normalize("NFC", text) if nfc else text}
 
 
 def cut(text, val_fraction: float) -> tuple:
@@ -319,25 +376,26 @@ def split_documents(documents, val_fraction: float) -> dict:
     return {"train": both["train"], "val": both["test"]}
 
 
-def character_ids(text: str) -> bytes | None:
-    """Returns the ids of a text, one byte each, or None if one of its characters is not among the 96."""
-    if not text.isascii() or text.encode().translate(None, ALPHABET):
-        return None
-    return text.encode().translate(ALPHABET_TO_IDS)
-
-
 # ---- Writing -----------------------------------------------------------------------------------------------
 
 
-def write_documents(args: argparse.Namespace, work: Path, documents, tokenizer,
-                    encode: Callable[[dict], dict], source: dict) -> None:
-    """Splits the documents, maps encode, {"text": [...]} -> {"ids": [...]}, and writes the dataset."""
+def encode_documents(batch: dict, tokenizer: Tokenizer) -> dict:
+    """{"text": [...]} -> {"ids": [...]}: the ids of each document, and the id that ends it."""
+    end = np.array([tokenizer.start], tokenizer.dtype)
+    return {"ids": [np.append(np.asarray(tokenizer.encode_ordinary(text), tokenizer.dtype), end)
+                    for text in batch["text"]]}
+
+
+def write_documents(args: argparse.Namespace, work: Path, documents, tokenizer: Tokenizer,
+                    source: dict) -> None:
+    """Splits the documents, tokenizes them and writes the dataset."""
     datasets = import_datasets()
     features = datasets.Features({"ids": datasets.Sequence(datasets.Value(tokenizer.dtype))})
     ids = {}
     for split, texts in split_documents(documents, args.val_fraction).items():
-        encoded = texts.map(encode, batched=True, remove_columns=["text"], features=features,
-                            num_proc=args.num_proc, desc=f"tokenizing {split}")
+        encoded = texts.map(encode_documents, fn_kwargs={"tokenizer": tokenizer}, batched=True,
+                            remove_columns=["text"], features=features, num_proc=args.num_proc,
+                            desc=f"tokenizing {split}")
         ids[split] = _shards(encoded, f"writing {split}.bin")
     source = source | {"documents": len(documents), "val_fraction": args.val_fraction}
     write_dataset(args.out_dir, work, tokenizer, ids, source)
@@ -353,7 +411,7 @@ def _shards(encoded, desc: str, size: int = 10_000) -> Iterator[np.ndarray]:
             yield chunk.flatten().to_numpy(zero_copy_only=False)
 
 
-def write_dataset(out_dir: Path, work: Path, tokenizer, splits: dict[str, Iterable[np.ndarray]],
+def write_dataset(out_dir: Path, work: Path, tokenizer: Tokenizer, splits: dict[str, Iterable[np.ndarray]],
                   source: dict) -> None:
     """Writes a dataset into `work` and, when it is whole, moves it into out_dir. Prints the counts.
 
@@ -365,12 +423,12 @@ def write_dataset(out_dir: Path, work: Path, tokenizer, splits: dict[str, Iterab
     dtype, hashes = DTYPES[tokenizer.dtype], {}
     for split, arrays in splits.items():
         path = work / f"{split}.bin"
-        hashes[f"{split}_sha256"] = _write(path, (np.asarray(ids, dtype).tobytes() for ids in arrays))
+        hashes[f"{split}_sha256"] = write_file(path, (np.asarray(ids, dtype).tobytes() for ids in arrays))
         meta[f"{split}_tokens"] = path.stat().st_size // dtype.itemsize
         if not meta[f"{split}_tokens"]:
             raise ValueError(f"the {split} split is empty: the source holds too little text")
     meta["source"] = source | hashes
-    _write(work / "meta.json", [json.dumps(meta, indent=2).encode()])
+    write_file(work / "meta.json", [json.dumps(meta, indent=2).encode()])
 
     (out_dir / "meta.json").unlink(missing_ok=True)
     fsync_folder(out_dir)
@@ -391,7 +449,7 @@ def write_dataset(out_dir: Path, work: Path, tokenizer, splits: dict[str, Iterab
     print(f"wrote {out_dir}")
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> str:
+def write_file(path: Path, chunks: Iterable[bytes]) -> str:
     """Writes a file to the disk and returns its SHA-256."""
     digest = hashlib.sha256()
     with open(path, "wb") as file:

@@ -12,7 +12,7 @@ Every tokenizer has
     decoder(after)  -> a function of one id at a time; `after` are the ids that come before the first
     to_meta()       -> a JSON object that describes it
 
-meta.json and every checkpoint hold that object under "tokenizer", and from_meta() makes the tokenizer from it.
+meta.json and every checkpoint hold that object under "tokenizer", and from_meta() makes the tokenizer of it.
 """
 import codecs
 import functools
@@ -37,6 +37,12 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|
 def smallest_dtype(vocab_size: int) -> str:
     """The smallest unsigned type that holds the ids of a vocabulary."""
     return next(f"uint{bits}" for bits in (8, 16, 32) if vocab_size <= 2 ** bits)
+
+
+def without_half_characters(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs. JSON and command lines may hold them, UTF-8 does
+    not."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Decoder:
@@ -121,8 +127,8 @@ class CharTokenizer:
         for first in range(0, len(text), size := 1 << 20):  # a text may fill much of the memory
             part = self.table[code_points(text[first:first + size])]
             if part.min() < 0:
-                raise ValueError(f"the character {text[first + int(part.argmin())]!r} is not in the vocabulary "
-                                 f"of {self.vocab_size}")
+                char = text[first + int(part.argmin())]
+                raise ValueError(f"the character {char!r} is not in the vocabulary of {self.vocab_size}")
             ids[first:first + size] = part
         return ids
 
@@ -141,8 +147,9 @@ class CharTokenizer:
         return Decoder(lambda i: self._char(i).encode("utf-8"))
 
     def to_meta(self) -> dict:
-        options = {"unknown": self.unknown, "normalization": self.normalization}
-        return {"name": "char", "characters": self.chars} | {k: v for k, v in options.items() if v is not None}
+        meta = {"name": "char", "characters": self.chars, "unknown": self.unknown,
+                "normalization": self.normalization}
+        return {key: value for key, value in meta.items() if value is not None}
 
     def _char(self, i: int) -> str:
         if not 0 <= i < self.vocab_size:
@@ -167,8 +174,8 @@ class TiktokenTokenizer:
         try:
             self.bpe = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:
-            raise OSError(f"the vocabulary {name} could not be downloaded ({type(error).__name__}): connect to "
-                          "the network once, or set TIKTOKEN_CACHE_DIR to tiktoken's cache") from error
+            raise OSError(f"the vocabulary {name} could not be downloaded ({type(error).__name__}): connect "
+                          "to the network once, or set TIKTOKEN_CACHE_DIR to tiktoken's cache") from error
         self.name, self.vocab_size, self.dtype = name, self.bpe.n_vocab, smallest_dtype(self.bpe.n_vocab)
         self.end_of_text = self.start = self.bpe.eot_token
 
@@ -242,8 +249,7 @@ class FileTokenizer:
 
     def _encode(self, text: str, special_as_text: bool) -> list[int]:
         self.tokenizer.encode_special_tokens = special_as_text
-        text = text.encode("utf-8", "replace").decode()  # the library refuses halves of surrogate pairs
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(without_half_characters(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids. Raises ValueError if one is outside the vocabulary."""

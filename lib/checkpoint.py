@@ -279,7 +279,8 @@ def check_checkpoint(path: str, checkpoint: dict, *, model_args: dict, tokenizer
 def _differences(there: dict, here: dict, most: int = 20) -> str:
     absent = object()
     def show(value):
-        return "absent" if value is absent else repr(value)
+        text = "absent" if value is absent else repr(value)
+        return text if len(text) <= 200 else text[:200] + "..."  # a vocabulary may have megabytes
     pairs = {key: (there.get(key, absent), here.get(key, absent)) for key in there | here}
     texts = [f"{key} = {show(a)} there and {show(b)} here" for key, (a, b) in pairs.items() if a != b]
     return ", ".join(texts[:most]) + (f", and {len(texts) - most} more" if len(texts) > most else "")

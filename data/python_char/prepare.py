@@ -4,7 +4,7 @@
 file with any other character (a tab, an accent) is left out; a newline follows each file.
 
     python data/python_char/prepare.py
-    python data/python_char/prepare.py --source my.txt    local files in its place
+    python data/python_char/prepare.py --source my.txt    local files in its place, as data/chars/prepare.py
 """
 import hashlib
 import os
@@ -16,9 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import numpy as np  # noqa: E402
-
 from data import common  # noqa: E402
+from data.characters import MIN_COUNT, is_plain, write_characters  # noqa: E402
 from data.tokenizer import CHARACTERS, CharTokenizer  # noqa: E402
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -37,54 +36,46 @@ def library_files(library):
                 yield path.relative_to(library).as_posix(), text
 
 
-def split_files(files, val_fraction):
-    """Splits {name: ids} by whole files, so that about val_fraction of the characters are for validation.
+def split_files(texts, val_fraction):
+    """Splits {name: text} by whole files, so that about val_fraction of the characters are for validation.
 
     Files are taken in the order of their names' hashes; one that would exceed the share is passed over.
     """
-    if len(files) == 1:
-        [ids] = files.values()
-        train, val = common.cut(ids, val_fraction)
-        return {"train": [train], "val": [val]}
-    wanted = val_fraction * sum(map(len, files.values()))
+    wanted = val_fraction * sum(map(len, texts.values()))
     held_out, taken = set(), 0
-    for name in sorted(files, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest()):
-        if taken + len(files[name]) <= wanted:
+    for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest()):
+        if taken + len(texts[name]) <= wanted:
             held_out.add(name)
-            taken += len(files[name])
-    held_out = held_out or {min(files, key=lambda name: (len(files[name]), name))}
-    return {"train": [ids for name, ids in files.items() if name not in held_out],
-            "val": [ids for name, ids in files.items() if name in held_out]}
+            taken += len(texts[name])
+    return {"train": [text for name, text in texts.items() if name not in held_out],
+            "val": [text for name, text in texts.items() if name in held_out]}
+
+
+def write_library(args, work):
+    library = sysconfig.get_path("stdlib")
+    texts = {name: text for name, text in sorted(library_files(Path(library))) if text}
+    kept = {name: text for name, text in texts.items() if is_plain(text)}
+    left_out, characters = len(texts) - len(kept), sum(map(len, kept.values()))
+    print(f"Python {platform.python_version()}: {len(kept):,} files of {characters:,} characters; "
+          f"{left_out:,} left out")
+    if characters < FEWEST_CHARACTERS:
+        raise ValueError(f"this Python's standard library has only {characters:,} characters in {library}: "
+                         "use a full Python, or give text with --source")
+    tokenizer = CharTokenizer(CHARACTERS)
+    splits = {split: (tokenizer.encode_ordinary(text + "\n") for text in files)
+              for split, files in split_files(kept, args.val_fraction).items()}
+    source = {"library": "Python standard library", "python": platform.python_version(),
+              "documents": len(kept), "left_out": left_out, "val_fraction": args.val_fraction}
+    common.write_dataset(args.out_dir, work, tokenizer, splits, source)
 
 
 def main():
-    args = common.parse_arguments(__doc__, HERE, val_fraction=0.05, num_proc=False)
+    args = common.parse_arguments(__doc__, HERE, val_fraction=0.05, more=MIN_COUNT)
     with common.work_folder(args.out_dir) as work:
-        if args.source:
-            files = common.find_files(args.source)
-            found = enumerate(common.read_documents(files, args.text_field, work))
-            texts = {f"{i}:{name}": text for i, (name, text) in found}
-            source = {"paths": args.source, "files": len(files)}
+        if args.source or args.dataset:
+            write_characters(args, work)
         else:
-            texts = dict(sorted(library_files(Path(sysconfig.get_path("stdlib")))))
-            source = {"library": "Python standard library", "python": platform.python_version()}
-
-        ids = {name: common.character_ids(text) for name, text in texts.items() if text}
-        kept = {name: data for name, data in ids.items() if data is not None}
-        left_out, characters = len(ids) - len(kept), sum(map(len, kept.values()))
-        print(f"Python {platform.python_version()}: {len(kept):,} files of {characters:,} characters; "
-              f"{left_out:,} left out")
-        if not kept:
-            raise ValueError("the source holds no text made of the newline and printable ASCII alone")
-        if not args.source and characters < FEWEST_CHARACTERS:
-            raise ValueError(f"this Python's standard library has only {characters:,} characters in "
-                             f"{sysconfig.get_path('stdlib')}: use a full Python, or give text with --source")
-
-        newline = bytes([CHARACTERS.index("\n")])
-        splits = {split: (np.frombuffer(data + newline, np.uint8) for data in files)
-                  for split, files in split_files(kept, args.val_fraction).items()}
-        source |= {"documents": len(kept), "left_out": left_out, "val_fraction": args.val_fraction}
-        common.write_dataset(args.out_dir, work, CharTokenizer(CHARACTERS), splits, source)
+            write_library(args, work)
 
 
 if __name__ == "__main__":

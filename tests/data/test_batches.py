@@ -3,6 +3,18 @@ import numpy as np
 import torch
 
 from data.batches import Batches
+from data.common import TokenFile
+
+
+def test_ids_of_32_bits_arrive_as_they_are(tmp_path):
+    """Also those that 16 bits do not hold, and those that are negative as 32 bits with a sign."""
+    ids = [0, 1, 65_535, 65_536, 200_018, 2 ** 31, 2 ** 32 - 1]
+    (tmp_path / "ids").write_bytes(b"".join(i.to_bytes(4, "little") for i in ids))
+    tokens = TokenFile(tmp_path / "ids", np.dtype("<u4"))
+    batches = Batches({"train": tokens, "val": tokens}, block_size=6, sequences=1, batch_size=1,
+                      val_windows=1, seed=1, device="cpu")
+    for X, Y in (batches.train(0, 0, 1), batches.val(0)):
+        assert X.tolist() == [ids[:-1]] and Y.tolist() == [ids[1:]]
 
 
 def test_a_batch_goes_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch):

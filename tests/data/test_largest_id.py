@@ -51,10 +51,11 @@ def test_reading_a_dataset_takes_no_memory_of_its_size(tmp_path):
         assert checked[field] - start < 64 << 20 and memory(field) - start < 64 << 20, field
 
 
-@pytest.mark.parametrize("dtype", ["u1", "<u2"])
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4"])
 def test_a_file_of_ids_is_read_as_an_array(dtype, tmp_path):
     """Also in parts, where a read returns less than it was asked for."""
-    ids = np.random.default_rng(0).integers(0, 256, 5000).astype(dtype)
+    ids = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, 5000, endpoint=True, dtype=dtype)
+    assert largest_id(ids) == max(ids.tolist())
     ids.tofile(tmp_path / "ids")
     tokens = TokenFile(tmp_path / "ids", np.dtype(dtype))
     whole, tokens.file = tokens.file, ShortReads(tokens.file)

@@ -3,10 +3,12 @@ import argparse
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import unicodedata
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 
 from data import tokenizer
 from data import common
+from data.characters import is_plain
 
 ROOT = Path(__file__).resolve().parents[2]
 PRINTABLE = "\n" + bytes(range(32, 127)).decode("ascii")
@@ -37,7 +40,7 @@ def prepared(name, *arguments, **options):
 def read(folder):
     """The dataset, read with nothing of the project's: (meta, {split: ids}); it must be whole."""
     meta = json.loads((folder / "meta.json").read_text())
-    dtype = {"uint8": "u1", "uint16": "<u2"}[meta["dtype"]]
+    dtype = {"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
     splits = {}
     for split in ("train", "val"):
         data = (folder / f"{split}.bin").read_bytes()
@@ -48,8 +51,22 @@ def read(folder):
     return meta, splits
 
 
-def characters(ids):
-    return "".join(PRINTABLE[i] for i in ids)
+@pytest.fixture
+def prepare_here(monkeypatch):
+    """prepare_here("chars", "--source", ...): runs the main() of data/chars/prepare.py in this process."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("USE_TORCH", "0")  # common sets it
+
+    def prepare_here(name, *arguments):
+        script = ROOT / "data" / name
+        script = script / "prepare.py" if script.is_dir() else script
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        runpy.run_path(str(script))["main"]()
+    return prepare_here
+
+
+def characters(ids, alphabet=PRINTABLE):
+    return "".join(alphabet[i] for i in ids)
 
 
 def write_jsonl(path, texts, field="text"):
@@ -114,27 +131,11 @@ def test_python_char_is_deterministic(python_char, tmp_path):
         assert (tmp_path / name).read_bytes() == (python_char[0] / name).read_bytes()
 
 
-def test_python_char_leaves_out_files_and_normalises_line_ends(tmp_path):
-    source = tmp_path / "source"
-    (source / "deeper").mkdir(parents=True)
-    files = {"a.txt": b"one\r\ntwo", "b.txt": b"tab\there", "deeper/c.txt": b"three", "d.txt": "é".encode(),
-             "e.txt": b""}
-    for name, data in files.items():
-        (source / name).write_bytes(data)
-    printed = prepared("python_char", "--source", source, "--out-dir", tmp_path / "out")
-    meta, splits = read(tmp_path / "out")
-    assert sorted(map(characters, splits.values())) == ["one\ntwo\n", "three\n"]
-    assert meta["source"]["left_out"] == 2 and "; 2 left out" in printed
-
-
-def test_python_char_holds_out_no_more_than_asked(tmp_path):
-    (tmp_path / "source").mkdir()
-    for i in range(100):
-        (tmp_path / "source" / f"{i}.txt").write_text(f"{i:050}")
-    (tmp_path / "source" / "large.txt").write_text("large" * 1000)
-    prepared("python_char", "--source", tmp_path / "source", "--out-dir", tmp_path / "out")
-    val = characters(read(tmp_path / "out")[1]["val"])
-    assert len(val.replace("\n", "")) == 500  # a twentieth of 100 * 50 + 5000
+def test_python_char_holds_out_no_more_than_asked():
+    texts = {f"{i}": f"{i:050}" for i in range(100)} | {"large": "large" * 1000}
+    splits = runpy.run_path(str(ROOT / "data/python_char/prepare.py"))["split_files"](texts, 0.05)
+    assert sum(map(len, splits["val"])) == 500  # a twentieth of 100 * 50 + 5000
+    assert sorted(splits["train"] + splits["val"]) == sorted(texts.values())
 
 
 def test_python_char_of_a_stripped_python(tmp_path):
@@ -194,41 +195,84 @@ def test_openwebtext(tiktoken_cache, tmp_path, num_proc):
     assert not (out / "prepare.tmp").exists()
 
 
-def test_openwebtext_holds_out_a_two_thousandth(tiktoken_cache, tmp_path):
+def test_openwebtext_holds_out_a_two_thousandth(prepare_here, tiktoken_cache, tmp_path):
     texts = [f"{i}" for i in range(2001)]
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
-    prepared("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1)
+    prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1)
     val = documents_of(tokenizer.TiktokenTokenizer(), read(tmp_path / "out")[1]["val"])
     assert set(val) == {texts[i] for i in held_out(2, 2001)}
 
 
-def test_openwebtext_of_txt_jsonl_parquet_and_a_folder(tiktoken_cache, tmp_path):
+def test_openwebtext_of_txt_jsonl_parquet_and_a_folder(prepare_here, tiktoken_cache, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "empty.txt").write_text("")
-    (folder / "one.txt").write_text("one document\n\nof two paragraphs", encoding="utf-8")
+    (folder / "one.TXT").write_text("one document\n\nof two paragraphs", encoding="utf-8")
     (folder / "ignored.md").write_text("not a source")
     write_jsonl(folder / "two.jsonl", ["second", "third", ""], field="body")
     table = pyarrow.table({"n": [1, 2, 3], "body": ["fourth", None, "fifth"]})
-    pyarrow.parquet.write_table(table, tmp_path / "three.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "three.Parquet")
     out = tmp_path / "out"
-    sources = [folder, tmp_path / "three.parquet"]
-    prepared("openwebtext", "--source", *sources, "--text-field", "body", "--out-dir", out, "--num-proc", 1)
+    sources = [folder, tmp_path / "three.Parquet"]
+    prepare_here("openwebtext", "--source", *sources, "--text-field", "body", "--out-dir", out,
+                 "--num-proc", 1)
     meta, splits = read(out)
     found = documents_of(tokenizer.TiktokenTokenizer(), splits["train"] + splits["val"])
     assert sorted(found) == ["fifth", "fourth", "one document\n\nof two paragraphs", "second", "third"]
     assert meta["source"]["documents"] == 5
 
 
-@pytest.mark.parametrize("name", ["openwebtext", "openwebtext_char", "python_char"])
-def test_one_document_is_cut_in_two(tiktoken_cache, tmp_path, name):
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_openwebtext_with_a_tokenizers_file(prepare_here, tmp_path, num_proc):
+    """Of 70,000 words, whose ids need 32 bits; checked by hand."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<unk>": 0, "漢": 65_536, "κόσμε": 69_999} | {f"w{i}": i for i in range(1, 69_999) if i != 65_536}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<end>"])  # 70,000
+    made.enable_truncation(9)  # is not used, and stays in the file
+    made.save(str(tmp_path / "words.json"), pretty=False)
+    texts = ["漢 w7\tκόσμε", "w65535 <end>\r\nnothing"]
+    source = write_jsonl(tmp_path / "texts.jsonl", texts)
+    prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", num_proc,
+                 "--tokenizer", tmp_path / "words.json", "--end-of-text", "<end>")
+    meta, splits = read(tmp_path / "out")
+    assert (meta["vocab_size"], meta["dtype"]) == (70_001, "uint32")
+    assert meta["tokenizer"] == {"name": "tokenizers", "end_of_text": 70_000,
+                                 "json": (tmp_path / "words.json").read_text(encoding="utf-8")}
+    assert sorted(splits.values()) == [[65_535, 0, 0, 70_000], [65_536, 7, 69_999, 70_000]]
+    assert common.open_dataset(tmp_path / "out")[0] == meta
+
+
+def test_openwebtext_with_another_encoding(prepare_here, monkeypatch, tmp_path):
+    """A small one stands for cl100k_base, whose vocabulary cannot be downloaded here."""
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)}
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "cl100k_base", tiktoken.Encoding(
+        "cl100k_base", pat_str=r".|\n", mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 100_257, "<|endofprompt|>": 100_276}))
+    source = write_jsonl(tmp_path / "texts.jsonl", ["é", "\n"])
+    prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1,
+                 "--tokenizer", "cl100k_base")
+    meta, _ = read(tmp_path / "out")
+    assert (meta["vocab_size"], meta["dtype"]) == (100_277, "uint32")
+    assert meta["tokenizer"] == {"name": "cl100k_base"}
+    files = [(tmp_path / "out" / f"{split}.bin").read_bytes().hex() for split in ("train", "val")]
+    assert sorted(files) == ["0a000000" + "a1870100", "c3000000" + "a9000000" + "a1870100"]
+    assert common.open_dataset(tmp_path / "out")[0] == meta
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "chars", "openwebtext_char", "python_char"])
+def test_one_document_is_cut_in_two(prepare_here, tiktoken_cache, tmp_path, name):
     text = "To be, or not to be. " * 50
     (tmp_path / "one.txt").write_text(text)
-    arguments = ["--source", tmp_path / "one.txt", "--out-dir", tmp_path / "out", "--val-fraction", 0.1]
-    prepared(name, *arguments)
+    prepare_here(name, "--source", tmp_path / "one.txt", "--out-dir", tmp_path / "out", "--val-fraction", 0.1,
+                 "--num-proc", 1)
     meta, splits = read(tmp_path / "out")
     made = tokenizer.from_meta(meta)
     end = "<|endoftext|>" if name == "openwebtext" else "\n"
@@ -236,11 +280,20 @@ def test_one_document_is_cut_in_two(tiktoken_cache, tmp_path, name):
     assert train + val == text and len(val) == 105
 
 
-def test_openwebtext_char(tmp_path):
+@pytest.mark.parametrize("text", ["", None, "caf\xe9", "\t"])
+def test_a_text_that_is_left_out(text):
+    """Of OpenWebText and of Python's sources; rows of the hub may be empty."""
+    assert not is_plain(text) and is_plain(PRINTABLE)
+
+
+def test_openwebtext_char(prepare_here, tmp_path, capsys):
+    """As OpenWebText is treated: with --ascii, local files are."""
     texts = ["plain", "tab\there", "two\nlines", "café", "carriage\r\n", "all " + PRINTABLE, "", "del\x7f",
              "last"]
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
-    printed = prepared("openwebtext_char", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 2)
+    arguments = ["--ascii", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1]
+    prepare_here("openwebtext_char", *arguments)
+    printed = capsys.readouterr().out
     meta, splits = read(tmp_path / "out")
     assert meta["tokenizer"] == {"name": "char", "characters": PRINTABLE} and meta["dtype"] == "uint8"
     kept = ["plain", "two\nlines", "all " + PRINTABLE, "last"]
@@ -265,11 +318,152 @@ def test_the_hub_is_asked_for_one_revision(monkeypatch, tmp_path):
         return datasets.Dataset.from_dict({"text": ["a"], "other": [1]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    documents, source = common.load_documents(argparse.Namespace(source=None, num_proc=1), tmp_path)
+    args = dict.fromkeys(("source", "dataset", "config", "split", "revision", "max_documents", "num_proc"))
+    documents, source = common.load_documents(argparse.Namespace(**args), tmp_path)
     assert documents.column_names == ["text"]
     assert (asked["name"], asked["split"]) == ("Skylion007/openwebtext", "train")
     assert re.fullmatch("[0-9a-f]{40}", asked["revision"])
     assert source == {"dataset": asked["name"], "revision": asked["revision"]}
+
+
+# Any text, by its own characters
+
+
+def texts_of(folder):
+    """The text of each split of a dataset of characters."""
+    meta, splits = read(folder)
+    return {split: characters(ids, meta["tokenizer"]["characters"]) for split, ids in splits.items()}
+
+
+ANY = {"greek.TXT": "Ελληνικά\r\n“curly” ‘quotes’ – and —\ttabs\n", "cjk.txt": "漢字かな交じり文。한국어\n",
+       "emoji.txt": "🙂🏴‍☠️ e\N{COMBINING ACUTE ACCENT} x\N{COMBINING DOT BELOW}\n",
+       "hebrew.txt": "שלום עולם\x7f\0"}
+
+
+@pytest.mark.parametrize("name", ["chars", "openwebtext_char", "python_char"])
+def test_any_text_is_kept_whole_in_its_own_alphabet(prepare_here, tmp_path, name):
+    (tmp_path / "text").mkdir()
+    for file, text in ANY.items():
+        (tmp_path / "text" / file).write_bytes(text.encode())
+    write_jsonl(tmp_path / "text" / "rows.jsonl", ["é\r\n", "ascii"])
+    num_proc = 2 if name == "chars" else 1
+    prepare_here(name, "--source", tmp_path / "text", "--out-dir", tmp_path / "out", "--num-proc", num_proc)
+    # .txt files have Python's line ends, and all texts are in the form NFC
+    expected = [unicodedata.normalize("NFC", text.replace("\r\n", "\n")) for text in ANY.values()]
+    expected += ["é\r\n", "ascii"]
+    meta, _ = read(tmp_path / "out")
+    assert meta["tokenizer"] == {"name": "char", "normalization": "NFC",
+                                 "characters": "".join(sorted({*"".join(expected), "\n"}))}
+    assert {*"é\r\t“’—漢한🙂‍ש\0\x7f"} | {"x", "\N{COMBINING DOT BELOW}"} <= {*meta["tokenizer"]["characters"]}
+    assert "\N{COMBINING ACUTE ACCENT}" not in meta["tokenizer"]["characters"]
+    rest = "".join(texts_of(tmp_path / "out").values())
+    for text in expected:
+        assert rest.count(text + "\n") == 1
+        rest = rest.replace(text + "\n", "")
+    assert rest == ""
+
+
+def test_the_bytes_of_a_small_text(prepare_here, tmp_path, capsys):
+    """One text of accents that are characters of their own: é six times, cut in two, and a newline each."""
+    (tmp_path / "text.txt").write_bytes(b"\t" + "e\N{COMBINING ACUTE ACCENT}".encode() * 6)
+    prepare_here("chars", "--source", tmp_path / "text.txt", "--out-dir", tmp_path / "out", "--num-proc", 1,
+                 "--val-fraction", 0.3)
+    assert read(tmp_path / "out")[0]["tokenizer"]["characters"] == "\t\né"
+    assert (tmp_path / "out" / "train.bin").read_bytes() == bytes([0, 2, 2, 2, 1])
+    assert (tmp_path / "out" / "val.bin").read_bytes() == bytes([2, 2, 2, 1])
+    assert "7 characters, 3 different ones in the vocabulary\n" in capsys.readouterr().out
+
+
+def test_rare_characters_become_one_mark(prepare_here, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "texts.jsonl", ["aabb€", "ab漢漢", "a\ufffd"])
+    prepare_here("chars", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1,
+                 "--min-count", 3)
+    printed, (meta, _) = capsys.readouterr().out, read(tmp_path / "out")
+    assert meta["tokenizer"] == {"name": "char", "characters": "\nab\ufffd", "unknown": "\ufffd",
+                                 "normalization": "NFC"}
+    assert [meta["source"][key] for key in ("min_count", "rare_characters", "replaced")] == [3, 2, 3]
+    assert "2 others, which occur fewer than 3 times each and 3 times in all" in printed
+    texts = "".join(texts_of(tmp_path / "out").values()).splitlines()
+    assert sorted(texts) == sorted(["aabb\ufffd", "ab\ufffd\ufffd", "a\ufffd"])
+    tok = tokenizer.from_meta(meta)
+    assert tok.encode("ább") == [3, 2, 2]
+
+
+@pytest.mark.parametrize("count, dtype", [(255, "uint8"), (256, "uint16"), (65_535, "uint16"),
+                                          (65_536, "uint32")])
+def test_ids_have_the_bits_that_the_vocabulary_needs(prepare_here, tmp_path, count, dtype):
+    """`count` characters and the newline; the ids are checked by hand."""
+    han = "".join(map(chr, [*range(0x4E00, 0x9FFF), *range(0x20000, 0x2A6DE), *range(0xAC00, 0xAC00 + 9999)]))
+    text = han[:count]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    prepare_here("chars", "--source", tmp_path / "text.txt", "--out-dir", tmp_path / "out", "--num-proc", 1)
+    meta, _ = read(tmp_path / "out")
+    assert (meta["vocab_size"], meta["dtype"]) == (count + 1, dtype)
+    order = {c: i for i, c in enumerate("\n" + "".join(sorted(text)))}
+    size = {"uint8": 1, "uint16": 2, "uint32": 4}[dtype]
+    train, val = ((tmp_path / "out" / f"{split}.bin").read_bytes() for split in ("train", "val"))
+    newline = bytes(size)
+    assert train.removesuffix(newline) + val.removesuffix(newline) == b"".join(
+        order[c].to_bytes(size, "little") for c in text)
+    meta, splits = common.open_dataset(tmp_path / "out")
+    common.check_token_ids(splits, count + 1)
+    with pytest.raises(ValueError, match=f"the token id {count},"):
+        common.check_token_ids(splits, count)
+
+
+def test_no_text_is_one_sentence(prepare_here, tmp_path):
+    with pytest.raises(SystemExit, match="there is no text: give local files with --source"):
+        prepare_here("chars", "--out-dir", tmp_path)
+
+
+# Datasets by name
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    """A folder as those of the hub: two splits, one of them in two files."""
+    (tmp_path / "hub").mkdir()
+    files = {"train-0": ["one", "δύο", None], "train-1": ["", "three", "four"], "test-0": ["x", "y"]}
+    for file, texts in files.items():
+        rows = "".join(json.dumps({"n": 1, "body": text}) + "\n" for text in texts)
+        (tmp_path / "hub" / f"{file}.jsonl").write_text(rows)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ([], ["one", "δύο", "three", "four"]), (["--max-documents", 3], ["one", "δύο", "three"]),
+    (["--split", "test"], ["x", "y"])])
+def test_a_dataset_by_name_is_streamed(prepare_here, hub_folder, tmp_path, arguments, expected):
+    prepare_here("chars", "--dataset", hub_folder, "--text-field", "body", "--out-dir", tmp_path / "out",
+                 "--num-proc", 1, *arguments)
+    found = "".join(texts_of(tmp_path / "out").values()).splitlines()
+    assert sorted(found) == sorted(expected)
+    source = read(tmp_path / "out")[0]["source"]
+    given = dict(zip((a[2:].replace("-", "_") for a in arguments[::2]), arguments[1::2]))
+    assert source["dataset"] == str(hub_folder) and source["documents"] == len(expected)
+    assert {k: source[k] for k in ("split", "max_documents") if k in source} == given
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    ([], "there is no field 'text' among n, body (see --text-field)"),
+    (["--text-field", "n"], "the field 'n' holds int, not strings"),
+    (["--text-field", "body", "--split", "other"], "other"),
+    (["--text-field", "body", "--config", "large"], "large"),
+    (["--dataset", "nobody/nothing"], "the dataset nobody/nothing: ")])
+def test_a_dataset_that_cannot_be_read_is_one_sentence(prepare_here, hub_folder, existing, arguments, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        prepare_here("chars", "--dataset", hub_folder, "--out-dir", existing, "--num-proc", 1, *arguments)
+
+
+def test_a_dataset_is_asked_for_as_it_was_named(monkeypatch, tmp_path):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or [
+        {"content": "a"}, {"content": None}, {"content": "b"}])
+    args = argparse.Namespace(dataset="a/b", config="el", split=None, revision="v1", text_field="content")
+    assert [text for _, text in common.read_hub(args)] == ["a", "b"]
+    assert asked == [(("a/b", "el"), {"split": "train", "revision": "v1", "streaming": True})]
 
 
 # Documents of local files
@@ -298,6 +492,9 @@ FILES = {
     "rows_differ.jsonl": (b'{"text": "a", "n": 1}\n{"n": {"x": 1}, "text": "b"}\n{"text": "c", "n": "s"}',
                           ["a", "b", "c"]),
     "separators.jsonl": ('{"text": "a\u2028b\u0085c"}\n{"text": "d"}'.encode(), ["a\u2028b\u0085c", "d"]),
+    "UPPER.TXT": ("\tκόσμε".encode(), ["\tκόσμε"]),
+    "Mixed.JsonL": (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+    "halves.jsonl": (b'{"text": "a\\ud83d b\\ud83d\\ude42"}\n', ["a\ufffd b🙂"]),
     "empty_rows.jsonl": (b'\n{"text": ""}\n \n{"text": "a"}\n', ["a"]),
 }
 
@@ -393,17 +590,25 @@ def test_a_bad_file_is_one_sentence(documents_in, tmp_path, capfd, file):
 
 
 @pytest.mark.parametrize("name, file, data, reason", [
-    ("python_char", "accents.txt", "é".encode(), "printable ASCII"),
     ("python_char", "letter.txt", b"x", "one character"),
     ("python_char", "broken.jsonl", b'{"text": "a"}\n{"text"\n', "broken.jsonl: line 2"),
     ("openwebtext_char", "empty.txt", b"", "no text"),
-    ("openwebtext_char", "accents.txt", "é".encode(), "printable ASCII"),
+    ("openwebtext_char --ascii", "accents.txt", "é".encode(), "printable ASCII"),
+    ("chars --min-count=9", "letters.txt", b"rare", "no character occurs 9 times"),
     ("openwebtext_char", "letter.txt", b"x", "one character"),
     ("openwebtext_char", "broken.parquet", b"PAR1 no", "broken.parquet: "),
 ])
-def test_a_bad_source_leaves_the_dataset_that_was_there(existing, tmp_path, name, file, data, reason):
+def test_a_bad_source_leaves_the_dataset_that_was_there(prepare_here, existing, tmp_path, name, file, data,
+                                                        reason):
     (tmp_path / file).write_bytes(data)
-    assert reason in refused(prepare(name, "--source", tmp_path / file, "--out-dir", existing))
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        prepare_here(*name.split(), "--source", tmp_path / file, "--out-dir", existing, "--num-proc", 1)
+
+
+def test_a_bad_source_is_one_sentence_of_the_program(existing, tmp_path):
+    (tmp_path / "letter.txt").write_bytes(b"x")
+    done = prepare("chars", "--source", tmp_path / "letter.txt", "--out-dir", existing)
+    assert "one character" in refused(done)
 
 
 def test_folder_without_sources(existing, tmp_path):
@@ -422,10 +627,15 @@ def test_folder_without_sources(existing, tmp_path):
         (["--num-procs", "2"], "--num-procs"),
         (["--val", "0.5"], "--val"),
         (["--source"], "--source"),
+        (["--source", "a.txt", "--dataset", "b"], "either --source or --dataset"),
+        (["--source", "a.txt", "--split", "test"], "--split belongs to --dataset"),
+        (["--min-count", "2"], "--min-count belongs to --source or --dataset"),
+        (["--dataset", "b", "--max-documents", "0"], "--max-documents must be at least 1; got 0"),
     ],
 )
-def test_bad_argument(existing, arguments, reason):
-    assert reason in refused(prepare("openwebtext_char", "--out-dir", existing, *arguments))
+def test_bad_argument(prepare_here, existing, arguments, reason):
+    with pytest.raises(SystemExit, match=re.escape(reason)):
+        prepare_here("openwebtext_char", "--out-dir", existing, *arguments)
 
 
 def test_out_dir_is_a_file(tmp_path):
@@ -547,10 +757,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.skipif(os.name == "nt", reason="os.kill ends the process on Windows")
 def test_interrupt(existing, tmp_path):
-    (tmp_path / "new.txt").write_text("a new text")
     script = ROOT / "data" / "python_char" / "prepare.py"
-    arguments = ["--source", tmp_path / "new.txt", "--out-dir", existing]
-    command = [sys.executable, "-c", INTERRUPTED, script, *arguments]
+    command = [sys.executable, "-c", INTERRUPTED, script, "--out-dir", existing]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 

@@ -152,6 +152,12 @@ def test_what_differs_is_listed_with_both_values(there, here, words, whole):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_a_vocabulary_of_megabytes_is_still_one_sentence(whole):
+    with pytest.raises(ValueError, match="another vocabulary") as error:
+        check(whole | dict(tokenizer={"name": "tokenizers", "json": "x" * 10 ** 6}), whole)
+    assert "json = 'xxx" in str(error.value) and len(str(error.value)) < 1000
+
+
 # Restoring
 
 def restore(checkpoint):
