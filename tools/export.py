@@ -23,6 +23,7 @@ from torch import Tensor
 
 import structured
 from data import tokenizer
+from lib import gpt2
 from lib.files import fsync_folder
 from model import GPT, GPTConfig
 
@@ -106,24 +107,37 @@ def import_transformers():
 # ---- Model -------------------------------------------------------------------------------------------------
 
 
-def write_model(folder: str, model: GPT) -> None:
-    """Writes model.safetensors, config.json and the code of the model."""
-    import_transformers()
-    from safetensors import SafetensorError
-    from tools.modeling_structured_gpt import StructuredGPTConfig, StructuredGPTForCausalLM
+def is_gpt2(config: GPTConfig) -> bool:
+    """Whether transformers has the model: then it is exported without code of its own."""
+    return config.struct == "dense" and not (config.qk_norm or config.num_experts or config.ffn_experts)
 
+
+def write_model(folder: str, model: GPT) -> None:
+    """Writes model.safetensors, config.json and, unless the model is a GPT-2, its code."""
+    transformers = import_transformers()
+    from safetensors import SafetensorError
+
+    if is_gpt2(model.config):
+        config, weights = gpt2.to_gpt2(model)
+        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # tied
+        config = transformers.GPT2Config(**config)
+        make = transformers.GPT2LMHeadModel
+    else:
+        from tools.modeling_structured_gpt import StructuredGPTConfig, StructuredGPTForCausalLM
+        config, weights = StructuredGPTConfig(**model_config(model)), exported_weights(model)
+        config.auto_map = {"AutoConfig": f"{MODELING_FILE[:-3]}.StructuredGPTConfig",
+                           "AutoModelForCausalLM": f"{MODELING_FILE[:-3]}.StructuredGPTForCausalLM"}
+        make = StructuredGPTForCausalLM
+        code = os.path.join(os.path.dirname(__file__), MODELING_FILE)
+        shutil.copyfile(code, os.path.join(folder, MODELING_FILE))
     with torch.device("meta"):
-        exported = StructuredGPTForCausalLM(StructuredGPTConfig(**model_config(model)))
-    exported.load_state_dict(exported_weights(model), assign=True)
+        exported = make(config)
+    exported.load_state_dict(weights, assign=True)
     exported.tie_weights()
-    exported.config.auto_map = {"AutoConfig": f"{MODELING_FILE[:-3]}.StructuredGPTConfig",
-                                "AutoModelForCausalLM": f"{MODELING_FILE[:-3]}.StructuredGPTForCausalLM"}
     try:
         exported.save_pretrained(folder)
     except SafetensorError as e:
         raise OSError(f"the weights could not be written: {e}") from None
-    code = os.path.join(os.path.dirname(__file__), MODELING_FILE)
-    shutil.copyfile(code, os.path.join(folder, MODELING_FILE))
 
 
 def model_config(model: GPT) -> dict:
@@ -136,7 +150,8 @@ def model_config(model: GPT) -> dict:
         n_head=config.n_head, n_embd=config.n_embd, dropout=config.dropout, qk_norm=config.qk_norm,
         norm_bias=config.bias, norm_eps=config.norm_eps, gelu=config.gelu,
         attention_scale=config.attention_scale, branch_scale=config.branch_scale,
-        tie_word_embeddings=config.tie_embeddings, ffn_experts=config.ffn_experts, ffn_top_k=config.top_k if config.ffn_experts else 0,
+        tie_word_embeddings=config.tie_embeddings, ffn_experts=config.ffn_experts,
+        ffn_top_k=config.top_k if config.ffn_experts else 0,
         projections={name: describe(layer) for name, layer in layers.items()})
 
 
@@ -315,7 +330,8 @@ def model_card(name: str, model: GPT, tok: tokenizer.Tokenizer, checkpoint: dict
     return CARD.format(
         name=name, struct=config.struct, rows="\n".join(f"| {k} | {v} |" for k, v in rows.items() if v),
         projections="\n".join(model.describe()), prompt="The ", block_size=config.block_size,
-        trust=", trust_remote_code=True", more=" " + REMOTE_CODE)
+        trust="" if is_gpt2(config) else ", trust_remote_code=True",
+        more="" if is_gpt2(config) else " " + REMOTE_CODE)
 
 
 def describe_structure(config: GPTConfig) -> str:

@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=50)
 CASES = {
     "dense": {},
-    "dense, biases, no qk_norm": dict(bias=True, qk_norm=False),
+    "dense, biases": dict(bias=True),
     "dense, weight_norm": dict(weight_norm=True, dropout=0.3),
     "dense, other scales": dict(gelu="tanh", norm_eps=0.1, branch_scale=0.7, attention_scale=0.3),
     "tied": dict(struct="btt", tie_embeddings=True, vocab_size=1030),
@@ -30,7 +30,7 @@ CASES = {
     "kronecker": dict(struct="kronecker", bias=True),
     "monarch": dict(struct="monarch"),
     "tt": dict(struct="tt", rank=3),
-    "btt": dict(struct="btt", rank=2, bias=True),
+    "btt": dict(struct="btt", rank=2, bias=True, qk_norm=False),
     "btt without heads": dict(struct="btt", head_aligned=False, weight_norm=False),
     "einsum, B first": dict(struct="einsum", theta=B_FIRST, bias=True),
     "einsum, all seven": dict(struct="einsum", theta=THETAS[0]),
@@ -104,7 +104,7 @@ def all_logits(gpt, ids):
 
 
 def greedy(model, ids, **options):
-    return model.generate(ids, do_sample=False, max_new_tokens=12, **options)
+    return model.generate(ids, **dict(do_sample=False, max_new_tokens=12) | options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -119,9 +119,27 @@ def test_logits_and_greedy_texts_are_those_of_the_model(case, exported):
     assert logits.dtype == torch.float32 and logits.shape == expected.shape and expected.std() > 0.5
     assert (logits - expected).abs().max() <= 1e-5
     prompt = ids[:1, :8]
-    text = greedy(there, prompt)
-    assert torch.equal(text, gpt.generate(prompt, 12, temperature=0))
-    assert torch.equal(text, greedy(there, prompt, use_cache=False))
+    text = greedy(there, prompt, max_new_tokens=6)
+    assert torch.equal(text, gpt.generate(prompt, 6, temperature=0))
+    assert torch.equal(text, greedy(there, prompt, max_new_tokens=6, use_cache=False))
+
+
+@pytest.mark.parametrize("settings", [dict(bias=True, weight_norm=True),
+                                      dict(tie_embeddings=True, vocab_size=1030),
+                                      dict(gelu="tanh", norm_eps=0.1, attention_scale=0.3, bias=True)])
+def test_a_dense_model_without_qk_norm_is_a_plain_gpt2(settings, tmp_path):
+    gpt = make_model(qk_norm=False, **settings)
+    tok = CharTokenizer("".join(map(chr, range(32, 32 + gpt.config.vocab_size))))
+    export.export(str(save_checkpoint(tmp_path / "ckpt.pt", gpt, tok)), str(tmp_path / "hf"))
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(there) is transformers.GPT2LMHeadModel and not list((tmp_path / "hf").glob("*.py"))
+    ids = random_ids(3, 24)
+    with torch.no_grad():
+        assert (there(ids).logits - all_logits(gpt, ids)).abs().max() <= 1e-5
+    assert torch.equal(greedy(there, ids[:1, :8]), gpt.generate(ids[:1, :8], 12, temperature=0))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert_same_ids(again, tok, ["A B  C", " @ABC! D?'A "])
+    assert "trust_remote_code" not in (tmp_path / "hf" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +328,10 @@ def test_characters(options, read_tokenizer):
             there("字")
 
 
-def test_gpt2s_vocabulary(tiktoken_cache, read_tokenizer, tmp_path):
+@pytest.mark.parametrize("model_type", ["structured_gpt", "gpt2"])
+def test_gpt2s_vocabulary(model_type, tiktoken_cache, read_tokenizer, tmp_path):
     tok = TiktokenTokenizer()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     there = read_tokenizer(tok)
     assert there("Hello world<|endoftext|>").input_ids == [15496, 995, 50256]
     assert there.eos_token_id == there.pad_token_id == 50256 and len(there) == 50257
