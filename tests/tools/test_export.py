@@ -182,12 +182,14 @@ def test_beams_with_and_without_a_cache(pair, cache):
     assert not torch.equal(with_cache, greedy(there, ids, attention_mask=mask, pad_token_id=7))
 
 
-def test_a_cache_that_is_read_in_pieces(pair):
-    """Several tokens after those in a cache: a mask of (T, S)."""
+@pytest.mark.parametrize("static", [False, True])
+def test_a_text_that_is_read_in_pieces(static, pair):
+    """Several tokens after those in a cache, which may have room for more."""
     gpt, there = pair
     ids = random_ids(2, 20)
+    cache = transformers.StaticCache(there.config, max_cache_len=24) if static else None
     with torch.no_grad():
-        first = there(ids[:, :9], use_cache=True)
+        first = there(ids[:, :9], use_cache=True, cache=cache)
         rest = there(ids[:, 9:], cache=first.cache).logits
     assert (rest - all_logits(gpt, ids)[:, 9:]).abs().max() <= 1e-5
 
@@ -347,19 +349,20 @@ def test_other_encodings_of_tiktoken(name, tiktoken_cache, monkeypatch):
     import tiktoken
     from tiktoken_ext import openai_public
     ranks = dict(list(tiktoken.get_encoding("gpt2")._mergeable_ranks.items())[:3256])
+    ranks[b" zqxj"] = 3256  # no two tokens make it: the text alone is this token
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: ranks)
     settings = openai_public.ENCODING_CONSTRUCTORS[name]()
     settings.pop("explicit_n_vocab", None)
     bpe = tiktoken.Encoding(**settings)
     fast = export.byte_pair_tokenizer(bpe)
-    for text in TEXTS:
+    for text in [*TEXTS, "a zqxj zqxjz"]:
         ids = bpe.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=())
         assert fast.encode(text).ids == ids, text
         assert fast.decode(ids, skip_special_tokens=False) == text
     assert fast.token_to_id("<|endofprompt|>") == settings["special_tokens"]["<|endofprompt|>"]
 
 
-def test_a_file_of_the_library_tokenizers(read_tokenizer):
+def test_a_file_of_the_library_tokenizers(read_tokenizer, tmp_path):
     """Without what the file says of truncation, padding and tokens around a text: the model saw none."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     library = Tokenizer(models.BPE())
@@ -374,6 +377,8 @@ def test_a_file_of_the_library_tokenizers(read_tokenizer):
     library.enable_padding(length=9)
     tok = FileTokenizer(library.to_str())
     there = read_tokenizer(tok)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert written["truncation"] is written["padding"] is None
     assert there.eos_token == "</s>" and there.eos_token_id == tok.end_of_text == 1
     assert_same_ids(there, tok, [*TEXTS, "a</s>b"])
     by_name = FileTokenizer(library.to_str(), "e")  # a token that is not special must not become so
