@@ -416,24 +416,29 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-               use_cache: bool = True, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+               top_p: float = 1.0, use_cache: bool = True, generator: torch.Generator | None = None,
+               known: Tensor | None = None) -> Iterator[Tensor]:
         """Yields max_new_tokens next tokens, (B, 1) each, after the prompt idx (B, T), T >= 1.
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest. A window slides past block_size:
-        when it is full, its oldest quarter is forgotten and the rest read again (positions are learned, so
-        that keys of shifted tokens cannot be kept). With or without the cache the tokens are the same.
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest, and then top_p the fewest of the
+        likeliest whose probabilities sum to top_p. known (B, N) are the first N tokens to come, -1 where one
+        is to be drawn: the rest of prompts that are longer than T. A window slides past block_size: when it
+        is full, its oldest quarter is forgotten and the rest read again (positions are learned, so that keys
+        of shifted tokens cannot be kept). With or without the cache the tokens are the same.
         """
         if idx.shape[1] < 1:
             raise ValueError("generation needs a prompt of at least one token")
+        known = idx[:, :0] if known is None else known
         with fixed_cores(self):
-            yield from self._stream(idx, max_new_tokens, temperature, top_k, use_cache, generator)
+            yield from self._stream(idx, max_new_tokens, (temperature, top_k, top_p, generator), use_cache,
+                                    known)
 
-    def _stream(self, idx: Tensor, max_new_tokens: int, temperature: float, top_k: int | None,
-                use_cache: bool, generator: torch.Generator | None) -> Iterator[Tensor]:
+    def _stream(self, idx: Tensor, max_new_tokens: int, sampling: tuple, use_cache: bool,
+                known: Tensor) -> Iterator[Tensor]:
         block = self.config.block_size
         window = idx[:, -block:]
         cache = None
-        for _ in range(max_new_tokens):
+        for i in range(max_new_tokens):
             if window.shape[1] > block:
                 window, cache = window[:, -max(1, block - block // 4):], None
             if not use_cache:
@@ -443,15 +448,15 @@ class GPT(nn.Module):
                 logits, _ = self(window, cache=cache)
             else:
                 logits, _ = self(window[:, -1:], cache=cache)
-            token = _sample(logits[:, -1], temperature, top_k, generator)  # (B, 1)
+            token = _sample(logits[:, -1], *sampling)  # (B, 1)
+            if i < known.shape[1]:
+                token = torch.where(known[:, i:i + 1] < 0, token, known[:, i:i + 1])
             window = torch.cat([window, token], dim=1)
             yield token
 
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 use_cache: bool = True, generator: torch.Generator | None = None) -> Tensor:
-        """The prompt idx (B, T) and max_new_tokens more, (B, T + max_new_tokens): see stream."""
-        tokens = self.stream(idx, max_new_tokens, temperature, top_k, use_cache, generator)
-        return torch.cat([idx, *tokens], dim=1)
+    def generate(self, idx: Tensor, max_new_tokens: int, *args, **options) -> Tensor:
+        """The prompt idx (B, T) and max_new_tokens more, (B, T + max_new_tokens): options as of stream."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **options)], dim=1)
 
     def _cache_dtype(self, device) -> torch.dtype:
         if torch.is_autocast_enabled(device.type):
@@ -466,14 +471,23 @@ def _summarize(aux: list[structured.Aux], x: Tensor) -> ModelAux:
                     torch.stack([a.variance for a in aux]))
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
+def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator) -> Tensor:
     """One token for each row of logits (B, V) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    p = _odds(logits / temperature, top_k, top_p)
+    # torch.multinomial's way to draw, without its check of p, for which it waits for the GPU
+    return p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
+
+
+def _odds(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """What tokens are drawn in proportion to, (B, V) like logits: probabilities, 0 for those left out."""
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     p = logits.softmax(dim=-1)
-    # torch.multinomial's way to draw, without its check of p, for which it waits for the GPU
-    return p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
+    if top_p == 1:
+        return p
+    ranked, order = p.sort(dim=-1, descending=True, stable=True)
+    beyond = ranked.cumsum(dim=-1) - ranked >= top_p  # the likelier ones alone reach top_p
+    return p.masked_fill(beyond.scatter(-1, order, beyond), 0.0)

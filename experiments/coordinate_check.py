@@ -36,8 +36,8 @@ import numpy as np
 import torch
 
 from data.common import open_dataset
-from experiments.scaling import plot
 from experiments.scaling.report import write_csv
+from lib.figure import figure, optional_figures, save, style
 from model import GPT, GPTConfig
 
 LIMIT = 2.0  # a ratio over the widths that no longer passes
@@ -107,11 +107,11 @@ def draw(rows: list[dict], folder: str) -> None:
     names, quantities, ticks = (list(dict.fromkeys(row[key] for row in rows))
                                 for key in ("struct", "quantity", "width"))
     columns = min(5, len(names))
-    fig, grid = plot.figure(columns, rows=math.ceil(len(names) / columns), sharex=True, sharey=True)
+    fig, grid = figure(columns, rows=math.ceil(len(names) / columns), sharex=True, sharey=True)
     for ax, name in zip(grid.flat, names):
         for i, quantity in enumerate(quantities):
             sizes = [row["rms"] for row in rows if (row["struct"], row["quantity"]) == (name, quantity)]
-            ax.plot(ticks, sizes, label=quantity, markersize=4, **plot.style(i))
+            ax.plot(ticks, sizes, label=quantity, markersize=4, **style(i))
         ax.set(xscale="log", yscale="log", title=name if mup else f"{name}, without µP")
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
@@ -119,7 +119,7 @@ def draw(rows: list[dict], folder: str) -> None:
         ax.axis("off")
     fig.supxlabel("width")
     fig.supylabel(f"root mean square after {steps} steps")
-    plot.save(fig, grid[0, 0], folder, "coordinate_check")
+    save(fig, grid[0, 0], folder, "coordinate_check")
 
 
 def main() -> int:
@@ -141,7 +141,7 @@ def main() -> int:
             line, status = line + f"  <- not below {LIMIT:g}", 1
         print(line, flush=True)
     write_csv(os.path.join(out, "coordinate_check.csv"), rows)
-    with plot.optional_figures():
+    with optional_figures():
         draw(rows, out)
     return status
 

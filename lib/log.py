@@ -19,12 +19,12 @@ def format_duration(seconds: float) -> str:
     return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
 
 
-def read_log(folder: str) -> list[dict]:
-    """The points of folder/log.jsonl: [] without one. Half lines and lines that are no JSON object are left
-    out."""
-    points = []
+def read_log(place: str) -> list[dict]:
+    """The points of a log file, or of a folder's log.jsonl: [] without one. Half lines and lines that are no
+    JSON object are left out."""
+    path, points = os.path.join(place, "log.jsonl") if os.path.isdir(place) else place, []
     with contextlib.suppress(OSError):
-        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as f:
+        with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 with contextlib.suppress(ValueError):
                     points.append(json.loads(line))

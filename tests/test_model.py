@@ -1,14 +1,16 @@
 """model.py: what a GPT of structured projections must hold, whatever the structure."""
+import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import kernels
 from lib.kernels import operators
-from model import GPT, GPTConfig, _sample
+from model import GPT, GPTConfig, _odds, _sample
 from structured import STRUCTURES, MoE, Structured
 from tests.conftest import ROOT
 from tests.structures import counted_flops, recomputed_flops
@@ -566,9 +568,64 @@ def test_tokens_are_drawn_as_by_multinomial():
         least = logits.topk(top_k or 300).values[:, -1:]
         p = logits.masked_fill(logits < least, -math.inf).softmax(dim=-1)
         drawn, expected = (draw(generator=torch.Generator().manual_seed(3)) for draw in (
-            lambda generator: _sample(logits, 1.0, top_k, generator),
+            lambda generator: _sample(logits, 1.0, top_k, 1.0, generator),
             lambda generator: p.multinomial(1, generator=generator)))
         assert torch.equal(drawn, expected)
+
+
+def nucleus(p, top_p):
+    """The smallest set of tokens whose probabilities sum to top_p or more, of equally small ones the
+    likeliest: by trying all of them."""
+    sets = itertools.chain.from_iterable(itertools.combinations(range(len(p)), n) for n in range(len(p) + 1))
+    reached = [(len(kept), -p[list(kept)].sum(), kept) for kept in sets if p[list(kept)].sum() >= top_p]
+    return list(min(reached)[2])
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, None, 0.9), (1.0, None, 0.5), (1.0, None, 1e-6), (0.5, None, 0.8), (2.0, 4, 0.8), (1.0, 3, 1.0),
+    (1.0, 99, 0.999), (1.0, 1, 0.3)])
+def test_odds_of_temperature_then_top_k_then_top_p(temperature, top_k, top_p):
+    """Against every set of tokens, in numpy: no sampling, so that no luck is needed."""
+    logits = torch.randn(20, 7, dtype=torch.float64) * 2
+    odds = _odds(logits / temperature, top_k, top_p).numpy()
+    for row, found in zip(logits.numpy(), odds):
+        p = np.exp(row / temperature)
+        p[np.argsort(-row)[top_k or 7:]] = 0
+        p /= p.sum()
+        expected = np.zeros(7)
+        kept = nucleus(p, min(top_p, 1 - 1e-12))
+        expected[kept] = p[kept]
+        np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), rtol=1e-9)
+
+
+def test_equally_likely_tokens_do_not_all_pass_top_p():
+    """A quarter is reached by three of ten: of equally likely ones, those of the lowest ids."""
+    odds = _odds(torch.zeros(1, 10, dtype=torch.float64), None, 0.25)
+    assert odds[0].nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def test_only_what_top_p_keeps_is_drawn():
+    """By stream and generate, which hand it on."""
+    model, idx = random_model(), tokens(1, 3)
+    likeliest = model(idx)[0][0, -1].argmax().item()
+    drawn = model.generate(idx.expand(300, 3), 1, temperature=5.0, top_p=1e-6)[:, -1]
+    assert drawn.unique().tolist() == [likeliest]
+    assert len(model.generate(idx.expand(300, 3), 1, temperature=5.0)[:, -1].unique()) > 5
+
+
+@pytest.mark.parametrize("kind", ["dense", "btt_moe", "moe"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_of_different_lengths_together(kind, use_cache):
+    """Each row goes on as it does alone, from its own prompt, past block_size too."""
+    model = random_model(kind)
+    rows, lengths, new = tokens(4, 9), (3, 9, 5, 3), 8
+    alone = [model.generate(row[None, :length], new, temperature=0)[0] for row, length in zip(rows, lengths)]
+    known = torch.full((4, 6), -1)
+    for row, length, rest in zip(rows, lengths, known):
+        rest[:length - 3] = row[3:length]
+    found = model.generate(rows[:, :3], 6 + new, temperature=0, use_cache=use_cache, known=known)
+    for row, length, expected in zip(found, lengths, alone):
+        assert torch.equal(row[:length + new], expected)
 
 
 def test_generation_needs_a_prompt():

@@ -21,7 +21,7 @@ ARGUMENTS = {"experiments/structures_table.py": ["16"]}  # all others have --hel
 
 def start(program, *arguments, **options):
     """The program as a user starts it, with python -m where it is of a package."""
-    modules = program.parts[0] in ("experiments", "tests")
+    modules = program.parts[0] in ("experiments", "tests", "tools")
     name = ".".join(program.with_suffix("").parts).removesuffix(".__main__")
     command = [sys.executable, *(["-m", name] if modules else [program]), *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300, "cwd": ROOT} | options

@@ -57,6 +57,7 @@ import signal
 
 from experiments.scaling import plan, plot, report, transfer
 from experiments.scaling.sweep import Sweep
+from lib.figure import optional_figures
 
 
 def sweep() -> int:
@@ -89,7 +90,7 @@ def main() -> int:
     if command == "fit":
         report.write_report(runs.split(","), out, base=base, floor=floor, window=(min_flops, max_flops),
                             samples=samples, level=level, bench=[path for path in bench.split(",") if path])
-    with plot.optional_figures():
+    with optional_figures():
         plot.plot(out)
     return 0
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.launcher import NO_EFFECT
+from lib.figure import LOSS
 from lib.log import read_log
 
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
@@ -34,7 +35,7 @@ PER_DECADE = 12     # budgets of a frontier
 SIZE = ("n_embd", "n_layer", "n_head")
 STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on
 # losses compare if these are equal
-COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "eval_tokens", "batch_size")
+COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "eval_tokens", "batch_size", "loss")
 VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")    # as intended
 SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
 HUBER = 1.345       # residuals beyond so many standard deviations count less
@@ -43,7 +44,7 @@ HUBER = 1.345       # residuals beyond so many standard deviations count less
 class Points(NamedTuple):
     """A run's evaluations, in the order of training: arrays of the same length."""
     tokens: np.ndarray
-    losses: np.ndarray  # validation cross-entropy, nats per token
+    losses: np.ndarray  # validation cross-entropy in nats per token, or what config['loss'] says
 
 
 @dataclasses.dataclass
@@ -116,6 +117,7 @@ def comparable_config(start: dict) -> dict:
     config |= {key: config[key] for key in ("learning_rate", "seed", "max_iters", "decay_lr", *STEP_SHAPE)}
     config |= {key: start.get(key, config.get(key)) for key in ("dtype", "compile")}
     config["vocab_size"] = start.get("model_args", {}).get("vocab_size")
+    config["loss"] = start.get("loss", LOSS)  # of another program's log
     min_lr, decay_iters = config.pop("min_lr", None), config.pop("lr_decay_iters", None)
     if config["decay_lr"]:
         rate = config["learning_rate"] or 1.0

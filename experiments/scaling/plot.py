@@ -1,9 +1,4 @@
-"""Figures of scaling laws, from the fit.json that report.py writes, and how every figure of the experiments
-is drawn.
-
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. Each structure also has a marker and a
-line style of its own, so that a grey print shows as much. Every figure is written as svg and as png.
-"""
+"""Figures of scaling laws, from the fit.json that report.py writes."""
 import contextlib
 import itertools
 import json
@@ -12,81 +7,11 @@ import os
 import numpy as np
 
 from experiments.scaling.fit import AXES, Law
+from lib.figure import LOSS, figure, log_ticks, save, style
 
 AXIS_FIGURES = {"frontier": "flops", "frontier_without_output_layer": "flops_without_output_layer",
                 "wall_clock": "seconds"}
 FIGURES = (*AXIS_FIGURES, "multiplier", "params")
-LOSS = "validation loss, nats per token"
-# yellow is left out: on white it is too faint for a line
-COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-MARKERS = "os^DvPX*<>hp"
-LINES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)),
-         (0, (10, 3)), (0, (2, 2, 6, 2)), (0, (4, 1, 4, 4)))
-
-
-@contextlib.contextmanager
-def optional_figures():
-    """Without matplotlib there is a remark instead of a figure."""
-    try:
-        yield
-    except ImportError:
-        print("no figures: they need matplotlib (pip install -r requirements-dev.txt)")
-
-
-def style(i: int) -> dict:
-    """Colour, marker and line style of the i-th structure: all three together repeat after 72."""
-    looks = dict(color=COLORS, marker=MARKERS, linestyle=LINES)
-    return {key: values[i % len(values)] for key, values in looks.items()}
-
-
-def figure(panels: int = 1, rows: int = 1, **options):
-    """(a figure that needs no screen, its axes as an array of rows)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams |= {"font.size": 9, "svg.fonttype": "none"}
-    fig, grid = plt.subplots(rows, panels, figsize=(2.7 + 3.4 * panels, 0.8 + 3.2 * rows), squeeze=False,
-                             layout="constrained", **options)
-    for ax in grid.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
-    return fig, grid
-
-
-def log_ticks(ax, name: str) -> None:
-    """Make the axis 'x' or 'y' logarithmic, with fewer ticks the more decades it has: powers of ten along x;
-    losses and multipliers, along y, are read as 1.5 and 2."""
-    from matplotlib import ticker
-    ax.set(**{f"{name}scale": "log"})
-    axis = getattr(ax, f"{name}axis")
-    low, high = axis.get_view_interval()
-    decades = np.log10(high / low)
-    if name == "x":
-        subs = (1,) if decades > 2 else (1, 2, 5)
-        formatter = ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf))
-    else:
-        fine = (1, 1.5, 2, 3, 4, 5, 7) if decades > 0.5 else np.arange(1, 10, 0.2).round(1)
-        subs = (1, 2, 5) if decades > 1.2 else fine
-        formatter = ticker.FuncFormatter(lambda value, _: f"{value:g}")
-    axis.set_major_locator(ticker.LogLocator(base=10, subs=subs))
-    axis.set_major_formatter(formatter)
-    axis.set_minor_formatter(ticker.NullFormatter())
-
-
-def save(fig, ax, folder: str, name: str) -> None:
-    """Write a figure, the legend of `ax` beside all axes, into a folder that is made if need be. The same
-    figure is the same file."""
-    import matplotlib.pyplot as plt
-    plt.rcParams["svg.hashsalt"] = name
-    os.makedirs(folder, exist_ok=True)
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        fig.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3.2)
-    for kind in ("svg", "png"):
-        metadata = {"Date": None} if kind == "svg" else None
-        fig.savefig(os.path.join(folder, f"{name}.{kind}"), dpi=150, metadata=metadata)
-    plt.close(fig)
 
 
 def draw_frontier(ax, fitted: dict, looks: dict, curves: list[dict], axis: str) -> None:
@@ -148,13 +73,14 @@ def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
 def draw(found: dict) -> dict[str, tuple]:
     """{name: (figure, the axes that have its legend)} of those FIGURES that fit.json has data for."""
     by_axis, base, drawn = found["axes"], found["base"], {}
+    loss = found["measure"].get("loss", LOSS)
     labels = dict.fromkeys(label for of_axis in by_axis.values() for label in of_axis)
     looks = {label: style(i) for i, label in enumerate(labels)}
     for name, axis in AXIS_FIGURES.items():
         if axis in by_axis:
             fig, [[ax]] = figure()
             draw_frontier(ax, by_axis[axis], looks, found["curves"], axis)
-            ax.set(xlabel=AXES[axis], ylabel=LOSS)
+            ax.set(xlabel=AXES[axis], ylabel=loss)
             drawn[name] = fig, ax
     panels = {"flops": "Compute", "seconds": "Time"}
     panels = {axis: what for axis, what in panels.items() if axis in by_axis}
@@ -171,7 +97,7 @@ def draw(found: dict) -> dict[str, tuple]:
     for ax, (key, what) in zip(row, (("params", "parameters"), ("active_params", "active parameters"))):
         draw_params(ax, found["runs"], looks, key)
         ax.set_xlabel(what)
-    row[0].set_ylabel(LOSS + ", at each run's end")
+    row[0].set_ylabel(loss + ", at each run's end")
     return drawn | {"params": (fig, row[0])}
 
 

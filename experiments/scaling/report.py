@@ -286,9 +286,9 @@ def write_report(folders: list[str], out: str, *, base: str | None, floor: float
     source = "how its structure's runs scatter about the law, since none differ in their seed alone"
     if noise:
         source = f"{noise:.2%} between seeds, or more where a structure's runs scatter more about its law"
-    text = [f"{len(runs)} runs of {len(labels)} structures. Losses are validation cross-entropy in nats per "
-            "token, budgets C in FLOPs (2 per multiply-add, backward twice the forward, attention and "
-            "routers included; embeddings are looked up, and cost none). Intervals: "
+    text = [f"{len(runs)} runs of {len(labels)} structures. Losses: {runs[0].config['loss']}. Budgets C: "
+            "training FLOPs (2 per multiply-add, backward twice the forward, attention and routers "
+            "included; embeddings are looked up, and cost none). Intervals: "
             f"{level:.0%}, parametric bootstrap with {samples} samples; a run's relative noise is {source}"
             + (f"; L∞ is set to {floor:g}." if floor is not None else ".")]
     for axis, of_axis in fits.items():

@@ -9,9 +9,9 @@ import os
 
 import numpy as np
 
-from experiments.scaling import plot
 from experiments.scaling.fit import MeasuredRun, differences, grouped, read_runs
 from experiments.scaling.report import write_csv
+from lib.figure import LOSS, figure, optional_figures, save, style
 
 
 @dataclasses.dataclass
@@ -65,19 +65,19 @@ def stays(curves: list[Curve]) -> bool:
 def draw(by_structure: dict[str, list[Curve]], mup: bool, folder: str) -> None:
     """A panel for each structure: loss against rate, a line for each width. The best rate is filled, the
     parabola's minimum dotted."""
-    fig, [row] = plot.figure(len(by_structure), sharex=True, sharey=True)
+    fig, [row] = figure(len(by_structure), sharex=True, sharey=True)
     for ax, (label, curves) in zip(row, by_structure.items()):
         for i, curve in enumerate(curves):
-            look, means = plot.style(i), curve.means()
+            look, means = style(i), curve.means()
             ax.plot(*zip(*means.items()), markerfacecolor="white", label=f"width {curve.width}", **look)
             ax.plot(curve.best(), means[curve.best()], **look)
             ax.axvline(curve.minimum(), color=look["color"], linestyle=":", linewidth=1)
         ax.set(xscale="log", title=label)
         ax.set_xticks(rates_of(curves), [f"{rate:g}" for rate in rates_of(curves)], rotation=45)
         ax.minorticks_off()
-    row[0].set_ylabel(plot.LOSS)
+    row[0].set_ylabel(LOSS)
     fig.supxlabel("learning rate" + (" at the base width" if mup else ", the same for every parameter"))
-    plot.save(fig, row[0], folder, "lr_transfer")
+    save(fig, row[0], folder, "lr_transfer")
 
 
 def transfer(folders: list[str], out: str) -> bool:
@@ -103,6 +103,6 @@ def transfer(folders: list[str], out: str) -> bool:
         dict(struct=run.label, width=run.config["n_embd"], learning_rate=run.config["learning_rate"],
              seed=run.config["seed"], iters=run.config["max_iters"], mup=run.config.get("mup", True),
              val_loss=float(run.points.losses[-1])) for run in runs])
-    with plot.optional_figures():
+    with optional_figures():
         draw(by_structure, all(run.config.get("mup", True) for run in runs), out)
     return all(map(stays, by_structure.values()))

@@ -12,10 +12,10 @@ import numpy as np
 
 from experiments.launcher import TRAIN_DEFAULTS
 from experiments.scaling import fit as scaling_fit
-from experiments.scaling import plot as scaling_plot
 from experiments.scaling.report import markdown_table, number, round_all, write_csv
 from experiments.search.space import LEVELS, theta_text
 from experiments.search.study import counted, optuna
+from lib.figure import figure, optional_figures, save, style
 from lib.log import read_log
 from structured import Theta
 
@@ -128,7 +128,7 @@ def write_report(study: optuna.Study, out: str, results: str, *, dense: str | No
     for name, contents in files.items():
         with open(os.path.join(results, name), "w", encoding="utf-8") as f:
             f.write(contents)
-    with scaling_plot.optional_figures():
+    with optional_figures():
         draw(rows, early, results)
     print(text)
 
@@ -230,9 +230,9 @@ def draw(rows: list[dict], early: str, folder: str) -> None:
     at_first_rung = [r for r in rows if math.isfinite(r["first_loss"])]
     if any(r["state"] != "complete" for r in at_first_rung):
         parts.append(("first_loss", at_first_rung, early))
-    fig, grid = scaling_plot.figure(len(PANELS), rows=len(parts), sharey="row", sharex="col")
+    fig, grid = figure(len(PANELS), rows=len(parts), sharey="row", sharex="col")
     names = sorted({r["name"] for r in rows} - {""}, key=lambda name: (name != "dense", name))
-    looks = {name: scaling_plot.style(i) for i, name in enumerate(names)}
+    looks = {name: style(i) for i, name in enumerate(names)}
     looks = {"": dict(color="#bbbbbb", marker=".")} | looks
     for axes, (key, shown, budget) in zip(grid, parts):
         for ax, axis in zip(axes, PANELS):
@@ -243,4 +243,4 @@ def draw(rows: list[dict], early: str, folder: str) -> None:
         axes[0].set_ylabel(f"validation loss, nats per token\n({budget})")
     for ax, label in zip(grid[-1], PANELS.values()):
         ax.set_xlabel(label)
-    scaling_plot.save(fig, grid[0][0], folder, "taxonomy")
+    save(fig, grid[0][0], folder, "taxonomy")

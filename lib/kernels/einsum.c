@@ -103,25 +103,38 @@ enum { ROWS,    /* A[m][k], k contiguous; B rows a fixed step apart */
        SUMS,    /* A[m][ka[k]]: k anywhere; B rows a fixed step apart */
        CORE };  /* A[m][k * step]; B rows anywhere */
 
-/* acc[m][j] += sum_k A[m][k] B[k][j], for M <= MR rows of A and NV <= 2 vectors of B's columns.
+/* acc[m][j] += A[m][k] B[k][j] for k = first + i, M <= MR rows of A and NV <= 2 vectors of B's columns.
  *   a[m] + (ROWS: k, SUMS: at[k], CORE: k * step) is where A[m][k] is;
  *   b + k * step (ROWS, SUMS) or bk[k] + offset (CORE) is where B's row k begins. */
+INLINE void multiply_one(const int kind, const int M, const int NV, const int part, const int64_t tail,
+                         vec acc[MR][2], const int64_t first, const int64_t i, const REAL *const a[MR],
+                         const int64_t *at, const REAL *b, const REAL *const *bk, const int64_t offset,
+                         const int64_t step) {
+    const int64_t k = first + i;
+    const REAL *row = kind == CORE ? bk[k] + offset : b + k * step;
+    const int64_t place = kind == ROWS ? first : kind == SUMS ? at[k] : k * step;
+    vec bv[2];
+    UNROLL for (int j = 0; j < NV; j++)
+        bv[j] = part && j == NV - 1 ? load_part(row + j * VL, tail) : load(row + j * VL);
+    UNROLL for (int m = 0; m < M; m++) {
+        const REAL am = a[m][place + (kind == ROWS ? i : 0)];
+        UNROLL for (int j = 0; j < NV; j++) acc[m][j] += am * bv[j];
+    }
+}
+
+/* acc[m][j] = sum_k A[m][k] B[k][j].  The loop over k costs as much as a step of one vector's width: such
+ * steps are unrolled. */
 INLINE void multiply(const int kind, const int M, const int NV, const int part, const int64_t tail,
                      vec acc[MR][2], const int64_t K, const REAL *const a[MR], const int64_t *at,
                      const REAL *b, const REAL *const *bk, const int64_t offset, const int64_t step) {
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int j = 0; j < NV; j++) acc[m][j] = (vec){0};
-    for (int64_t k = 0; k < K; k++) {
-        const REAL *row = kind == CORE ? bk[k] + offset : b + k * step;
-        const int64_t i = kind == ROWS ? k : kind == SUMS ? at[k] : k * step;
-        vec bv[2];
-        UNROLL for (int j = 0; j < NV; j++)
-            bv[j] = part && j == NV - 1 ? load_part(row + j * VL, tail) : load(row + j * VL);
-        UNROLL for (int m = 0; m < M; m++) {
-            const REAL am = a[m][i];
-            UNROLL for (int j = 0; j < NV; j++) acc[m][j] += am * bv[j];
-        }
-    }
+    int64_t k = 0;
+    if (NV == 1 && kind != CORE)
+        for (; k + 8 <= K; k += 8)
+            UNROLL for (int64_t i = 0; i < 8; i++)
+                multiply_one(kind, M, NV, part, tail, acc, k, i, a, at, b, bk, offset, step);
+    for (; k < K; k++) multiply_one(kind, M, NV, part, tail, acc, k, 0, a, at, b, bk, offset, step);
 }
 
 /* Runs body(NV, part, n, tail) over the columns 0 <= n < N. */
@@ -168,7 +181,7 @@ typedef struct {            /* z: a group's rows lie together, (groups, TILE, wi
 
 INLINE layout z_layout(int64_t groups, int64_t width) {
     layout z = {groups, width, round_up(width), 0};
-    z.group = z.row * TILE + VL;    /* no multiple of 4 KiB, or all groups would share lines of the cache */
+    z.group = z.row * TILE + 3 * VL;    /* far from a multiple of 4 KiB: groups must not share cache sets */
     return z;
 }
 

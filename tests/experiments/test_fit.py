@@ -12,6 +12,7 @@ from experiments.scaling import fit as scaling_fit
 from experiments.scaling import plot as scaling_plot
 from experiments.scaling import report as scaling_report
 from experiments.scaling.fit import Law, MeasuredRun, Points
+from lib.figure import COLORS
 from tests.conftest import ROOT
 from tests.experiments.logs import write_log
 
@@ -322,7 +323,7 @@ def test_a_structure_looks_the_same_in_every_figure(fitted, tmp_path):
     (tmp_path / "fit.json").write_text(json.dumps(found))
     scaling_plot.plot(str(tmp_path))
     for name in ("frontier", "wall_clock", "multiplier"):
-        assert scaling_plot.COLORS[1].lower() in (tmp_path / f"{name}.svg").read_text(), name
+        assert COLORS[1].lower() in (tmp_path / f"{name}.svg").read_text(), name
 
 
 def test_unlike_runs_of_a_structure_are_named(tmp_path):

@@ -149,7 +149,7 @@ def test_a_model_does_not_wait(kind, bodies):
             with torch.no_grad():
                 _, loss, aux = model(idx, idx, return_aux=True)
                 assert loss.device == aux.load.device == idx.device
-            for options in (dict(top_k=5), dict(temperature=0, use_cache=False)):
+            for options in (dict(top_k=5, top_p=0.9), dict(temperature=0, use_cache=False)):
                 assert model.generate(idx[:, :7], 3, **options).shape == (2, 10)  # the window slides
 
 

@@ -1,0 +1,261 @@
+"""The taxonomy where it is cheap, and structured layers outside of GPT: MLPs that learn a random function.
+
+    python -m experiments.teacher                               every θ of experiments/plans/teacher.py
+    python -m experiments.scaling fit --runs=out-teacher/runs   laws and figures, as for train.py's runs
+
+The paper's second domain (its Figure 5, bottom). The teacher is a ReLU network of random weights on 8 normal
+numbers, its output standardized; a student has three hidden layers, whose inner maps are structured, and sees
+every example once. The loss is the mean squared error on a test set: 1 for a student that knows nothing.
+
+Each structure has the same effort for its learning rate: all of `learning_rates` at `tuned_at`, for a part of
+the longest run; µP takes the best one to the other widths. The rate is constant, so that every evaluation is
+a point of the frontier. A finished run is never made again, and several processes may share a folder.
+"""
+import json
+import math
+import os
+import time
+
+from configurator import HERE, PositiveFloat, PositiveInt, configure, fail, nearest, show
+from lib.terminal import prepare_output
+
+out: str = "out-teacher"                # rates/ and runs/ are made in it, and the teacher's answers
+plan: str = "experiments/plans/teacher.py"  # a Python file: structures = {label: fields of LayerConfig}
+only: str = ""                          # labels of the plan, a,b; all if empty
+widths: tuple = (64, 128, 256, 512, 1024)
+seeds: tuple = (1, 2, 3)                # of weights, and of where in the data a run begins
+examples: PositiveInt = 2_000_000       # of the longest run: each is seen once
+flops: PositiveFloat = 3e12             # a run ends at these training FLOPs, or at the last example
+batch_size: PositiveInt = 1024
+evals: PositiveInt = 24                 # evaluations of a run, at equal ratios of its iterations
+learning_rates: tuple = (1e-3, 3e-3, 1e-2, 3e-2)  # at the base width
+tuned_at: PositiveInt = 128             # the width at which they are compared
+tune_share: PositiveFloat = 0.25        # of `examples` for that
+base_width: PositiveInt = 64            # µP: learning rates are those of this width
+teacher_width: PositiveInt = 1024
+prepare_output()
+config = configure(globals())
+globals().update(config)
+
+import runpy
+
+import filelock
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import structured
+from experiments.launcher import run_program
+from lib.files import replace_file, write_temporary
+from lib.log import read_log
+
+D_IN, TEACHER_LAYERS, HIDDEN_LAYERS = 8, 6, 3
+BLOCK = 16_384       # examples are made in blocks; one more is the test set
+TEST_SEED = 2**32 - 1  # of the test set, beyond all blocks; the generator looks at 32 bits
+
+# ---- Data --------------------------------------------------------------------------------------------------
+
+
+def inputs(block: int) -> torch.Tensor:
+    """x (BLOCK, 8) of a block, standard normal."""
+    return torch.randn(BLOCK, D_IN, generator=torch.Generator().manual_seed(block))
+
+
+class Teacher:
+    """A ReLU network of TEACHER_LAYERS layers; weights are normal, std √(2 / fan_in): the scale stays."""
+
+    def __init__(self):
+        random = torch.Generator().manual_seed(0)
+        sizes = [D_IN] + [teacher_width] * (TEACHER_LAYERS - 1) + [1]
+        self.weights = [torch.randn(d_out, d_in, generator=random) * math.sqrt(2 / d_in)
+                        for d_in, d_out in zip(sizes, sizes[1:])]
+        answers = self.raw(inputs(TEST_SEED))
+        self.mean, self.std = answers.mean(), answers.std()
+
+    @torch.no_grad()
+    def raw(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights[:-1]:
+            x = F.relu(F.linear(x, weight))
+        return F.linear(x, self.weights[-1])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x (N, 8) -> y (N, 1), standardized over the test set."""
+        return (self.raw(x) - self.mean) / self.std
+
+
+def make_data() -> tuple[tuple, tuple]:
+    """((x, y) of the training examples, (x, y) of the test set). The teacher's answers are kept in a file."""
+    path = os.path.join(out, "teacher.pt")
+    blocks = [inputs(block) for block in range(math.ceil(examples / BLOCK))]
+    test = inputs(TEST_SEED)
+    with filelock.FileLock(path + ".lock"):
+        known = torch.load(path) if os.path.exists(path) else []
+        if len(known) <= len(blocks):
+            teacher = Teacher()
+            known = known or [teacher(test)]
+            known += [teacher(x) for x in blocks[len(known) - 1:]]
+            write_temporary(path, lambda file: torch.save(known, file))
+            replace_file(path)
+    return (torch.cat(blocks), torch.cat(known[1:len(blocks) + 1])), (test, known[0])
+
+# ---- Student -----------------------------------------------------------------------------------------------
+
+
+class Student(nn.Module):
+    """x (N, 8) -> y (N, 1), with HIDDEN_LAYERS hidden layers; options: those of structured.linear."""
+
+    def __init__(self, width: int, options: dict):
+        super().__init__()
+        self.first = nn.Linear(D_IN, width)
+        self.inner = nn.ModuleList(structured.linear(d_in=width, d_out=width, bias=True, **options)
+                                   for _ in range(HIDDEN_LAYERS - 1))
+        self.last = nn.Linear(width, 1)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.first(x))
+        for layer in self.inner:
+            x = F.relu(layer(x))
+        return self.last(x)
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """{parameter name: factor on the learning rate} under µP for Adam."""
+        multipliers = dict.fromkeys(dict(self.named_parameters()), 1.0)
+        multipliers["last.weight"] = base_width / self.last.in_features
+        for prefix, module in self.named_modules():
+            if isinstance(module, (structured.Structured, structured.MoE)):
+                multipliers |= {f"{prefix}.{n}": m for n, m in module.lr_multipliers(base_width).items()}
+        return multipliers
+
+    def flops(self) -> int:
+        """Training FLOPs of an example: 2 for each multiply-add, backward twice the forward."""
+        ends = 2 * (self.first.weight.numel() + self.last.weight.numel())
+        return 3 * (ends + sum(layer.flops_per_token() for layer in self.inner))
+
+    def params(self) -> tuple[int, int]:
+        """(all parameters, those that an example uses)."""
+        count = sum(p.numel() for p in self.parameters())
+        idle = sum(sum(p.numel() for p in layer.experts.parameters()) * (1 - layer.top_k / layer.num_experts)
+                   for layer in self.inner if isinstance(layer, structured.MoE))
+        return count, count - round(idle)
+
+# ---- Runs --------------------------------------------------------------------------------------------------
+
+
+def train(folder: str, label: str, options: dict, width: int, rate: float, seed: int, data: tuple) -> None:
+    """A run of one student; log.jsonl appears in its folder when it is whole, in the form of train.py's."""
+    (x, y), (test_x, test_y) = data
+    torch.manual_seed(seed)
+    student = Student(width, options)
+    multipliers = student.lr_multipliers()
+    optimizer = torch.optim.Adam([dict(params=[p], lr=rate * multipliers[name])
+                                  for name, p in student.named_parameters()])
+    iterations = min(len(x) // batch_size, int(flops / (student.flops() * batch_size)))
+    first = int(len(x) * (max(seed - 1, 0) * 0.618 % 1))  # each seed begins elsewhere in the data
+    if not iterations:
+        raise ValueError(f"{len(x):,} examples or {flops:g} FLOPs are less than a batch at width {width}")
+    steps = {round(iterations ** (i / evals)) for i in range(evals // 3, evals + 1)}
+    settings = dict(options, dataset="teacher", n_layer=HIDDEN_LAYERS, n_head=1, n_embd=width, block_size=1,
+                  batch_size=batch_size, eval_iters=1, learning_rate=rate, seed=seed, max_iters=iterations,
+                  decay_lr=False)
+    params, active_params = student.params()
+    lines = [dict(type="run", config=settings, params=params, active_params=active_params,
+                  tokens_per_iter=batch_size, flops_per_token=student.flops(),
+                  flops_per_token_without_output_layer=student.flops(), loss="mean squared error")]
+    spent = 0.0
+    for iteration in range(1, iterations + 1):
+        begin = time.perf_counter()
+        place = (first + torch.arange((iteration - 1) * batch_size, iteration * batch_size)) % len(x)
+        loss = F.mse_loss(student(x[place]), y[place])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        spent += time.perf_counter() - begin
+        if iteration in steps:
+            with torch.no_grad():
+                error = F.mse_loss(student(test_x), test_y).item()
+            error = error if math.isfinite(error) else None  # JSON has no other
+            lines.append(dict(type="train", iter=iteration, loss=loss.item(),
+                              ms_per_iter=1e3 * spent / iteration))
+            lines.append(dict(type="eval", iter=iteration, tokens=iteration * batch_size, val_loss=error))
+    with open(os.path.join(folder, "settings.json"), "w", encoding="utf-8") as file:
+        json.dump(dict(label=label), file)
+    path = os.path.join(folder, "log.jsonl")
+    write_temporary(path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in lines))
+    replace_file(path)
+
+
+def run(kind: str, label: str, options: dict, width: int, rate: float, seed: int, data: tuple,
+        wait: bool) -> float | None:
+    """The last test error of a run, infinite if it is no number. The run is made if there is none; while
+    another process makes it, this one waits, or returns None."""
+    name = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in label)
+    folder = os.path.join(out, kind, f"{name}-d{width}-lr{rate:g}-s{seed}")
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with filelock.FileLock(os.path.join(folder, "lock"), blocking=wait):
+            made = not read_log(folder)
+            if made:
+                train(folder, label, options, width, rate, seed, data)
+            error = read_log(folder)[-1]["val_loss"]
+    except filelock.Timeout:
+        return None
+    if made:
+        print(f"{kind}: {label}, width {width}, rate {rate:g}, seed {seed}: test error {error}", flush=True)
+    return math.inf if error is None else error
+
+
+def read_structures() -> dict[str, dict]:
+    """The structures of the plan that are wanted; exits with one sentence where there are none."""
+    path = plan if os.path.exists(plan) else os.path.join(HERE, plan)
+    try:
+        structures = runpy.run_path(path)["structures"]
+    except (OSError, KeyError, SyntaxError) as error:
+        fail(f"the plan {plan} sets no structures ({type(error).__name__}: {error})")
+    chosen = [label for label in only.split(",") if label] or list(structures)
+    if unknown := [label for label in chosen if label not in structures]:
+        fail(f"the plan {plan} has no structure {show(unknown[0])}: {nearest(unknown[0], structures)}")
+    return {label: structures[label] for label in chosen}
+
+
+def check_settings() -> None:
+    """Raises ValueError if the folder holds runs of other settings than these."""
+    names = ("examples", "flops", "batch_size", "evals", "tuned_at", "tune_share", "base_width",
+             "teacher_width")
+    settings, path = {name: config[name] for name in names}, os.path.join(out, "settings.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            known = json.load(file)
+        for name in names:
+            if known.get(name) != settings[name]:
+                raise ValueError(f"the runs in {out} have {name} = {known.get(name)}, not {settings[name]}: "
+                                 "give another --out")
+    else:
+        write_temporary(path, lambda file: file.write(json.dumps(settings).encode()))
+        replace_file(path)
+
+
+def main() -> int:
+    """Tune the learning rate of each structure, then make the runs of the grid, the first seed first."""
+    structures = read_structures()
+    os.makedirs(out, exist_ok=True)
+    check_settings()
+    (x, y), test = data = make_data()
+    few = int(tune_share * len(x))
+    tuning = (x[:few], y[:few]), test
+    errors: dict[str, dict[float, float | None]] = {label: {} for label in structures}
+    for wait in (False, True):  # what another process is making comes last
+        for label, options in structures.items():
+            for rate in learning_rates:
+                errors[label][rate] = run("rates", label, options, tuned_at, rate, 0, tuning, wait)
+    for wait in (False, True):
+        for seed in seeds:
+            for width in widths:
+                for label, options in structures.items():
+                    best = min(learning_rates, key=errors[label].get)
+                    run("runs", label, options, width, best, seed, data, wait)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)
