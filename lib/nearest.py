@@ -68,7 +68,8 @@ def matrix_of(A: Tensor, B: Tensor) -> Tensor:
 
 def _by_slices(W6: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Nearest cores to W6[φ, ε, δ, γ, β, α]: A and B of one (γ, φ) are a rank-ρ factorization of the slice
-    (αδ, βε), whatever the other slices are. Singular values are shared equally; ranks past the slice's are 0."""
+    (αδ, βε), whatever the other slices are. Singular values are shared equally; more ranks than the slice
+    has are 0."""
     f, e, d, g, b, a = W6.shape
     slices = W6.permute(3, 0, 5, 2, 4, 1).reshape(g, f, a * d, b * e)
     U, S, Vh = torch.linalg.svd(slices, full_matrices=False)

@@ -4,8 +4,8 @@
     python -m tools.project out-dense --struct=btt --calibration_tokens=65536 --finetune_iters=1000
 
 Nearest in the Frobenius norm or, with calibration_tokens, in the mean square of the layer's outputs. Writes
-<out_dir>/ckpt.pt, from whose weights train.py starts by --init_from, and which sample.py takes. It has no weight
-norm, so that its cores are the matrices' own. Prints a table of the projections and the losses.
+<out_dir>/ckpt.pt, from whose weights train.py starts by --init_from, and which sample.py takes. It has no
+weight norm, so that its cores are the matrices' own. Prints a table of the projections and the losses.
 """
 import dataclasses
 import math
@@ -28,7 +28,7 @@ head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; No
 dyad_blocks: PositiveInt = 4            # blocks of struct 'dyad'
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
 # in which norm they are nearest
-calibration_tokens: NonNegativeInt = 0  # training tokens whose second moments weight the inputs; 0: no weights
+calibration_tokens: NonNegativeInt = 0  # training tokens whose second moments weigh the inputs; 0: none
 damping: NonNegativeFloat = 0.01        # of mean second moment, added to each feature's
 sweeps: PositiveInt = 100               # most sweeps of alternating least squares
 tolerance: NonNegativeFloat = 1e-4      # stop where a sweep lowers the squared error by less than this share
@@ -67,8 +67,8 @@ def read_dense(path: str) -> tuple[dict, GPT]:
         config = GPTConfig(**checkpoint["model_args"])
         if config.struct != "dense" or config.num_experts or config.ffn_experts:
             experts = " with experts" * bool(config.num_experts or config.ffn_experts)
-            raise ValueError(f"its struct is {config.struct!r}{experts}, and only a dense model without experts "
-                             "can be projected")
+            raise ValueError(f"its struct is {config.struct!r}{experts}, and only a dense model without "
+                             "experts can be projected")
         model = GPT(config)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as e:
@@ -209,9 +209,10 @@ def show_table(rows: list[list]) -> str:
 
 def contents(checkpoint: dict, model: GPT, config: dict) -> dict:
     """A checkpoint for starting from its weights: no optimizer, and no iteration."""
-    return dict(model=model.state_dict(), optimizer={}, scaler={}, model_args=dataclasses.asdict(model.config),
-                config=config, tokenizer=checkpoint["tokenizer"], seed=config.get("seed", seed), iteration=0,
-                tokens=0, flops=0.0, best_val_loss=math.inf, val_loss=None)
+    return dict(model=model.state_dict(), optimizer={}, scaler={}, config=config,
+                model_args=dataclasses.asdict(model.config), tokenizer=checkpoint["tokenizer"],
+                seed=config.get("seed", seed), iteration=0, tokens=0, flops=0.0, best_val_loss=math.inf,
+                val_loss=None)
 
 
 def finetune_flags(config: dict, path: str, out: str) -> list[str]:
@@ -268,7 +269,8 @@ def run(place: str) -> None:
           f"fine-tune it: python train.py {shlex.join(flags)}", flush=True)
     if finetune_iters:
         loss = finetune(flags, f"{out}-finetuned")
-        print(f"validation loss, nats per token: {loss:.4f} after {finetune_iters:,} iterations of fine-tuning")
+        print(f"validation loss, nats per token: {loss:.4f} after {finetune_iters:,} iterations of "
+              "fine-tuning")
 
 
 def main(arguments: list[str]) -> None:

@@ -97,7 +97,7 @@ def test_alternating_least_squares_never_increases_the_error(sizes, unknowns, mo
 
 @pytest.mark.parametrize("sizes", [RANDOM, (3, 4, 1, 2, 4, 1, 2), (4, 1, 3, 1, 4, 2, 2)])
 def test_a_weighted_step_is_the_least_squares_solution(sizes):
-    """One core given the other, against lstsq over all of its entries, whose columns are matrices of units."""
+    """One core given the other, against lstsq over all of its entries: a column for each."""
     sizes = Sizes(*sizes)
     W, C = randn(sizes.d_out, sizes.d_in), moments(sizes.d_in)
     root = torch.linalg.cholesky(C)
