@@ -33,8 +33,9 @@ class Key(NamedTuple):
     help: str  # the comment at the end of its line
 
 
-def configure(namespace: dict, argv: list[str] | None = None) -> dict:
+def configure(namespace: dict, argv: list[str] | None = None, given: set[str] | None = None) -> dict:
     """Return {key: value} for a script's globals() and arguments (None: sys.argv[1:]); exit after --help."""
+    given = set() if given is None else given  # takes the names of the keys that the arguments set
     keys = read_keys(namespace["__file__"])
     config = {key.name: key.default for key in keys.values()}
     for arg in sys.argv[1:] if argv is None else argv:
@@ -42,10 +43,10 @@ def configure(namespace: dict, argv: list[str] | None = None) -> dict:
             print_help(namespace, keys, config)
             raise SystemExit(0)
         if arg.startswith("-"):
-            name, text = split_flag(arg, keys)
-            config[name] = parse(keys[name], text)
+            name, config[name] = read_flag(arg, keys)
+            given.add(name)
         else:
-            config = run_file(arg, find_file(arg), keys, config)
+            config = run_file(arg, find_file(arg), keys, config, given)
     return config
 
 
@@ -138,10 +139,9 @@ def coerce(key: Key, value: object) -> object:
         raise ValueError(f"{key.name} takes {TAKES[key.type]}{or_none}, not {show(value)}")
     if key.choices and value not in key.choices:
         raise ValueError(f"{key.name} must be one of {', '.join(key.choices)}{or_none}; got {show(value)}")
-    for words, limit in key.limits:
-        if not {"at least": value >= limit, "above": value > limit, "below": value < limit,
-                "at most": value <= limit}[words]:
-            raise ValueError(f"{key.name} must be {words} {limit}; got {show(value)}")
+    for words, x in key.limits:
+        if not {"at least": value >= x, "above": value > x, "below": value < x, "at most": value <= x}[words]:
+            raise ValueError(f"{key.name} must be {words} {x}; got {show(value)}")
     return value
 
 
@@ -150,15 +150,15 @@ def show(value: object) -> str:
     return text if len(text := ascii(value)) <= 120 else text[:120] + "..."
 
 
-def split_flag(arg: str, keys: dict[str, Key]) -> tuple[str, str]:
-    """Return (key, text) of --key=text, or fail."""
+def read_flag(arg: str, keys: dict[str, Key]) -> tuple[str, object]:
+    """Return (key, value) of --key=text, or fail."""
     written, equals, text = arg.removeprefix("--").partition("=")
     name = written.replace("-", "_")
     if name not in keys:
         fail(f"unknown key {show(written)}: {nearest(name, keys, '--')}")
     if not equals:
         fail(f"{show(arg)} has no value: write --{name}=VALUE, with no spaces")
-    return name, text
+    return name, parse(keys[name], text)
 
 
 def nearest(name: str, known: dict | list, prefix: str = "") -> str:
@@ -190,7 +190,7 @@ def find_file(arg: str) -> str:
     fail(f"there is no config file {show(arg)} (a key is set by --key=value): {hint}")
 
 
-def run_file(arg: str, path: str, keys: dict[str, Key], config: dict) -> dict:
+def run_file(arg: str, path: str, keys: dict[str, Key], config: dict, given: set[str]) -> dict:
     """Return the values of all keys after a config file has run over those so far, or fail."""
     try:
         values = runpy.run_path(path, config)
@@ -210,6 +210,7 @@ def run_file(arg: str, path: str, keys: dict[str, Key], config: dict) -> dict:
                 raise ValueError(f"unknown key {show(name)} (a helper begins with _): {nearest(name, keys)}")
         except Exception as error:
             fail(f"{show(arg)[1:-1]}{line}: {error}")
+    given |= {name for name in keys if lines[name] or values[name] != config[name]}
     return {name: values[name] for name in keys}
 
 

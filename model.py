@@ -37,6 +37,11 @@ class GPTConfig(LayerConfig):
     # φ of q, k, v and γ of the output projection run over the heads; None: for monarch and btt without
     # experts
     head_aligned: bool | None = None
+    gelu: str = "exact"             # or its 'tanh' approximation
+    norm_eps: float = 1e-5          # of every layer norm
+    tie_embeddings: bool = False    # the output layer is the token embedding
+    branch_scale: float | None = None     # factor on every residual branch; None: µP's √(3 / n_layer)
+    attention_scale: float | None = None  # factor on attention logits; None: µP's 8 / head size
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,6 +54,12 @@ class GPTConfig(LayerConfig):
             raise ValueError(f"layers must be 'all', 'attn' or 'mlp'; got {self.layers!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+        if self.gelu not in ("exact", "tanh"):
+            raise ValueError(f"gelu must be 'exact' or 'tanh'; got {self.gelu!r}")
+        if self.branch_scale is None:  # the sum of all branches does not grow with the depth; 1 at 3 layers
+            self.branch_scale = math.sqrt(3 / self.n_layer)
+        if self.attention_scale is None:  # the usual 1 / √hs at hs = 64
+            self.attention_scale = 8 / (self.n_embd // self.n_head)
         self._resolve_head_aligned()
         self._check_experts()
 
@@ -82,6 +93,14 @@ def projection(config: GPTConfig, part: str, d_in: int, d_out: int, **role) -> n
 def layer_config(config: GPTConfig, part: str) -> LayerConfig:
     """The config of a part's projections: the structure if `layers` includes the part, else dense."""
     return config if config.layers in ("all", part) else LayerConfig("dense", bias=config.bias)
+
+
+def layer_norm(config: GPTConfig, width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+
+
+def gelu(config: GPTConfig) -> nn.GELU:
+    return nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
 
 
 def apply_layer(layer: nn.Module, x: Tensor, aux: list | None, logits: Tensor | None = None) -> Tensor:
@@ -141,15 +160,15 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         d = config.n_embd
         self.n_head, self.layer, self.dropout = config.n_head, layer, config.dropout
-        self.head_size = d // config.n_head
+        self.head_size, self.scale = d // config.n_head, config.attention_scale
         to_heads = dict(phi=config.n_head) if config.head_aligned else {}
         from_heads = dict(gamma=config.n_head) if config.head_aligned else {}
         self.q = projection(config, "attn", d, d, normalized=config.qk_norm, **to_heads)
         self.k = projection(config, "attn", d, d, normalized=config.qk_norm, **to_heads)
         self.v = projection(config, "attn", d, d, **to_heads)
         self.o = projection(config, "attn", d, d, zero_init=True, **from_heads)
-        self.q_norm = nn.LayerNorm(self.head_size, bias=config.bias) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_size, bias=config.bias) if config.qk_norm else nn.Identity()
+        self.q_norm = layer_norm(config, self.head_size) if config.qk_norm else nn.Identity()
+        self.k_norm = layer_norm(config, self.head_size) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, aux: list | None, cache: KVCache | None = None) -> Tensor:
@@ -163,9 +182,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
             q, mask = q.to(k.dtype), _cache_mask(T, k.shape[2], x.device)
-        # µP: logits scale with 1 / hs; 8 / hs is the usual 1 / √hs at hs = 64
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=8 / self.head_size,
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, d)
         return self.resid_dropout(apply_layer(self.o, y, aux))
@@ -183,11 +201,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.gelu = gelu(config)
         self.up = projection(config, "mlp", config.n_embd, 4 * config.n_embd)
         self.down = projection(config, "mlp", 4 * config.n_embd, config.n_embd, zero_init=True)
 
     def forward(self, x: Tensor, aux: list | None) -> Tensor:
-        return apply_layer(self.down, F.gelu(apply_layer(self.up, x, aux)), aux)
+        return apply_layer(self.down, self.gelu(apply_layer(self.up, x, aux)), aux)
 
     def flops_per_token(self) -> int:
         return self.up.flops_per_token() + self.down.flops_per_token()
@@ -200,11 +219,12 @@ class MLPExperts(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         d, experts, own = config.n_embd, config.ffn_experts, layer_config(config, "mlp")
+        self.gelu = gelu(config)
         self.up = structured.make_experts(own, experts, d, 4 * d)
         self.down = structured.make_experts(own, experts, 4 * d, d, zero_init=True)
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(rows, ends)), ends)
+        return self.down(self.gelu(self.up(rows, ends)), ends)
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of one expert."""
@@ -214,16 +234,15 @@ class MLPExperts(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = layer_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = layer_norm(config, config.n_embd)
         if config.ffn_experts:
             self.mlp = structured.MoE(config.n_embd, MLPExperts(config), config.ffn_experts, config.top_k)
         else:
             self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
-        # relative to a model of 3 layers: the sum of all branches does not grow with the depth
-        self.branch_scale = math.sqrt(3 / config.n_layer)
+        self.branch_scale = config.branch_scale
 
     def forward(self, x: Tensor, aux: list | None, cache: KVCache | None = None) -> Tensor:
         x = x + self.branch_scale * self.attn(self.ln_1(x), aux, cache)
@@ -246,13 +265,14 @@ class GPT(nn.Module):
         # a large output layer is padded to a multiple of 64 rows; forward slices the logits back to
         # vocab_size
         V = config.vocab_size if config.vocab_size < 1024 else math.ceil(config.vocab_size / 64) * 64
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding(V if config.tie_embeddings else config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = structured.linear("dense", config.n_embd, V, zero_init=True)
+        self.ln_f = layer_norm(config, config.n_embd)
         # lm_head starts at zero: the first loss is ln(vocab_size)
+        self.lm_head = (None if config.tie_embeddings else  # the weights of wte
+                        structured.linear("dense", config.n_embd, V, zero_init=True))
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.02)
 
@@ -277,7 +297,8 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
         x = self.ln_f(x if targets is not None else x[:, -1:])
-        logits = self.lm_head(x)[..., :self.config.vocab_size].float()
+        logits = F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+        logits = logits[..., :self.config.vocab_size].float()
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -294,7 +315,8 @@ class GPT(nn.Module):
         layers = [m for b in self.blocks for m in (b.attn.q, b.attn.k, b.attn.v, b.attn.o, b.mlp)]
         flops = sum(m.flops_per_token() for m in layers)
         flops += self.config.n_layer * 4 * self.config.block_size * self.config.n_embd
-        return flops + self.lm_head.flops_per_token() if output_layer else flops
+        head = 2 * self.wte.weight.numel() if self.lm_head is None else self.lm_head.flops_per_token()
+        return flops + head if output_layer else flops
 
     def num_params(self, active: bool = False) -> int:
         """Number of parameters; `active`: those that one token meets, top_k of each set of experts."""

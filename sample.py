@@ -201,7 +201,8 @@ def print_samples() -> None:
         if not ids:
             fail(f"the {name or 'prompt'} is empty: give it at least one character")
         for j in range(1, num_samples + 1):
-            heading = ", ".join([name] * bool(name) + [f"sample {j} of {num_samples}"] * (num_samples > 1))
+            number = f"sample {j} of {num_samples}" if num_samples > 1 else ""
+            heading = ", ".join(filter(None, (name, number)))
             samples.append(((f"---- {heading}\n" if heading else "") + text, ids))
     torch.manual_seed(seed)
     at_once = 1 if prompts is None else batch_size

@@ -17,7 +17,7 @@ from lib.terminal import prepare_output
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
-init_from: str = "scratch"              # scratch, resume, auto (if it can), or a *.pt for its weights
+init_from: str = "scratch"              # scratch, resume, auto (if it can); for weights *.pt, gpt2, FOLDER
 eval_interval: PositiveInt = 2000       # iterations between evaluations; each writes a checkpoint
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
 eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation, if eval_tokens is None
@@ -75,7 +75,8 @@ dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16
 kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # what computes einsums; auto: the best one here
 compile: bool | None = None             # torch.compile the model; None: on GPUs
 prepare_output(keep_going=True)  # a closed terminal or a full disk behind it does not stop training
-config = configure(globals())
+given = set()  # the keys that are set by the command line or a config file
+config = configure(globals(), given=given)
 globals().update(config)
 
 # ---- Keys that depend on each other, checked before torch is loaded ----------------------------------------
@@ -97,8 +98,9 @@ if sequences_per_iter > 2 ** 20:  # every micro-step draws the starts of all of 
     fail(f"gradient_accumulation_steps · batch_size = {sequences_per_iter} is more than {2 ** 20} sequences")
 if not out_dir.strip() or "\0" in out_dir or os.path.exists(out_dir) and not os.path.isdir(out_dir):
     fail(f"out_dir must be a folder, or a path where one can be made; got {out_dir!r}")
-if init_from not in ("scratch", "resume", "auto") and not init_from.endswith(".pt"):
-    fail(f"init_from must be scratch, resume, auto or the path of a checkpoint, *.pt; got {init_from!r}")
+STARTS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+if init_from not in STARTS and not init_from.endswith(".pt") and not os.path.isdir(init_from):
+    fail(f"init_from must be {', '.join(STARTS)}, a GPT-2's folder, or a checkpoint, *.pt; got {init_from!r}")
 
 import contextlib
 import dataclasses
@@ -114,8 +116,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data import tokenizer
 from data.batches import Batches
 from data.common import check_token_ids, open_dataset
-from lib import distributed, kernels
-from lib.checkpoint import Checkpoints, Progress, changed_settings
+from lib import distributed, gpt2, kernels
+from lib.checkpoint import Checkpoints, Progress
 from lib.device import (autocast, check_memory, choose_compile, choose_device, choose_dtype, device_name,
                         keep_freed_memory, peak_flops, peak_memory)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
@@ -158,6 +160,13 @@ or_fail(distributed.connect, backend)
 or_fail(kernels.use_kernel, kernel, device_type, dtype)
 compile = or_fail(choose_compile, compile, device)
 
+# ---- Settings that come with the weights -------------------------------------------------------------------
+
+checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
+start = or_fail(checkpoints.start_settings, init_from, GPTConfig, config, given)  # {} without a checkpoint
+gpt2_folder = None if start else or_fail(gpt2.find, init_from)
+globals().update(or_fail(gpt2.start_settings, gpt2_folder, config, given) if gpt2_folder else start)
+
 # ---- Data --------------------------------------------------------------------------------------------------
 
 meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, read from the disk}
@@ -171,7 +180,8 @@ or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % machine_ranks, mac
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
-gpt_config = or_fail(lambda: GPTConfig(**{f.name: globals()[f.name] for f in dataclasses.fields(GPTConfig)}))
+fields = dataclasses.fields(GPTConfig)  # those that are no keys have their default, or come with weights
+gpt_config = or_fail(lambda: GPTConfig(**{f.name: globals().get(f.name, f.default) for f in fields}))
 model_args = dataclasses.asdict(gpt_config)
 # every key with the value that is used (rank and theta may stay None): logged and saved
 config = {key: model_args.get(key, globals()[key]) for key in config}
@@ -187,25 +197,14 @@ def make_model() -> GPT:
         raise ValueError(f"this model cannot be made here: {reason}") from None
 
 raw_model = or_fail(make_model)
+if gpt2_folder:
+    or_fail(gpt2.load_weights, gpt2_folder, raw_model)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_experts  # R routers of E experts
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
-
-checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
-
-def load_checkpoint() -> Progress:
-    """Puts the checkpoint into model, optimizer and scaler. ValueError if it does not fit this run."""
-    loaded = checkpoints.load(source, raw_model, optimizer, scaler, gpt_config, meta["tokenizer"],
-                              dict(mup=mup, mup_base_width=mup_base_width), measured_on, device)
-    print0(f"resuming {checkpoints.place} at iteration {loaded.iteration}" if checkpoints.resumes else
-           f"starting from the weights of {checkpoints.place}")
-    for key, before, value in changed_settings(checkpoints.settings, config):
-        print0(f"  {key} = {value!r} from here on; it was {before!r}")
-    return loaded
-
 
 def any_signal() -> int:
     """The signal that a rank has received, or 0."""
@@ -224,7 +223,8 @@ def save_checkpoint(val_loss: float | None = None) -> int:
 
 source = or_fail(checkpoints.open, init_from)  # the rank whose checkpoint all start from; locks out_dir
 resuming, measured_on = checkpoints.resumes, batches.val_digest()
-progress = Progress() if source is None else or_fail(load_checkpoint)
+progress = Progress() if source is None else or_fail(
+    checkpoints.load, source, raw_model, optimizer, scaler, config, meta["tokenizer"], measured_on, device)
 progress.measured_on = measured_on
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:

@@ -71,29 +71,55 @@ class Checkpoints:
         """Finds the newest whole checkpoint of all nodes, and locks rank 0's out_dir. Returns the rank that
         has it; None without one. A run that does not resume renames what it finds in every out_dir.
 
-        init_from: 'scratch', 'resume', 'auto', or the path of a checkpoint whose weights the run starts from.
-        Raises ValueError if there is nothing to start from, or out_dir cannot be written or is locked.
+        init_from: 'scratch', 'resume', 'auto', or the path of a checkpoint whose weights the run starts from,
+        *.pt; a GPT-2 is like 'scratch'. Raises ValueError if there is nothing to start from, or out_dir
+        cannot be written or is locked.
         """
-        if init_from not in INIT_FROM and not os.path.isfile(init_from) and not init_from.endswith(".pt"):
-            raise ValueError(f"init_from must be {', '.join(INIT_FROM)} or the path of a checkpoint, *.pt; "
-                             f"got {init_from!r}")
-        # after a restart by torchrun, this very command made what is there
-        restarted = any(distributed.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
-        source = None
-        if init_from in ("resume", "auto") or restarted:
-            source = self._newest(self.path, needed=init_from == "resume")
-            self.resumes = source is not None
-        if source is None and init_from not in INIT_FROM:
-            source = self._newest(init_from, needed=True)
+        source, older = self._find(init_from)
+        for line in older:
+            print0(line)
         on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
         if not self.resumes and self.first_of_node:
             for name in rename_old_files(self.out_dir):
                 print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
         return source
 
-    def _newest(self, path: str, needed: bool) -> int | None:
-        """The rank whose checkpoint at path is the newest whole one. ValueError if there are only broken
-        ones, or none where one is needed."""
+    def start_settings(self, init_from: str, config_class, config: dict, given: set[str]) -> dict:
+        """The settings of a run that starts from the checkpoint that open() would find: the fields of its
+        config_class, and mup's, but for those that the user has given; {} without one. A collective.
+
+        config: the run's keys; given: the names of those that the user has set. Raises ValueError if one that
+        is given contradicts the checkpoint.
+        """
+        source, _ = self._find(init_from)
+        if source is None:
+            return {}
+        path, checkpoint = self.opened
+        model_args, before = distributed.broadcast(
+            checkpoint and (checkpoint["model_args"], checkpoint["config"]), source)
+        try:
+            there = dataclasses.asdict(config_class(**model_args))
+        except (TypeError, ValueError):  # load() says what differs
+            return {}
+        del there["vocab_size"]  # the data's
+        if not self.resumes:
+            del there["dropout"]
+        mup = {key: before[key] for key in ("mup", "mup_base_width") if key in before and key not in given}
+        return adopt_settings(path, there, config, given) | mup
+
+    def _find(self, init_from: str) -> tuple[int | None, list[str]]:
+        """(the rank whose checkpoint is the newest, None without one; what to print of the others)."""
+        # after a restart by torchrun, this very command made what is there
+        restarted = any(distributed.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
+        if init_from in ("resume", "auto") or restarted:
+            found = self._newest(self.path, needed=init_from == "resume")
+            self.resumes = found[0] is not None
+            if self.resumes:
+                return found
+        return self._newest(init_from, needed=True) if init_from.endswith(".pt") else (None, [])
+
+    def _newest(self, path: str, needed: bool) -> tuple[int | None, list[str]]:
+        """_find(), at this path. ValueError if there are only broken ones, or none where one is needed."""
         checkpoint = problem = None
         try:
             checkpoint = read_checkpoint(path) if self.first_of_node else None
@@ -105,21 +131,22 @@ class Checkpoints:
                      key=lambda rank: (iterations[rank], -rank), default=None)
         if source is None and (needed or any(unreadable)):
             raise ValueError(next((p for p, bad in zip(problems, unreadable) if bad), problems[0]))
+        older = []
         for rank, i in enumerate(iterations):
             if unreadable[rank] or i is not None and i < iterations[source]:
                 what = "one that cannot be read" if i is None else f"that of iteration {i}"
-                print0(f"rank {rank} has an older checkpoint, {what}: all go on from that of rank {source}")
+                older.append(f"rank {rank} has an older checkpoint, {what}: all go on from that of rank "
+                             f"{source}")
         self.opened = path, checkpoint if source == distributed.rank() else None
-        return source
+        return source, older
 
-    def load(self, source: int, model, optimizer, scaler, config, tokenizer: dict, mup: dict,
-             measured_on: str, device: str) -> Progress:
+    def load(self, source: int, model, optimizer, scaler, config: dict, tokenizer: dict, measured_on: str,
+             device: str) -> Progress:
         """Puts the checkpoint that open() found on the rank `source` into model, optimizer and scaler of
-        every rank, and returns its counters. A run that does not resume takes the weights alone.
+        every rank, says so, and returns its counters. A run that does not resume takes the weights alone.
 
-        config: the GPTConfig of the model. mup: the settings that learning-rate factors depend on.
-        measured_on: the digest of the validation windows; best losses of others are forgotten. Raises
-        ValueError if the checkpoint does not fit this run.
+        config: the keys of train.py. measured_on: the digest of the validation windows; best losses of others
+        are forgotten. Raises ValueError if the checkpoint does not fit this run.
         """
         path, checkpoint = self.opened
         self.opened = path, None
@@ -128,13 +155,15 @@ class Checkpoints:
         self.place = path if source == 0 else f"{path} on the node of rank {source}"
 
         def restore():
-            model_args = dataclasses.asdict(config)
+            model_args = dataclasses.asdict(model.config)
             with contextlib.suppress(TypeError, ValueError):  # else the arguments differ, and are named
-                checkpoint["model_args"] = dataclasses.asdict(type(config)(**checkpoint["model_args"]))
+                checkpoint["model_args"] = dataclasses.asdict(type(model.config)(**checkpoint["model_args"]))
             if not self.resumes:
-                checkpoint["model_args"]["dropout"] = config.dropout
-            check_checkpoint(path, checkpoint, model_args=model_args, tokenizer=tokenizer,
-                             config=mup if self.resumes else {}, model=model)
+                checkpoint["model_args"]["dropout"] = model.config.dropout
+            # the settings that learning-rate factors depend on
+            mup = {key: config[key] for key in ("mup", "mup_base_width")} if self.resumes else {}
+            check_checkpoint(path, checkpoint, model_args=model_args, tokenizer=tokenizer, config=mup,
+                             model=model)
             if self.resumes:
                 restore_checkpoint(path, checkpoint, model, optimizer, scaler)
             else:
@@ -153,6 +182,10 @@ class Checkpoints:
             if "max_iters" in self.settings:  # old checkpoints lack what it stood for
                 self.settings.setdefault("lr_decay_iters", self.settings["max_iters"])
             self._find_best(progress, measured_on)
+        print0(f"resuming {self.place} at iteration {progress.iteration}" if self.resumes else
+               f"starting from the weights of {self.place}")
+        for key, before, value in changed_settings(self.settings, config):
+            print0(f"  {key} = {value!r} from here on; it was {before!r}")
         return progress
 
     def _find_best(self, progress: Progress, measured_on: str) -> None:
@@ -196,6 +229,15 @@ class Checkpoints:
         if self.saved_at is None:
             return "there is no checkpoint yet"
         return f"{self.place} is that of iteration {self.saved_at}"
+
+
+def adopt_settings(place: str, there: dict, config: dict, given: set[str]) -> dict:
+    """What `there`, the settings of the weights at `place`, says of all that is not given: of keys that are
+    None too, and of what is no key of `config`. Raises ValueError if one that is given differs."""
+    given = {key for key in given & there.keys() if config[key] is not None}
+    if differing := _differences(*({key: d[key] for key in sorted(given)} for d in (there, config))):
+        raise ValueError(f"{place} holds another model: {differing}")
+    return {key: value for key, value in there.items() if key not in given}
 
 
 def progress_of(checkpoint: dict) -> Progress:

@@ -39,7 +39,7 @@ n_layer=1000000000 n_embd=100000000 n_embd=1073741824 num_experts=1000000000 ffn
 """.split()
 
 NO_SUCH_CHOICE = """
-init_from=gpt2 init_from= init_from=Auto init_from=None dtype=float8 dtype= dtype=fp16 backend=carrier_pigeon
+init_from=gpt3 init_from= init_from=Auto init_from=None dtype=float8 dtype= dtype=fp16 backend=carrier_pigeon
 backend= device=abacus device=meta device= device=cuda:99 device=cpu:x struct=btx struct= struct=None
 layers=some layers= dataset=tolstoy dataset= dataset=\0x dataset=data/train.bin out_dir=
 out_dir=data/meta.json out_dir=data/meta.json/x out_dir=\0 dataset=.
@@ -165,7 +165,7 @@ def test_a_bad_flag_is_reported_without_torch(tmp_path):
             except SystemExit as stop:
                 refused += stop.code == 1
         print(refused)"""
-    flags = ["--n_layr=1", "--n_layer=two", "--batch_size=0", "--learning_rate=-1", "--init_from=gpt2",
+    flags = ["--n_layr=1", "--n_layer=two", "--batch_size=0", "--learning_rate=-1", "--init_from=gpt3",
              "--dtype=float8", "--min_lr=1", "--out_dir=", "--out_dir=data/meta.json",
              "--seed=99999999999999999999",
              "--backend=pigeon", "config/bt.py", "--batch_size=9e6", "--lr_decay_iters=1999"]

@@ -342,6 +342,30 @@ def test_flops_are_those_executed(kind):
     assert model.flops_per_token() - model.flops_per_token(output_layer=False) == 2 * 16 * 40
 
 
+@pytest.mark.parametrize("vocab_size, rows", [(40, 40), (1030, 1088)])
+def test_a_tied_output_layer_is_the_embedding(vocab_size, rows):
+    """One matrix for both, padded as an output layer is: counted once, multiplied by in every forward, and
+    learning from both of its places."""
+    model, untied = (random_model(vocab_size=vocab_size, tie_embeddings=tied) for tied in (True, False))
+    assert model.wte.weight.shape == (rows, 16)
+    assert untied.num_params() - model.num_params() == vocab_size * 16
+    idx, targets = tokens(2, 12), tokens(2, 12)
+    assert counted_flops(lambda: model(idx)) == counted_flops(lambda: untied(idx))
+    assert model.flops_per_token() == untied.flops_per_token()
+    assert model.flops_per_token() - model.flops_per_token(output_layer=False) == 2 * 16 * rows
+    weights = {name: w for name, w in model.state_dict().items() if name != "wte.weight"}
+    embedding = model.wte.weight.detach()
+    untied.load_state_dict(weights | {"wte.weight": embedding[:vocab_size], "lm_head.A": embedding[None]})
+    (logits, loss), (expected, _) = model(idx, targets), untied(idx, targets)
+    torch.testing.assert_close(logits, expected)
+    loss.backward()
+    untied(idx, targets)[1].backward()
+    expected = untied.lm_head.A.grad[0]
+    expected[:vocab_size] += untied.wte.weight.grad
+    torch.testing.assert_close(model.wte.weight.grad, expected)
+    assert (model.wte.weight.grad[vocab_size:] == 0).all()
+
+
 # ---- Heads -------------------------------------------------------------------------------------------------
 
 def test_head_aligned_projections_see_heads():
@@ -619,7 +643,7 @@ def test_more_tokens_than_block_size():
 @pytest.mark.parametrize("options, message", [
     (dict(n_head=5), "n_head = 5 must divide n_embd = 16"), (dict(layers="ffn"), "'ffn'"),
     (dict(dropout=1.0), "dropout.*1.0"),
-    (dict(dropout=-0.1), "dropout.*-0.1"), (dict(num_experts=4, ffn_experts=4), "num_experts.*ffn_experts"),
+    (dict(dropout=-0.1), "dropout.*-0.1"), (dict(gelu="relu"), "gelu.*'relu'"), (dict(num_experts=4, ffn_experts=4), "num_experts.*ffn_experts"),
     (dict(num_experts=1), "num_experts.*1"), (dict(ffn_experts=-2), "ffn_experts.*-2"),
     (dict(num_experts=4, top_k=5), "top_k.*5"),
     (dict(ffn_experts=4, top_k=0), "top_k.*0"), *((dict([(name, 0)]), f"{name}.*0") for name in SMALL)])

@@ -138,12 +138,15 @@ def test_top_k_top_p_and_temperature(tmp_path):
     weights[head] = rows.reshape(weights[head].shape)
     torch.save({"model": weights, "model_args": config, "tokenizer": {"name": "char", "characters": "abcde"}},
                tmp_path / "ckpt.pt")
+    (tmp_path / "prompts.txt").write_text("a\n" * 100)
 
     def shares(**settings):
-        settings = dict(out_dir=tmp_path, start="a", temperature=1, top_k=None) | settings
-        printed, error = here(max_new_tokens=3000, **settings)
-        assert not error
-        return [printed[1:].count(c) / 3000 for c in "abcd"]
+        settings = dict(out_dir=tmp_path, prompts=tmp_path / "prompts.txt", batch_size=100, temperature=1,
+                        top_k=None) | settings
+        printed, error = here(max_new_tokens=30, **settings)
+        texts = "".join(re.findall("^a([a-e]{30})$", printed, re.MULTILINE))
+        assert not error and len(texts) == 3000
+        return [texts.count(c) / 3000 for c in "abcd"]
 
     assert shares() == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.04)
     assert shares(top_k=2) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.04)

@@ -109,8 +109,8 @@ def make_clock(points: list[dict]) -> Callable[[int], float]:
 
 
 def settings_of(starts: list[dict]) -> dict:
-    """The settings of a run that change what it does, from the first lines of its attempts: the last ones,
-    but the first start. None for those that follow from others by default."""
+    """The settings of a run that change what it does, by the first lines of its attempts: the last ones, and
+    where the first started from. None for those that follow from others by default."""
     first, start = starts[0], starts[-1]
     config = dict(start["config"])
     origin = first["config"].get("init_from")

@@ -90,15 +90,16 @@ def test_losses_of_ones_own(two, capsys, monkeypatch, no_figure):
 
 def test_a_resumed_run_counts_each_iteration_once(tmp_path):
     """Two logs of one run, one after the other: what was made again counts, and the time of it too."""
-    place = write(tmp_path / "log.jsonl", start(), evaluation(0, 4.0), training(0, 4.0, 1000),
+    place = write(tmp_path / "log.jsonl", start(init_from="b.pt"), evaluation(0, 4.0), training(0, 4.0, 1000),
                   training(9, 3.0, 1000), evaluation(10, 3.0), training(19, 9.0, 9000), evaluation(20, 9.0),
                   start(learning_rate=0.02), evaluation(10, 2.9), training(19, 2.5, 3000),
-                  evaluation(20, 2.0), start(learning_rate=0.02))
+                  evaluation(20, 2.0), start(learning_rate=0.02, init_from="resume"))
     run = compare.read_run(place)
     assert [[p[key] for key in ("iter", "loss", "seconds")] for p in run.val] == [
         [0, 4.0, 0], [10, 2.9, 10], [20, 2.0, 40]]
     assert [(p["iter"], p["loss"]) for p in run.train] == [(1, 4.0), (10, 3.0), (20, 2.5)]
-    assert run.settings["learning_rate"] == 0.02 and run.name == tmp_path.name
+    assert run.settings["learning_rate"] == 0.02 and run.settings["init_from"] == "b.pt"
+    assert run.name == tmp_path.name
 
 
 @pytest.mark.parametrize("done, seconds", [(0, 0), (1, 1), (5, 9), (10, 19), (20, 49), (25, 64)])
@@ -139,6 +140,7 @@ def label(tmp_path, *changes):
      ["struct=dense", "struct=btt, head_aligned=False"]),
     ([{}, {"rank": 4}], ["rank=None", "rank=4"]), ([{}, {"a_key_of_later": 4}], ["run0", "run1"]),
     ([{}, {"out_dir": "other", "eval_iters": 4}], ["run0", "run1"]),
+    ([{"init_from": "auto"}, {"init_from": "a/ckpt.pt"}], ["init_from=scratch", "init_from=a/ckpt.pt"]),
     ([{}, {}, {"seed": 2}], ["run0: seed=1", "run1: seed=1", "seed=2"])])
 def test_labels_are_what_differs(changes, labels, tmp_path):
     assert label(tmp_path, *changes) == labels
