@@ -105,6 +105,18 @@ def test_at_full_rank_the_loss_stays(dense, projected, options, python_text):
     assert f"{before:.4f} before, {after:.4f} after" in text
 
 
+def test_a_model_of_gpt2s_kind_stays_one(tmp_path, projected, python_text, tokenizer):
+    """Tied embeddings, tanh GELU, no QK norm and scales of its own; at full rank the logits stay."""
+    kind = dict(qk_norm=False, gelu="tanh", tie_embeddings=True, branch_scale=1.0, attention_scale=0.3)
+    folder = write_dense(tmp_path / "gpt2", python_text, tokenizer, **kind)
+    projected(folder, struct="low_rank", rank=24)
+    before, after = (open_model(tmp_path / name / "ckpt.pt") for name in ("gpt2", "new"))
+    assert {key: getattr(after.config, key) for key in kind} == kind and after.config.struct == "low_rank"
+    x = torch.randint(96, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(before(x, x)[0], after(x, x)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_by_inputs_lower_the_weighted_error(dense, projected):
     """Both tables measure in both norms; the plain solution's weighted error is computed here."""
     plain, _ = projected(dense, struct="btt", rank=2)
