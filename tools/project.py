@@ -1,0 +1,292 @@
+"""A dense checkpoint with each projection replaced by the nearest matrix of a structure: docs/project.md.
+
+    python -m tools.project out-dense --struct=btt --rank=4           a run's ckpt.pt, or a checkpoint file
+    python -m tools.project out-dense --struct=btt --calibration_tokens=65536 --finetune_iters=1000
+
+Nearest in the Frobenius norm or, with calibration_tokens, in the mean square of the layer's outputs. Writes
+<out_dir>/ckpt.pt, from whose weights train.py starts by --init_from, and which sample.py takes. It has no
+weight norm, so that its cores are the matrices' own. Prints a table of the projections and the losses.
+"""
+import dataclasses
+import math
+import os
+import shlex
+import subprocess
+import sys
+from typing import Literal
+
+from configurator import (HERE, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, configure,
+                          fail, read_keys)
+from lib.terminal import prepare_output
+
+# what the projections become
+struct: str = "btt"                     # low_rank, kronecker, monarch, tt, btt, einsum, dyad or dense
+rank: PositiveInt | None = None         # rank ρ; None: d^θρ
+theta: tuple | None = None              # exponents of alpha beta gamma delta epsilon phi rho, for 'einsum'
+layers: Literal["all", "attn", "mlp"] = "all"  # which projections; others stay dense
+head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt
+dyad_blocks: PositiveInt = 4            # blocks of struct 'dyad'
+dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
+# in which norm they are nearest
+calibration_tokens: NonNegativeInt = 0  # training tokens whose second moments weigh the inputs; 0: none
+damping: NonNegativeFloat = 0.01        # of mean second moment, added to each feature's
+sweeps: PositiveInt = 100               # most sweeps of alternating least squares
+tolerance: NonNegativeFloat = 1e-4      # stop where a sweep lowers the squared error by less than this share
+# losses
+eval_tokens: NonNegativeInt = 65536     # validation tokens of the losses; 0: do not measure them
+batch_size: PositiveInt = 8             # sequences at once
+finetune_iters: NonNegativeInt = 0      # iterations of train.py from the result; 0: print the command
+learning_rate: PositiveFloat | None = None  # its peak; None: a third of the checkpoint's
+# I/O
+dataset: str | None = None              # a folder under data/, or the path of one; None: the checkpoint's
+out_dir: str | None = None              # None: the checkpoint's folder, and -<struct>
+device: str | None = None               # of the losses: 'cuda', 'mps', 'cpu'; None: the best there is
+seed: Seed = 1337                       # of the choice of calibration tokens
+
+import torch
+from torch import Tensor
+
+from data.batches import Batches
+from data.common import check_token_ids, open_dataset
+from lib.checkpoint import read_checkpoint, save_checkpoint
+from lib.device import autocast, choose_device
+from lib.evaluation import evaluate
+from lib.log import read_log
+from lib.nearest import nearest_dyad, nearest_einsum, relative_error
+from model import GPT, GPTConfig
+from structured import Dyad, Einsum, Structured
+
+# ---- The checkpoint and its data ---------------------------------------------------------------------------
+
+def read_dense(path: str) -> tuple[dict, GPT]:
+    """A checkpoint and its model. Raises ValueError if there is none, or its projections are not dense."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no checkpoint {path}: train a dense model first")
+    checkpoint = read_checkpoint(path)
+    try:
+        config = GPTConfig(**checkpoint["model_args"])
+        if config.struct != "dense" or config.num_experts or config.ffn_experts:
+            experts = " with experts" * bool(config.num_experts or config.ffn_experts)
+            raise ValueError(f"its struct is {config.struct!r}{experts}, and only a dense model without "
+                             "experts can be projected")
+        model = GPT(config)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{path} cannot be projected: {e}") from None
+    return checkpoint, model.eval()
+
+
+def open_batches(checkpoint: dict, model: GPT, device: str) -> Batches:
+    """The checkpoint's dataset. Raises ValueError if it is not there, or is of another vocabulary."""
+    meta, splits = open_dataset(dataset or checkpoint["config"]["dataset"])
+    if meta["tokenizer"] != checkpoint["tokenizer"]:
+        raise ValueError("the dataset's vocabulary is not the checkpoint's: give its own by --dataset")
+    check_token_ids(splits, model.config.vocab_size)
+    windows = max(1, -(-eval_tokens // model.config.block_size))
+    return Batches(splits, block_size=model.config.block_size, batch_size=batch_size, seed=seed,
+                   sequences=batch_size, val_windows=windows, device=device)
+
+
+def loss_of(model: GPT, batches: Batches | None, amp) -> float | None:
+    """Cross-entropy on the validation windows, in nats per token; None if it is not to be measured."""
+    if not eval_tokens:
+        return None
+    model.to(batches.device)
+    loss, _ = evaluate(model, batches, (0, 0), amp, lambda: False)
+    model.to("cpu").eval()
+    return loss
+
+# ---- Second moments of the inputs --------------------------------------------------------------------------
+
+def input_name(name: str) -> str:
+    """The first of the projections that read the same input as this one."""
+    return name.replace(".attn.k", ".attn.q").replace(".attn.v", ".attn.q")
+
+
+@torch.no_grad()
+def second_moments(model: GPT, names: list[str], batches: Batches) -> dict[str, Tensor]:
+    """{input_name: Xᵀ X / N + damping (d_in, d_in)} of the inputs X (N, d_in) on training tokens."""
+    moments: dict[str, Tensor] = {}
+
+    def add(name):
+        def hook(module, inputs):
+            X = inputs[0].flatten(0, -2).float()
+            moments[name] = moments.get(name, 0) + (X.T @ X).double().cpu()
+        return model.get_submodule(name).register_forward_pre_hook(hook)
+
+    hooks = [add(name) for name in sorted(set(map(input_name, names)))]
+    model.to(batches.device)
+    left, iteration = -(-calibration_tokens // model.config.block_size), 0  # sequences
+    while left > 0:
+        X, _ = batches.train(iteration, 0, min(left, batch_size))
+        model(X)
+        left, iteration = left - len(X), iteration + 1
+    for hook in hooks:
+        hook.remove()
+    model.to("cpu")
+    for C in moments.values():
+        C /= -(-calibration_tokens // model.config.block_size) * model.config.block_size
+        C += damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+    return moments
+
+# ---- Projection --------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def fill(layer: Structured, W: Tensor, C: Tensor | None) -> None:
+    """Gives a layer without weight norm the cores of the matrix nearest to W."""
+    if isinstance(layer, Dyad):
+        layer.wl[:], layer.wu[:] = nearest_dyad(W, layer.blocks, layer.variant, C)
+        return
+    A, B, _ = nearest_einsum(W, layer.sizes, C, sweeps, tolerance)
+    first, second = (B, A) if layer.b_first else (A, B)
+    if len(layer.order) == 1:
+        cores = [torch.einsum("gadfr->grfda", first * second)]
+    else:
+        cores = [torch.einsum("gadfr->grfda", first), torch.einsum("gbefr->fegrb", second)]
+        if not W.any():  # as a residual branch begins: two zero cores would never learn
+            getattr(layer, layer.order[1]).zero_()
+            return
+        # as large as each other, measured by how large they start: learning rates suppose that
+        sizes = [core.square().mean().sqrt() / layer.init_std(name) for core, name in zip(cores, layer.order)]
+        ratio = (sizes[1] / sizes[0]).sqrt()
+        cores = [cores[0] * ratio, cores[1] / ratio]
+    for name, core in zip(layer.order, cores):
+        parameter = getattr(layer, name)
+        parameter.copy_(core.reshape(parameter.shape))
+
+
+def projections(model: GPT) -> dict[str, Structured]:
+    """{name: projection} of all blocks."""
+    return {name: module for name, module in model.blocks.named_modules(prefix="blocks")
+            if isinstance(module, Structured)}
+
+
+def project(dense: GPT, moments) -> tuple[GPT, list[list]]:
+    """The projected model, and rows of the table: name, sizes, relative errors, parameters, FLOPs.
+
+    moments: a function from the names of projections to their inputs' second moments, {} without. Raises
+    ValueError where the structure does not fit the widths.
+    """
+    config = dataclasses.replace(dense.config, struct=struct, rank=rank, theta=theta, layers=layers,
+                                 head_aligned=head_aligned, weight_norm=False, dyad_blocks=dyad_blocks,
+                                 dyad_variant=dyad_variant)
+    torch.manual_seed(seed)
+    model = GPT(config)
+    found = projections(model)  # those that stay dense too: a dense layer may have had a weight norm
+    own = {f"{name}.{core}" for name, layer in found.items() for core in layer.fans()}
+    source = dense.state_dict()
+    model.load_state_dict({name: weight if name in own else source[name]
+                           for name, weight in model.state_dict().items()})
+    targets = [name for name in found if layers == "all" or f".{layers}." in name]
+    weights, rows = moments(targets), []
+    for name, layer in found.items():
+        W, C = dense.get_submodule(name).to_dense().detach(), weights.get(input_name(name))
+        fill(layer, W, C)
+        if name not in targets:
+            continue
+        M = layer.to_dense().detach()
+        errors = [relative_error(W, M)] + [relative_error(W, M, C)] * (C is not None)
+        params = sum(getattr(layer, core).numel() for core in layer.fans())
+        sizes = str(layer.sizes) if isinstance(layer, Einsum) else f"{layer.variant}, {layer.blocks} blocks"
+        rows.append([name.removeprefix("blocks."), sizes, errors, params, W.numel(), layer.flops_per_token()])
+    return model.eval(), rows
+
+
+def show_table(rows: list[list]) -> str:
+    """The rows of project() as a markdown table, with a last row of sums."""
+    weighted = len(rows[0][2]) > 1
+    head = ["projection", "sizes", "relative error", *["weighted error"] * weighted, "parameters", "of dense",
+            "FLOPs/token", "of dense"]
+    sums = [sum(row[i] for row in rows) for i in (3, 4, 5)]
+    lines = [head, ["---"] * len(head)]
+    for name, sizes, errors, params, dense, flops in [*rows, ["all", "", [], *sums]]:
+        errors = [f"{error:.6f}" for error in errors] or [""] * (1 + weighted)
+        lines.append([name, sizes, *errors, f"{params:,}", f"{params / dense:.3f}", f"{flops:,}",
+                      f"{flops / (2 * dense):.3f}"])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+# ---- The result, and its fine-tuning -----------------------------------------------------------------------
+
+def contents(checkpoint: dict, model: GPT, config: dict) -> dict:
+    """A checkpoint for starting from its weights: no optimizer, and no iteration."""
+    return dict(model=model.state_dict(), optimizer={}, scaler={}, config=config,
+                model_args=dataclasses.asdict(model.config), tokenizer=checkpoint["tokenizer"],
+                seed=config.get("seed", seed), iteration=0, tokens=0, flops=0.0, best_val_loss=math.inf,
+                val_loss=None)
+
+
+def finetune_flags(config: dict, path: str, out: str) -> list[str]:
+    """train.py's arguments for a run of finetune_iters, or 1,000, from the checkpoint at path: the
+    checkpoint's settings, as far as they are not the defaults, and a schedule of its own."""
+    iters = finetune_iters or 1000
+    peak = learning_rate or config["learning_rate"] / 3
+    here = ("backend", "device", "dtype", "compile", "kernel", "wandb_log", "checkpoint_interval")
+    values = {key: value for key, value in config.items() if key not in here} | dict(
+        out_dir=out, init_from=path, max_iters=iters, learning_rate=peak, min_lr=None, lr_decay_iters=None,
+        warmup_iters=iters // 10, eval_interval=iters)
+    values |= {key: value for key, value in (("dataset", dataset), ("device", device)) if value}
+    if eval_tokens:
+        values["eval_tokens"] = eval_tokens
+    keys = read_keys(os.path.join(HERE, "train.py"))
+    return [f"--{key}={str(value).replace(' ', '')}" if isinstance(value, tuple) else f"--{key}={value}"
+            for key, value in values.items() if key in keys and value != keys[key].default]
+
+
+def finetune(flags: list[str], out: str) -> float | None:
+    """The last validation loss of train.py with these arguments. Raises ValueError if it fails."""
+    if subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *flags]).returncode:
+        raise ValueError("the fine-tuning run has failed: see above; the projected checkpoint is whole")
+    return [point["val_loss"] for point in read_log(out) if point["type"] == "eval"][-1]
+
+
+def run(place: str) -> None:
+    """Projects the checkpoint at place, and prints and writes what comes of it. Raises ValueError or OSError
+    where it cannot."""
+    path = os.path.join(place, "ckpt.pt") if os.path.isdir(place) else place
+    out = out_dir or f"{os.path.dirname(path) or 'out'}-{struct}"
+    new = os.path.join(out, "ckpt.pt")
+    if os.path.exists(new):
+        raise ValueError(f"{new} exists: give another --out_dir, or remove it")
+    where, device_type = choose_device(device)
+    amp = autocast(device_type, "float32")
+    checkpoint, dense = read_dense(path)
+    batches = open_batches(checkpoint, dense, where) if eval_tokens or calibration_tokens else None
+    model, rows = project(dense, lambda names: second_moments(dense, names, batches)
+                          if calibration_tokens else {})
+    before, after = (loss_of(m, batches, amp) for m in (dense, model))
+    keys = read_keys(os.path.join(HERE, "train.py"))
+    changed = {key: value for key, value in dataclasses.asdict(model.config).items() if key in keys}
+    config = checkpoint["config"] | changed
+    os.makedirs(out, exist_ok=True)
+    save_checkpoint(new, contents(checkpoint, model, config), None)
+    print(show_table(rows))
+    print(f"\nparameters of the whole model: {dense.num_params():,} before, {model.num_params():,} after\n"
+          f"forward FLOPs per token: {dense.flops_per_token():,} before, {model.flops_per_token():,} after")
+    if eval_tokens:
+        print(f"validation loss, nats per token: {before:.4f} before, {after:.4f} after projection")
+    flags = finetune_flags(config, new, f"{out}-finetuned")
+    print(f"{new} is written; sample from it: python sample.py --out_dir={shlex.quote(out)}\n"
+          f"fine-tune it: python train.py {shlex.join(flags)}", flush=True)
+    if finetune_iters:
+        loss = finetune(flags, f"{out}-finetuned")
+        print(f"validation loss, nats per token: {loss:.4f} after {finetune_iters:,} iterations of "
+              "fine-tuning")
+
+
+def main(arguments: list[str]) -> None:
+    places = [argument for argument in arguments if not argument.startswith("-")]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if {"-h", "--help"} & set(flags):
+        print(__doc__)
+    globals().update(configure(globals(), flags))
+    if len(places) != 1:
+        fail("project needs one checkpoint: python -m tools.project out-dense --struct=btt")
+    try:
+        run(places[0])
+    except (ValueError, OSError) as e:
+        fail(str(e))
+
+
+if __name__ == "__main__":
+    prepare_output()
+    main(sys.argv[1:])
