@@ -20,7 +20,7 @@ MISTAKES = {
     "one expert": ("--ffn_experts=1", "ffn_experts", "1"),
     "both kinds of experts": ("--ffn_experts=4 --num_experts=4", "num_experts", "ffn_experts"),
     "no checkpoint": ("--init_from=resume", "ckpt.pt", "scratch"),
-    "init_from": ("--init_from=gpt2", "gpt2", "resume"),
+    "init_from": ("--init_from=gpt3", "gpt3", "resume"),
     "prime width": ("config/monarch.py --n_embd=97 --n_head=1", "97"),
     "unknown struct": ("--struct=btx", "btx", "btt"),
     "theta without einsum": ("--struct=btt --theta=(1,0,0,1,0,0,0)", "theta", "einsum"),
