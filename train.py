@@ -56,7 +56,7 @@ dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width, and scaled for all others
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
 mup_base_width: PositiveInt = 128       # d0: a dense layer of width d learns at learning_rate · d0 / d
-mup: bool = True                        # False: every parameter learns at learning_rate, for comparison
+mup: bool = True                        # False, as from GPT-2: every parameter learns at learning_rate
 max_iters: NonNegativeInt = 600000      # iterations
 weight_decay: NonNegativeFloat = 0.1    # each iteration multiplies every matrix by 1 - lr · weight_decay
 beta1: UnitFloat = 0.9                  # decay of the first moment

@@ -1,6 +1,6 @@
 """The taxonomy where it is cheap, and structured layers outside of GPT: MLPs that learn a random function.
 
-    python -m experiments.teacher                               every θ of experiments/plans/teacher.py
+    python -m experiments.teacher                               dense, BTT-MoE, the θ of plans/paper.py
     python -m experiments.scaling fit --runs=out-teacher/runs   laws and figures, as for train.py's runs
 
 The paper's second domain (its Figure 5, bottom). The teacher is a ReLU network of random weights on 8 normal
@@ -16,12 +16,11 @@ import math
 import os
 import time
 
-from configurator import HERE, PositiveFloat, PositiveInt, configure, fail, nearest, show
+from configurator import PositiveFloat, PositiveInt, configure, fail, nearest, show
 from lib.terminal import prepare_output
 
 out: str = "out-teacher"                # rates/ and runs/ are made in it, and the teacher's answers
-plan: str = "experiments/plans/teacher.py"  # a Python file: structures = {label: fields of LayerConfig}
-only: str = ""                          # labels of the plan, a,b; all if empty
+only: str = ""                          # labels of structures, a,b; empty: all
 widths: tuple = (64, 128, 256, 512, 1024)
 seeds: tuple = (1, 2, 3)                # of weights, and of where in the data a run begins
 examples: PositiveInt = 2_000_000       # of the longest run: each is seen once
@@ -37,8 +36,6 @@ prepare_output()
 config = configure(globals())
 globals().update(config)
 
-import runpy
-
 import filelock
 import torch
 from torch import nn
@@ -46,11 +43,14 @@ from torch.nn import functional as F
 
 import structured
 from experiments.launcher import run_program
+from experiments.plans import paper
 from lib.files import replace_file, write_temporary
 from lib.log import read_log
 
 D_IN, TEACHER_LAYERS, HIDDEN_LAYERS = 8, 6, 3
 BLOCK = 16_384       # examples are made in blocks; one more is the test set
+STRUCTURES = {"dense": dict(struct="dense"), "btt_moe": dict(struct="btt", num_experts=8, top_k=2)}
+STRUCTURES |= {label: options for label, options in paper.structures.items() if label != "dense"}
 TEST_SEED = 2**32 - 1  # of the test set, beyond all blocks; the generator looks at 32 bits
 
 # ---- Data --------------------------------------------------------------------------------------------------
@@ -205,17 +205,12 @@ def run(kind: str, label: str, options: dict, width: int, rate: float, seed: int
     return math.inf if error is None else error
 
 
-def read_structures() -> dict[str, dict]:
-    """The structures of the plan that are wanted; exits with one sentence where there are none."""
-    path = plan if os.path.exists(plan) else os.path.join(HERE, plan)
-    try:
-        structures = runpy.run_path(path)["structures"]
-    except (OSError, KeyError, SyntaxError) as error:
-        fail(f"the plan {plan} sets no structures ({type(error).__name__}: {error})")
-    chosen = [label for label in only.split(",") if label] or list(structures)
-    if unknown := [label for label in chosen if label not in structures]:
-        fail(f"the plan {plan} has no structure {show(unknown[0])}: {nearest(unknown[0], structures)}")
-    return {label: structures[label] for label in chosen}
+def chosen_structures() -> dict[str, dict]:
+    """{label: fields of LayerConfig}; exits with one sentence where there is no such label."""
+    chosen = [label for label in only.split(",") if label] or list(STRUCTURES)
+    if unknown := [label for label in chosen if label not in STRUCTURES]:
+        fail(f"there is no structure {show(unknown[0])} here: {nearest(unknown[0], STRUCTURES)}")
+    return {label: STRUCTURES[label] for label in chosen}
 
 
 def check_settings() -> None:
@@ -237,7 +232,7 @@ def check_settings() -> None:
 
 def main() -> int:
     """Tune the learning rate of each structure, then make the runs of the grid, the first seed first."""
-    structures = read_structures()
+    structures = chosen_structures()
     os.makedirs(out, exist_ok=True)
     check_settings()
     (x, y), test = data = make_data()

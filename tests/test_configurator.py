@@ -139,6 +139,16 @@ def test_argv_defaults_to_the_command_line(monkeypatch):
     assert configurator.configure({"__file__": "script.py"})["rank"] == 7
 
 
+def test_keys_that_are_set_are_told_apart_from_those_that_have_their_default(monkeypatch):
+    """Whatever the value; also those that a file imports, and not those that it only reads."""
+    write("some_values.py", "learning_rate = 0.25\n")
+    write("file.py", "from some_values import learning_rate\nif True:\n    seed = 1337\n_twice = 2 * top_k\n")
+    monkeypatch.syspath_prepend(".")
+    names = set()
+    configurator.configure({"__file__": "script.py"}, ["--rank=None", "file.py"], names)
+    assert names == {"rank", "seed", "learning_rate"}
+
+
 @pytest.mark.parametrize("block", [
     "rank: int = None", "rank: int", "rank: int = 1.5", "rank: complex = 1", "rank: int | str = 1",
     "rank: list = []",

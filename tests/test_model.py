@@ -643,7 +643,8 @@ def test_more_tokens_than_block_size():
 @pytest.mark.parametrize("options, message", [
     (dict(n_head=5), "n_head = 5 must divide n_embd = 16"), (dict(layers="ffn"), "'ffn'"),
     (dict(dropout=1.0), "dropout.*1.0"),
-    (dict(dropout=-0.1), "dropout.*-0.1"), (dict(gelu="relu"), "gelu.*'relu'"), (dict(num_experts=4, ffn_experts=4), "num_experts.*ffn_experts"),
+    (dict(dropout=-0.1), "dropout.*-0.1"), (dict(gelu="relu"), "gelu.*'relu'"),
+    (dict(num_experts=4, ffn_experts=4), "num_experts.*ffn_experts"),
     (dict(num_experts=1), "num_experts.*1"), (dict(ffn_experts=-2), "ffn_experts.*-2"),
     (dict(num_experts=4, top_k=5), "top_k.*5"),
     (dict(ffn_experts=4, top_k=0), "top_k.*0"), *((dict([(name, 0)]), f"{name}.*0") for name in SMALL)])

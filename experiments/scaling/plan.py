@@ -20,8 +20,7 @@ def expand(path: str, flags: list[str], root: str) -> list[Run]:
     path, plan = read_plan(path)
     structures = plan.pop("structures")
     plan = check_values(path, plan)
-    by_name = dict(configurator.split_flag(flag, KEYS) for flag in flags)
-    for_all = {name: configurator.parse(KEYS[name], text) for name, text in by_name.items()}
+    for_all = dict(configurator.read_flag(flag, KEYS) for flag in flags)
     found: dict[str, Run] = {}
     for label, own in structures.items():
         where, has_config = f"{path}, {label}", os.path.exists(os.path.join(HERE, "config", f"{label}.py"))
