@@ -142,6 +142,14 @@ def test_a_dense_model_without_qk_norm_is_a_plain_gpt2(settings, tmp_path):
     assert "trust_remote_code" not in (tmp_path / "hf" / "README.md").read_text()
 
 
+def test_a_tied_output_layer_is_in_the_file_once(tmp_path, exported):
+    from safetensors import safe_open
+    there = exported(make_model(tie_embeddings=True))
+    assert there.lm_head.weight is there.wte.weight
+    with safe_open(tmp_path / "hf" / "model.safetensors", framework="pt") as file:
+        assert len({"wte.weight", "lm_head.weight"} & set(file.keys())) == 1
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A small BTT-MoE, and what transformers reads of it. Read them, and do not change them."""
@@ -210,8 +218,10 @@ def test_hidden_states_are_given_and_attention_weights_refused(pair):
     all_logits(gpt, ids)
     hook.remove()
     with torch.no_grad():
-        states = there(ids, output_hidden_states=True).hidden_states
+        output = there(ids, output_hidden_states=True)
+    states = output.hidden_states
     assert len(states) == 3 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(states, seen))
+    assert torch.allclose(there.lm_head(states[-1]), output.logits, atol=1e-5)
     with pytest.raises(ValueError, match="output_attentions"):
         there(ids, output_attentions=True)
 

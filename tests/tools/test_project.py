@@ -6,7 +6,7 @@ import torch
 
 from data.common import open_dataset
 from lib.checkpoint import save_checkpoint
-from lib.nearest import relative_error
+from lib.nearest import matrix_of, nearest_einsum, relative_error
 from model import GPT, GPTConfig
 from structured import Dyad, Einsum
 from tests.conftest import SMALL
@@ -79,6 +79,9 @@ def test_the_table_says_what_the_checkpoints_hold(dense, projected, options):
         old, new = (model.get_submodule(f"blocks.{name}") for model in (before, after))
         assert isinstance(new, Dyad if options["struct"] == "dyad" else Einsum) and not new.weight_norm
         W, M = (layer.to_dense().detach() for layer in (old, new))
+        if isinstance(new, Einsum):  # the module's own layout of the cores makes the nearest matrix
+            nearest = matrix_of(*nearest_einsum(W, new.sizes)[:2])
+            torch.testing.assert_close(M.double(), nearest, rtol=1e-4, atol=1e-6)
         assert 0 < relative_error(W, M) < 1
         assert float(row[2]) == pytest.approx(relative_error(W, M), abs=1e-6)
         assert row[3] == f"{sum(getattr(new, core).numel() for core in new.fans()):,}"
