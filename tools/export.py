@@ -292,7 +292,7 @@ The projections of a block:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 prompt = tokenizer({prompt!r}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100, do_sample=True)[0]))
