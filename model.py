@@ -183,7 +183,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
             q, mask = q.to(k.dtype), _cache_mask(T, k.shape[2], x.device)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, scale=self.scale,
+            q, k, v, attn_mask=mask, is_causal=cache is None or mask is None and T > 1, scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, d)
         return self.resid_dropout(apply_layer(self.o, y, aux))

@@ -104,6 +104,15 @@ def test_compiled_model(kind, backend):
 
 # Runs
 
+def test_compiled_model_takes_other_lengths():
+    """From the second length on the lengths are symbols in the graph."""
+    model = random_model("btt_moe", n_layer=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for T in (8, 5, 1):
+        idx = torch.randint(model.config.vocab_size, (2, T))
+        close(compiled(idx)[0], model(idx)[0])
+
+
 def compile_without_code():
     """torch.compile traces and differentiates the graph as always, but runs it without generating C++."""
     in_float64()
