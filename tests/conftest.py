@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 THREADS = os.environ.get("TEST_THREADS", "1")  # the tests are small, and two workers run beside each other
 os.environ["OMP_NUM_THREADS"] = THREADS
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on CPU tensors; read when triton is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; else names that are not there are asked for, and retried
 
 # Long files first: one that starts last would keep one worker busy alone.
 LONG = ["test_triton.py", "test_gpu_check.py", "test_fake_cuda.py", "test_mup.py", "test_train.py",

@@ -42,6 +42,7 @@ def break_core_gradient():
             grad[1] = 1e-9
         return grad * 1.02 if len(like) == 8 else grad
     torch_body.core_gradient = broken
+    torch.compile = lambda layer, **_: layer  # takes long, and is not what fails here
 
 
 def test_checks_fail(run, tmp_path):

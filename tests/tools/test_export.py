@@ -272,7 +272,8 @@ def test_the_folder(tmp_path, exported, capsys):
     card = (tmp_path / "hf" / "README.md").read_text()
     count = sum(p.numel() for p in gpt.parameters())
     for words in ("my-books", "324 iterations", "1,234,567 tokens", "8.9e+12 FLOPs", "1.4321", "1.2500",
-                  f"{count:,}", "btt, 4 experts", 'AutoTokenizer.from_pretrained("hf", trust_remote_code=True)',
+                  f"{count:,}", "btt, 4 experts",
+                  'AutoTokenizer.from_pretrained("hf", trust_remote_code=True)',
                   'AutoModelForCausalLM.from_pretrained("hf", trust_remote_code=True)', "24 tokens"):
         assert words in card, words
     assert "\nlicense:" not in card
