@@ -6,6 +6,7 @@ Scales follow µP, structure-aware: see configure_optimizers here, and docs/mup.
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -382,15 +383,8 @@ class GPT(nn.Module):
     # -- training --------------------------------------------------------------------------------------------
 
     def lr_multipliers(self, base_width: int | None) -> dict[str, float]:
-        """{parameter name: factor on the learning rate} under µP for Adam: 1 for parameters outside of
-        structured layers, and for all if base_width is None."""
-        multipliers = {name: 1.0 for name, _ in self.named_parameters()}
-        if base_width is None:
-            return multipliers
-        for prefix, module in self.named_modules():
-            if isinstance(module, (structured.Structured, structured.MoE)):
-                multipliers |= {f"{prefix}.{n}": m for n, m in module.lr_multipliers(base_width).items()}
-        return multipliers
+        """{parameter name: factor on the learning rate} under µP for Adam; 1 if base_width is None."""
+        return lr_multipliers(self, base_width)
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                              device_type: str, base_width: int | None = 128) -> torch.optim.AdamW:
@@ -462,6 +456,37 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.wte.weight.dtype
+
+
+def lr_multipliers(module: nn.Module, base_width: int | None) -> dict[str, float]:
+    """{parameter name: factor on the learning rate} of any module with structured layers, under µP for Adam:
+    1 for parameters outside of them, and for all if base_width is None."""
+    multipliers = dict.fromkeys((name for name, _ in module.named_parameters()), 1.0)
+    for prefix, layer in module.named_modules() if base_width is not None else ():
+        if isinstance(layer, (structured.Structured, structured.MoE)):
+            multipliers |= {f"{prefix}.{n}": m for n, m in layer.lr_multipliers(base_width).items()}
+    return multipliers
+
+
+def load_checkpoint(place: str) -> tuple[str, dict, GPT]:
+    """The path, the contents and the model, for evaluation, of a checkpoint or of an out_dir's ckpt.pt.
+
+    Nothing of it is executed; its tensors are mapped, not read. Raises FileNotFoundError or another OSError
+    if the file cannot be read, and ValueError if it holds no such model.
+    """
+    path = os.path.join(place, "ckpt.pt") if os.path.isdir(place) else place
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.device("meta"):  # the weights are those of the file
+            model = GPT(GPTConfig(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint["model"], assign=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no checkpoint {path}: train one first") from None
+    except OSError:
+        raise
+    except Exception as e:
+        raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__})") from None
+    return path, checkpoint, model.eval()
 
 
 def _summarize(aux: list[structured.Aux], x: Tensor) -> ModelAux:

@@ -40,7 +40,6 @@ globals().update(config)
 
 import json
 import math
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,7 +50,7 @@ from lib import kernels
 from lib.device import autocast, choose_device, choose_dtype
 from lib.evaluation import score_text
 from lib.stop import StopText
-from model import GPT, GPTConfig
+from model import load_checkpoint
 
 try:
     device, device_type = choose_device(device)
@@ -64,20 +63,20 @@ amp = autocast(device_type, dtype)
 
 # ---- Model and tokenizer, both from the checkpoint ---------------------------------------------------------
 
-path = os.path.join(out_dir, "ckpt.pt") if os.path.isdir(out_dir) else out_dir
 try:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    model = GPT(GPTConfig(**checkpoint["model_args"]))
-    model.load_state_dict(checkpoint["model"])
+    path, checkpoint, model = load_checkpoint(out_dir)
+except FileNotFoundError as e:
+    fail(f"{e}, or give --out_dir")
+except (OSError, ValueError) as e:
+    fail(str(e))
+try:
     tok = tokenizer.from_meta(checkpoint)
-except FileNotFoundError:
-    fail(f"there is no checkpoint {path}: train one first, or give --out_dir")
 except OSError as e:
     fail(str(e))
 except Exception as e:
     fail(f"{path} is not a checkpoint that can be read ({type(e).__name__})")
 del checkpoint
-model.eval().to(device)
+model.to(device)
 
 block_size = model.config.block_size
 end_of_text = tok.end_of_text if stop_at_end else None

@@ -311,10 +311,9 @@ def count_ids(described: dict) -> int:
     return 1 + max([*ids, *(token["id"] for token in file.get("added_tokens") or ())])
 
 
-def print_tokens(tokenizer: Tokenizer, tokens, after: Sequence[int] = ()) -> None:
-    """Prints the text of tokens, tensors of one id each, as they come; then the end of the line. `after` are
-    the ids of the text that was printed before them."""
-    decode = tokenizer.decoder(after)
+def print_tokens(tokenizer: Tokenizer, tokens) -> None:
+    """Prints the text of tokens, tensors of one id each, as they come; then the end of the line."""
+    decode = tokenizer.decoder()
     for token in tokens:
         print(decode(token.item()), end="", flush=True)
     print(decode.flush())

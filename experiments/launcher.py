@@ -16,16 +16,14 @@ from typing import NoReturn
 
 import configurator
 from configurator import HERE, fail
-from lib.log import read_log
+from lib.log import NO_EFFECT, read_log
 from lib.terminal import prepare_output
 
 TRAIN = os.path.join(HERE, "train.py")
 # read at import: Python 3.11 can fail with a SystemError where several threads parse source at once
 TRAIN_KEYS = configurator.read_keys(TRAIN)
 TRAIN_DEFAULTS = {name: key.default for name, key in TRAIN_KEYS.items()}
-# keys of train.py that change neither what is learned nor what is measured; no part of a run's name
-NO_EFFECT = ("out_dir", "init_from", "eval_interval", "checkpoint_interval", "log_interval", "sample_tokens",
-             "max_skipped", "wandb_log", "wandb_project", "wandb_run_name")
+NOT_IN_NAMES = (*NO_EFFECT, "init_from")    # keys of train.py that are no part of a run's name
 
 
 def split_arguments(script: str, doc: str, commands: tuple[str, ...]) -> tuple[str, list, list, list]:
@@ -76,9 +74,9 @@ class Run:
         """The settings that differ most, and a hash of all. Without max_iters where the learning rate is
         constant, so that a longer run resumes a shorter one."""
         s, label = self.settings, re.sub(r"[^\w.+-]+", "_", self.label)
-        left_out, end = NO_EFFECT, f"-i{s['max_iters']}"
+        left_out, end = NOT_IN_NAMES, f"-i{s['max_iters']}"
         if not s.get("decay_lr", True):
-            left_out, end = (*NO_EFFECT, "max_iters"), ""
+            left_out, end = (*NOT_IN_NAMES, "max_iters"), ""
         contents = json.dumps({key: value for key, value in sorted(s.items()) if key not in left_out})
         digest = hashlib.sha256(contents.encode()).hexdigest()[:8]
         return f"{label}-d{s['n_embd']}-l{s['n_layer']}-lr{s['learning_rate']:g}-s{s['seed']}{end}-{digest}"

@@ -46,6 +46,7 @@ from experiments.launcher import run_program
 from experiments.plans import paper
 from lib.files import replace_file, write_temporary
 from lib.log import read_log
+from model import lr_multipliers
 
 D_IN, TEACHER_LAYERS, HIDDEN_LAYERS = 8, 6, 3
 BLOCK = 16_384       # examples are made in blocks; one more is the test set
@@ -120,12 +121,7 @@ class Student(nn.Module):
 
     def lr_multipliers(self) -> dict[str, float]:
         """{parameter name: factor on the learning rate} under µP for Adam."""
-        multipliers = dict.fromkeys(dict(self.named_parameters()), 1.0)
-        multipliers["last.weight"] = base_width / self.last.in_features
-        for prefix, module in self.named_modules():
-            if isinstance(module, (structured.Structured, structured.MoE)):
-                multipliers |= {f"{prefix}.{n}": m for n, m in module.lr_multipliers(base_width).items()}
-        return multipliers
+        return lr_multipliers(self, base_width) | {"last.weight": base_width / self.last.in_features}
 
     def flops(self) -> int:
         """Training FLOPs of an example: 2 for each multiply-add, backward twice the forward."""

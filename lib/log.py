@@ -7,6 +7,10 @@ import os
 from lib.files import replace_file, write_temporary
 from lib.signals import Stopped
 
+# keys of train.py that change neither what is learned nor what is measured
+NO_EFFECT = ("out_dir", "eval_interval", "checkpoint_interval", "log_interval", "sample_tokens",
+             "max_skipped", "wandb_log", "wandb_project", "wandb_run_name")
+
 
 def print0(*message) -> None:
     """Print, on rank 0 only."""

@@ -20,8 +20,9 @@ import numpy as np
 
 from configurator import UnitFloat, configure, fail
 from lib.figure import figure, log_ticks, optional_figures, save, style
-from lib.log import format_duration, read_log
+from lib.log import NO_EFFECT, format_duration, read_log
 from lib.terminal import prepare_output
+from tools.places import split_places
 
 # what to compare
 losses: tuple = ()              # validation losses at which FLOPs and time are compared; (): common ones
@@ -29,10 +30,6 @@ smoothing: UnitFloat = 0.9      # of training losses: weight of the average befo
 out: str = "out-compare"        # folder of the figure
 
 AXES = {"iter": "iterations", "tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds"}
-# keys that change no result
-NO_EFFECT = ("out_dir", "eval_interval", "checkpoint_interval", "log_interval", "sample_tokens",
-             "max_skipped", "wandb_log", "wandb_project", "wandb_run_name", "eval_iters", "eval_tokens",
-             "backend")
 
 
 @dataclasses.dataclass
@@ -121,7 +118,8 @@ def settings_of(starts: list[dict]) -> dict:
               "head_aligned": config["struct"] in ("monarch", "btt") and not config.get("num_experts")
               and config.get("layers") != "mlp"}
     config |= {key: None for key, value in follow.items() if config.get(key) == value}
-    return {key: value for key, value in config.items() if key not in NO_EFFECT}
+    left_out = (*NO_EFFECT, "eval_iters", "eval_tokens", "backend")
+    return {key: value for key, value in config.items() if key not in left_out}
 
 
 def measured_on(start: dict) -> dict:
@@ -283,10 +281,7 @@ def compare(places: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    places = [argument for argument in arguments if not argument.startswith("-")]
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if {"-h", "--help"} & set(flags):
-        print(__doc__)
+    places, flags = split_places(arguments, __doc__)
     globals().update(configure(globals(), flags))
     if not places:
         fail("compare needs the folders of some runs: python -m tools.compare out-a out-b")

@@ -25,7 +25,7 @@ import structured
 from data import tokenizer
 from lib import gpt2
 from lib.files import fsync_folder
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_checkpoint
 
 MODELING_FILE = "modeling_structured_gpt.py"
 
@@ -46,7 +46,10 @@ def export(source: str, folder: str | None) -> str:
     Raises ValueError or OSError, in one sentence, where one of them is of no use or a package is missing.
     """
     check_folder(folder)
-    path, checkpoint, model = load(source)
+    try:
+        path, checkpoint, model = load_checkpoint(source)
+    except FileNotFoundError as e:
+        raise ValueError(f"{e}, or give --ckpt") from None
     tok = tokenizer.from_meta(checkpoint)
     folder = os.path.realpath(folder)
     work = f"{folder}.{os.getpid()}.tmp"
@@ -77,21 +80,6 @@ def check_folder(folder: str | None) -> None:
         raise ValueError(f"--out={folder} is a file: name a folder that does not exist, or is empty")
     if os.path.isdir(folder) and os.listdir(folder):
         raise ValueError(f"the folder {folder} is not empty: remove it, or give another --out")
-
-
-def load(source: str) -> tuple[str, dict, GPT]:
-    """The path, the contents and the model of a run's out_dir or of a checkpoint. Raises ValueError."""
-    path = os.path.join(source, "ckpt.pt") if os.path.isdir(source) else source
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        with torch.device("meta"):  # the weights are those of the file
-            model = GPT(GPTConfig(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint["model"], assign=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}: train one first, or give --ckpt") from None
-    except Exception as e:
-        raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__})") from None
-    return path, checkpoint, model.eval()
 
 
 def import_transformers():

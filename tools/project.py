@@ -18,6 +18,7 @@ from typing import Literal
 from configurator import (HERE, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, configure,
                           fail, read_keys)
 from lib.terminal import prepare_output
+from tools.places import split_places
 
 # what the projections become
 struct: str = "btt"                     # low_rank, kronecker, monarch, tt, btt, einsum, dyad or dense
@@ -274,10 +275,7 @@ def run(place: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    places = [argument for argument in arguments if not argument.startswith("-")]
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if {"-h", "--help"} & set(flags):
-        print(__doc__)
+    places, flags = split_places(arguments, __doc__)
     globals().update(configure(globals(), flags))
     if len(places) != 1:
         fail("project needs one checkpoint: python -m tools.project out-dense --struct=btt")

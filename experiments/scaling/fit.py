@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.launcher import NO_EFFECT
+from experiments.launcher import NOT_IN_NAMES
 from lib.figure import LOSS
 from lib.log import read_log
 
@@ -123,7 +123,7 @@ def comparable_config(start: dict) -> dict:
         rate = config["learning_rate"] or 1.0
         config["min_lr ÷ learning_rate"] = 0.1 if min_lr is None else float(f"{min_lr / rate:.6g}")
         config["lr_decay_iters"] = config["max_iters"] if decay_iters is None else decay_iters
-    return {key: value for key, value in config.items() if key not in (*NO_EFFECT, "device", "backend")}
+    return {key: value for key, value in config.items() if key not in (*NOT_IN_NAMES, "device", "backend")}
 
 
 def read_run(folder: str) -> tuple[MeasuredRun | None, str | None]:
