@@ -35,6 +35,7 @@ def test_answers_are_those_of_a_relu_network_standardized(teacher):
     torch.testing.assert_close(test_y.std().item(), 1.0)
     weights = [weight.double().numpy() for weight in module.Teacher().weights]
     assert [weight.shape for weight in weights] == [(16, 8), *[(16, 16)] * 4, (1, 16)]
+    np.testing.assert_allclose(np.std(weights[1:5]), (2 / 16) ** 0.5, rtol=0.1)
 
     def network(rows):
         for weight in weights[:-1]:
@@ -94,6 +95,17 @@ def test_runs_of_two_structures(teacher, tmp_path, capsys):
     one, other = (run for run in runs if run.label == "btt_moe")
     assert one.points.losses[-1] != other.points.losses[-1]  # seeds differ
     assert module.main() == 0 and not capsys.readouterr().out  # nothing is made again
+
+
+def test_seeds_differ_in_their_weights(teacher, tmp_path):
+    module = teacher()
+    data, ends = module.make_data(), []
+    for seed in (0, 1):  # both begin with the first example
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        module.train(folder, "dense", dict(struct="dense"), 16, 1e-2, seed, data)
+        ends.append(json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["val_loss"])
+    assert ends[0] != ends[1]
 
 
 @pytest.mark.parametrize("flags, words", [
