@@ -12,8 +12,10 @@
  * number at a time, from wherever it lies: nothing is transposed on the way.
  *
  * Each slot (a thread's share) has a range of tokens, taken in blocks: a block's tokens are routed, their
- * assignments sorted by expert, and the rows of an expert taken in tiles of at most TILE.  Rows are read from
- * x and added to y in place.  All sums have an order that depends on the number of slots alone.
+ * assignments sorted by expert, and the rows of an expert taken in tiles of at most TILE.  A tile's rows of x
+ * and dy are copied together first, group by group, and those of y and dx written back: in place they lie
+ * far apart, at powers of two, and push each other out of the cache.  All sums have an order that depends on
+ * the number of slots alone.
  */
 #include <math.h>
 #include <pthread.h>
@@ -40,6 +42,7 @@
 #define TILE 32     /* rows of a tile */
 #define BLOCK 512   /* tokens of a block */
 #define FEW 8       /* rows up to which the cores are not packed */
+#define AHEAD 2     /* rows of x or y that are fetched ahead */
 
 typedef REAL vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef REAL loose __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
@@ -99,23 +102,20 @@ INLINE int64_t round_up(int64_t n) { return (n + VL - 1) / VL * VL; }
 
 /* ---- The small product --------------------------------------------------------------------------------- */
 
-enum { ROWS,    /* A[m][k], k contiguous; B rows a fixed step apart */
-       SUMS,    /* A[m][ka[k]]: k anywhere; B rows a fixed step apart */
-       CORE };  /* A[m][k * step]; B rows anywhere */
+enum { ROWS,    /* A[m][k] at k */
+       SUMS,    /* at at[k] */
+       CORE };  /* at k * stride */
 
 /* acc[m][j] += A[m][k] B[k][j] for k = first + i, M <= MR rows of A and NV <= 2 vectors of B's columns.
- *   a[m] + (ROWS: k, SUMS: at[k], CORE: k * step) is where A[m][k] is;
- *   b + k * step (ROWS, SUMS) or bk[k] + offset (CORE) is where B's row k begins. */
+ * Row m of A is a[m], see above; B's rows begin ldb apart. */
 INLINE void multiply_one(const int kind, const int M, const int NV, const int part, const int64_t tail,
                          vec acc[MR][2], const int64_t first, const int64_t i, const REAL *const a[MR],
-                         const int64_t *at, const REAL *b, const REAL *const *bk, const int64_t offset,
-                         const int64_t step) {
+                         const int64_t *at, const int64_t stride, const REAL *b, const int64_t ldb) {
     const int64_t k = first + i;
-    const REAL *row = kind == CORE ? bk[k] + offset : b + k * step;
-    const int64_t place = kind == ROWS ? first : kind == SUMS ? at[k] : k * step;
+    const int64_t place = kind == ROWS ? first : kind == SUMS ? at[k] : k * stride;
     vec bv[2];
     UNROLL for (int j = 0; j < NV; j++)
-        bv[j] = part && j == NV - 1 ? load_part(row + j * VL, tail) : load(row + j * VL);
+        bv[j] = part && j == NV - 1 ? load_part(b + k * ldb + j * VL, tail) : load(b + k * ldb + j * VL);
     UNROLL for (int m = 0; m < M; m++) {
         const REAL am = a[m][place + (kind == ROWS ? i : 0)];
         UNROLL for (int j = 0; j < NV; j++) acc[m][j] += am * bv[j];
@@ -126,15 +126,15 @@ INLINE void multiply_one(const int kind, const int M, const int NV, const int pa
  * steps are unrolled. */
 INLINE void multiply(const int kind, const int M, const int NV, const int part, const int64_t tail,
                      vec acc[MR][2], const int64_t K, const REAL *const a[MR], const int64_t *at,
-                     const REAL *b, const REAL *const *bk, const int64_t offset, const int64_t step) {
+                     const int64_t stride, const REAL *b, const int64_t ldb) {
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int j = 0; j < NV; j++) acc[m][j] = (vec){0};
     int64_t k = 0;
     if (NV == 1 && kind != CORE)
         for (; k + 8 <= K; k += 8)
             UNROLL for (int64_t i = 0; i < 8; i++)
-                multiply_one(kind, M, NV, part, tail, acc, k, i, a, at, b, bk, offset, step);
-    for (; k < K; k++) multiply_one(kind, M, NV, part, tail, acc, k, 0, a, at, b, bk, offset, step);
+                multiply_one(kind, M, NV, part, tail, acc, k, i, a, at, stride, b, ldb);
+    for (; k < K; k++) multiply_one(kind, M, NV, part, tail, acc, k, 0, a, at, stride, b, ldb);
 }
 
 /* Runs body(NV, part, n, tail) over the columns 0 <= n < N. */
@@ -167,86 +167,72 @@ INLINE void store_n(REAL *p, vec v, const int whole, const int64_t n) {
 
 /* ---- The three primitives ------------------------------------------------------------------------------ */
 
-typedef struct {            /* rows of a tile */
-    int64_t count;
-    const REAL *in[TILE];   /* what the first product reads */
-    REAL *out[TILE];        /* where the result goes */
-    const REAL *old[TILE];  /* what is added to it, or NULL */
-    REAL scale[TILE];
-} tile;
-
-typedef struct {            /* z: a group's rows lie together, (groups, TILE, width), each padded */
-    int64_t groups, width, row, group;  /* row, group: steps */
-} layout;
-
-INLINE layout z_layout(int64_t groups, int64_t width) {
-    layout z = {groups, width, round_up(width), 0};
-    z.group = z.row * TILE + 3 * VL;    /* far from a multiple of 4 KiB: groups must not share cache sets */
-    return z;
-}
+typedef struct {            /* groups of rows: number n of row m is at[group * step + m * row + n] */
+    REAL *at;
+    int64_t row, step;
+} rows;
 
 typedef struct {            /* the cores of groups: share groups have one core after another, rows ld apart */
     const REAL *w;
     int64_t share, ld;
 } cores;
 
-typedef struct {            /* single numbers of z: z[from[group] + at[k] + row * step] */
-    const REAL *z;
-    int64_t step;
+typedef struct {            /* single numbers of z: z.at[from[group] + at[k] + m * z.row] */
+    rows z;
     const int64_t *from, *at;
 } numbers;
 
-/* z[group][row][n] = scale[row] sum_k in[row][group * K + k] core[k][n] */
-INLINE void rows_block(const int M, const int64_t i, const tile *t, const int64_t K, const int64_t N,
-                       const int64_t offset, const REAL *w, const int64_t ldw, REAL *z, const int64_t z_row,
-                       const int scaled) {
+/* to[group][m][n] = scale[m] sum_k from[group][m][k] core[k][n] */
+INLINE void rows_block(const int M, const int64_t i, const REAL *from, const int64_t from_row,
+                       const int64_t K, const int64_t N, const REAL *w, const int64_t ldw, REAL *to,
+                       const int64_t to_row, const REAL *scale) {
     const REAL *a[MR];
-    UNROLL for (int m = 0; m < M; m++) {
-        a[m] = t->in[i + m] + offset;
-    }
+    UNROLL for (int m = 0; m < M; m++) a[m] = from + (i + m) * from_row;
 #define BODY(NV, part, n, tail) { \
         vec acc[MR][2]; \
-        multiply(ROWS, M, NV, part, tail, acc, K, a, NULL, w + n, NULL, 0, ldw); \
+        multiply(ROWS, M, NV, part, tail, acc, K, a, NULL, 0, w + n, ldw); \
         UNROLL for (int m = 0; m < M; m++) \
             UNROLL for (int j = 0; j < NV; j++) \
-                store_n(z + (i + m) * z_row + n + j * VL, scaled ? acc[m][j] * t->scale[i + m] : acc[m][j], \
+                store_n(to + (i + m) * to_row + n + j * VL, scale ? acc[m][j] * scale[i + m] : acc[m][j], \
                         !(part && j == NV - 1), tail); \
     }
     COLUMNS(N, BODY);
 #undef BODY
 }
 
-static void rows_to_z(const tile *t, int64_t K, cores w, layout to, REAL *z, int scaled) {
-    for (int64_t group = 0; group < to.groups; group++) {
-        const REAL *core = w.w + group / w.share * K * w.ld;
-        REAL *zs = z + group * to.group;
-#define BODY(M) rows_block(M, i, t, K, to.width, group * K, core, w.ld, zs, to.row, scaled)
-        BLOCKS(0, t->count, BODY);
+static void rows_to_z(int64_t count, int64_t groups, int64_t K, int64_t N, rows from, cores w, rows to,
+                      const REAL *scale) {
+    for (int64_t group = 0; group < groups; group++) {
+        const REAL *core = w.w + group / w.share * K * w.ld, *in = from.at + group * from.step;
+        REAL *out = to.at + group * to.step;
+#define BODY(M) rows_block(M, i, in, from.row, K, N, core, w.ld, out, to.row, scale)
+        BLOCKS(0, count, BODY);
 #undef BODY
     }
 }
 
-/* out[row][group * N + n] = old[row][...] + scale[row] sum_k from(group, k, row) core[k][n]
- * dot (TILE, VL), or NULL: adds what the products of the rows with in[row][...] are, lane by lane. */
-INLINE void sums_block(const int M, const int64_t i, const tile *t, const int64_t g0, const int64_t g1,
-                       const int64_t K, const int64_t N, const numbers from, const cores w, const int scaled,
-                       REAL *dot) {
+/* to[group][m][n] (+)= scale[m] sum_k from(group, k, m) core[k][n]
+ * dot (TILE, VL), or NULL: adds what the products of the rows with x[group][m] are, lane by lane. */
+INLINE void sums_block(const int M, const int64_t i, const int64_t g0, const int64_t g1, const int64_t K,
+                       const int64_t N, const numbers from, const cores w, const rows to, const REAL *scale,
+                       const int add, const rows x, REAL *dot) {
     vec sum[MR];
     UNROLL for (int m = 0; m < M; m++) sum[m] = dot ? load(dot + (i + m) * VL) : (vec){0};
     for (int64_t group = g0; group < g1; group++) {
         const REAL *a[MR], *core = w.w + group / w.share * K * w.ld;
-        UNROLL for (int m = 0; m < M; m++) a[m] = from.z + from.from[group] + (i + m) * from.step;
+        UNROLL for (int m = 0; m < M; m++) a[m] = from.z.at + from.from[group] + (i + m) * from.z.row;
 #define BODY(NV, part, n, tail) { \
             vec acc[MR][2]; \
-            multiply(SUMS, M, NV, part, tail, acc, K, a, from.at, core + n, NULL, 0, w.ld); \
+            multiply(SUMS, M, NV, part, tail, acc, K, a, from.at, 0, core + n, w.ld); \
             UNROLL for (int m = 0; m < M; m++) \
                 UNROLL for (int j = 0; j < NV; j++) { \
                     const int whole = !(part && j == NV - 1); \
-                    const int64_t to = group * N + n + j * VL; \
-                    vec v = scaled ? acc[m][j] * t->scale[i + m] : acc[m][j]; \
-                    if (dot) sum[m] += v * load_n(t->in[i + m] + to, whole, tail); \
-                    if (t->old[i + m]) v += load_n(t->old[i + m] + to, whole, tail); \
-                    store_n(t->out[i + m] + to, v, whole, tail); \
+                    REAL *p = to.at + group * to.step + (i + m) * to.row + n + j * VL; \
+                    vec v = scale ? acc[m][j] * scale[i + m] : acc[m][j]; \
+                    if (dot) \
+                        sum[m] += v * load_n(x.at + group * x.step + (i + m) * x.row + n + j * VL, whole, \
+                                             tail); \
+                    store_n(p, add ? v + load_n(p, whole, tail) : v, whole, tail); \
                 } \
         }
         COLUMNS(N, BODY);
@@ -255,44 +241,49 @@ INLINE void sums_block(const int M, const int64_t i, const tile *t, const int64_
     if (dot) UNROLL for (int m = 0; m < M; m++) store(dot + (i + m) * VL, sum[m]);
 }
 
-INLINE void z_to_rows(const tile *t, int64_t groups, int64_t K, int64_t N, numbers from, cores w,
-                      const int scaled, REAL *dot) {
+INLINE void z_to_rows(int64_t count, int64_t groups, int64_t K, int64_t N, numbers from, cores w, rows to,
+                      const REAL *scale, const int add, rows x, REAL *dot) {
     /* VL neighbouring groups read the same lines of z */
     for (int64_t g = 0; g < groups; g += VL) {
         const int64_t end = least(groups, g + VL);
-#define BODY(M) sums_block(M, i, t, g, end, K, N, from, w, scaled, dot)
-        BLOCKS(0, t->count, BODY);
+#define BODY(M) sums_block(M, i, g, end, K, N, from, w, to, scale, add, x, dot)
+        BLOCKS(0, count, BODY);
 #undef BODY
     }
 }
 
-/* Its three uses, each compiled on its own. */
-static void outputs(const tile *t, int64_t groups, int64_t K, int64_t N, numbers from, cores w) {
-    z_to_rows(t, groups, K, N, from, w, 0, NULL);
+/* Its four uses, each compiled on its own. */
+static void outputs(int64_t count, int64_t groups, int64_t K, int64_t N, numbers from, cores w, rows to) {
+    z_to_rows(count, groups, K, N, from, w, to, NULL, 0, to, NULL);
 }
 
-static void gated_outputs(const tile *t, int64_t groups, int64_t K, int64_t N, numbers from, cores w) {
-    z_to_rows(t, groups, K, N, from, w, 1, NULL);
+static void added_outputs(int64_t count, int64_t groups, int64_t K, int64_t N, numbers from, cores w,
+                          rows to) {
+    z_to_rows(count, groups, K, N, from, w, to, NULL, 1, to, NULL);
 }
 
-static void outputs_and_dots(const tile *t, int64_t groups, int64_t K, int64_t N, numbers from, cores w,
-                             REAL *dot) {
-    z_to_rows(t, groups, K, N, from, w, 0, dot);
+static void gated_outputs(int64_t count, int64_t groups, int64_t K, int64_t N, numbers from, cores w,
+                          rows to, const REAL *scale) {
+    z_to_rows(count, groups, K, N, from, w, to, scale, 0, to, NULL);
 }
 
-/* core[group / share][m][n] (+)= sum_row from(group, m, row) in[row][group * N + n] */
-INLINE void core_block(const int M, const int64_t i, const tile *t, const int64_t g0, const int64_t g1,
+static void outputs_and_dots(int64_t count, int64_t groups, int64_t K, int64_t N, numbers from, cores w,
+                             rows to, rows x, REAL *dot) {
+    z_to_rows(count, groups, K, N, from, w, to, NULL, 0, x, dot);
+}
+
+/* core[group / share][m][n] (+)= sum_row from(group, m, row) in[group][row][n] */
+INLINE void core_block(const int M, const int64_t i, const int64_t count, const int64_t g0, const int64_t g1,
                        const int64_t share, const int64_t all, const int64_t N, const numbers from,
-                       REAL *core, const int add) {
+                       const rows in, REAL *core, const int add) {
     for (int64_t group = g0; group < g1; group++) {
-        const REAL *a[MR];
+        const REAL *a[MR], *b = in.at + group * in.step;
         REAL *to = core + (group / share * all + i) * N;
         const int more = add || group % share;
-        UNROLL for (int m = 0; m < M; m++) a[m] = from.z + from.from[group] + from.at[i + m];
+        UNROLL for (int m = 0; m < M; m++) a[m] = from.z.at + from.from[group] + from.at[i + m];
 #define BODY(NV, part, n, tail) { \
             vec acc[MR][2]; \
-            multiply(CORE, M, NV, part, tail, acc, t->count, a, NULL, NULL, t->in, group * N + n, \
-                     from.step); \
+            multiply(CORE, M, NV, part, tail, acc, count, a, NULL, from.z.row, b + n, in.row); \
             UNROLL for (int m = 0; m < M; m++) \
                 UNROLL for (int j = 0; j < NV; j++) { \
                     const int whole = !(part && j == NV - 1); \
@@ -305,11 +296,11 @@ INLINE void core_block(const int M, const int64_t i, const tile *t, const int64_
     }
 }
 
-static void core_gradient(const tile *t, int64_t groups, int64_t share, int64_t all, int64_t N, numbers from,
-                          REAL *core, int add) {
+static void core_gradient(int64_t count, int64_t groups, int64_t share, int64_t all, int64_t N, numbers from,
+                          rows in, REAL *core, int add) {
     for (int64_t g = 0; g < groups; g += VL) {
         const int64_t end = least(groups, g + VL);
-#define BODY(M) core_block(M, i, t, g, end, share, all, N, from, core, add)
+#define BODY(M) core_block(M, i, count, g, end, share, all, N, from, in, core, add)
         BLOCKS(0, all, BODY);
 #undef BODY
     }
@@ -377,7 +368,7 @@ typedef struct {
 
 typedef struct {    /* a row of x or y: (groups, outer, inner), width numbers in all */
     int64_t width, groups, outer, inner;
-    int64_t moved;  /* whether the products want (groups, inner, outer), so that rows have to be copied */
+    int64_t moved;  /* whether the products want (groups, inner, outer) */
 } axes;
 
 typedef void (*gomp)(void (*)(void *), void *, unsigned, unsigned);    /* GOMP_parallel */
@@ -396,17 +387,23 @@ typedef struct call {
     REAL *router_t;                 /* (d_in, padded E) */
     int64_t *offsets;               /* tables: from_u, from_v, at_p, at_q */
     const int64_t *z_from, *dz_from, *z_at, *dz_at;
-    layout z, dz;
+    rows z, dz, in_rows, out_rows;  /* a tile's: steps alone */
     REAL *scratch;                  /* of the slots, slot_size each */
     int64_t slot_size, backward;
 } call;
 
 typedef struct {                    /* scratch of one slot */
-    REAL *z, *dz, *in, *out, *grad, *dot, *dlogits, *s, *gates;
+    REAL *z, *dz, *in, *grad, *out, *dot, *dlogits, *s, *gates;
     REAL *first, *second, *router;  /* gradients */
     int64_t *seen;
     int32_t *order, *start;
 } slot;
+
+/* A tile's rows of z, x or y: a group's lie together, each padded. */
+static rows tile_rows(int64_t width) {
+    const int64_t row = round_up(width);
+    return (rows){NULL, row, row * TILE + 3 * VL};  /* far from 4 KiB: groups must not share cache sets */
+}
 
 /* Lays out a slot's scratch, if base is not NULL; returns its size in REALs. */
 static int64_t slot_layout(const call *c, REAL *base, slot *to) {
@@ -417,11 +414,11 @@ static int64_t slot_layout(const call *c, REAL *base, slot *to) {
         to->name = base ? base + at : NULL; \
         at += ((int64_t)(n) + 15) / 16 * 16; \
     } while (0)
-    TAKE(z, c->z.group * c->U);
-    TAKE(dz, c->backward ? c->dz.group * c->V : 0);
-    TAKE(in, c->in.moved ? c->in.width * TILE : 0);
-    TAKE(out, c->out.moved ? c->out.width * TILE : 0);
-    TAKE(grad, c->backward && c->in.moved ? c->in.width * TILE : 0);
+    TAKE(z, c->z.step * c->U);
+    TAKE(dz, c->backward ? c->dz.step * c->V : 0);
+    TAKE(in, c->in_rows.step * c->U);
+    TAKE(grad, c->backward ? c->in_rows.step * c->U : 0);
+    TAKE(out, c->out_rows.step * c->V);
     TAKE(dot, TILE * VL);
     TAKE(dlogits, c->backward ? block * s->E : 0);
     TAKE(s, block * s->k);
@@ -449,7 +446,8 @@ static int64_t prepare(call *c, const int64_t *dims, int64_t backward, REAL *scr
     c->out = (axes){s->e * c->V, s->f, s->e, s->d, !s->swapped && s->d > 1};
     c->first_size = s->g * c->Q * s->a, c->second_size = s->f * s->e * c->P;
     c->lda = round_up(c->Q), c->ldb = round_up(s->e);
-    c->z = z_layout(c->U, c->Q), c->dz = z_layout(c->V, c->P);
+    c->z = tile_rows(c->Q), c->dz = tile_rows(c->P);
+    c->in_rows = tile_rows(s->a), c->out_rows = tile_rows(s->e);
     int64_t at = 0;
 #define TAKE(name, type, n) do { c->name = scratch ? (type *)(scratch + at) : NULL; \
         at += ((int64_t)(n) * (int64_t)sizeof(type) / (int64_t)sizeof(REAL) + 15) / 16 * 16; } while (0)
@@ -470,9 +468,9 @@ static int64_t prepare(call *c, const int64_t *dims, int64_t backward, REAL *scr
         for (int64_t u = 0; u < c->U; u++) *to++ = u / s->b * s->r * s->b + u % s->b;
         c->z_at = to;       /* of p = (g, r, b): z's group u and, within it, r */
         for (int64_t p = 0; p < c->P; p++)
-            *to++ = (p / (s->r * s->b) * s->b + p % s->b) * c->z.group + p / s->b % s->r * c->V;
+            *to++ = (p / (s->r * s->b) * s->b + p % s->b) * c->z.step + p / s->b % s->r * c->V;
         c->dz_at = to;      /* of q = (r, v): dz's group v and, within it, r */
-        for (int64_t q = 0; q < c->Q; q++) *to++ = q % c->V * c->dz.group + q / c->V * s->b;
+        for (int64_t q = 0; q < c->Q; q++) *to++ = q % c->V * c->dz.step + q / c->V * s->b;
     }
     return at + c->slot_size * s->slots;
 }
@@ -551,13 +549,8 @@ static void choose(const call *c, int64_t t) {
 /* The logits of tokens t0 ... t1, and their experts. */
 static void route(const call *c, int64_t t0, int64_t t1) {
     const int64_t E = c->s.E;
-    tile rows;
-    const layout to = {1, E, E, 0};
-    for (int64_t t = t0; t < t1; t += TILE) {
-        rows.count = least(TILE, t1 - t);
-        for (int64_t m = 0; m < rows.count; m++) rows.in[m] = c->x + (t + m) * c->in.width;
-        rows_to_z(&rows, c->in.width, (cores){c->router_t, 1, round_up(E)}, to, c->logits + t * E, 0);
-    }
+    const rows x = {(REAL *)c->x + t0 * c->in.width, c->in.width, 0}, logits = {c->logits + t0 * E, E, 0};
+    rows_to_z(t1 - t0, 1, c->in.width, E, x, (cores){c->router_t, 1, round_up(E)}, logits, NULL);
     for (int64_t t = t0; t < t1; t++) choose(c, t);
 }
 
@@ -599,12 +592,6 @@ static int is_first(const call *c, int64_t t, int64_t e) {
     return 1;
 }
 
-/* A row with its axes exchanged: (groups, height, width) -> (groups, width, height). */
-static void exchange(const REAL *in, REAL *out, int64_t groups, int64_t height, int64_t width, int add) {
-    for (int64_t i = 0; i < groups; i++)
-        transpose(in + i * height * width, width, out + i * height * width, height, height, width, add);
-}
-
 /* A tile of expert e: its assignments are order[0] ... order[count - 1], of tokens counted from t0. */
 typedef struct {
     int64_t e, t0, count;
@@ -613,39 +600,58 @@ typedef struct {
 
 static int64_t token_of(const call *c, const place *p, int64_t m) { return p->t0 + p->order[m] / c->s.k; }
 
-/* The rows of all tokens (T, width) that the tile reads; buffer: for rows that have to be copied. */
-static void read_rows(const call *c, const place *p, const REAL *all, const axes *s, REAL *buffer, tile *t) {
-    t->count = p->count;
+/* Copies the rows of all tokens (T, width) that the tile reads to its own. */
+static void read_rows(const call *c, const place *p, const REAL *all, const axes *s, rows to) {
     for (int64_t m = 0; m < p->count; m++) {
-        t->in[m] = all + token_of(c, p, m) * s->width;
-        if (s->moved) {
-            exchange(t->in[m], buffer + m * s->width, s->groups, s->outer, s->inner, 0);
-            t->in[m] = buffer + m * s->width;
-        }
+        const REAL *x = all + token_of(c, p, m) * s->width;
+        const int64_t ahead = all + token_of(c, p, least(m + AHEAD, p->count - 1)) * s->width - x;
+        REAL *row = to.at + m * to.row;
+        if (s->moved)
+            for (int64_t i = 0; i < s->groups; i++, x += s->outer * s->inner, row += s->inner * to.step)
+                transpose(x, s->inner, row, to.step, s->outer, s->inner, 0);
+        else
+            for (int64_t i = 0; i < s->groups * s->inner; i++, x += s->outer, row += to.step) {
+                int64_t n = 0;
+                for (; n + VL <= s->outer; n += VL) {
+                    __builtin_prefetch(x + ahead + n, 0);
+                    store(row + n, load(x + n));
+                }
+                if (n < s->outer) store_part(row + n, load_part(x + n, s->outer - n), s->outer - n);
+            }
     }
 }
 
-/* Where the tile's results go: into the rows of all tokens, or into the buffer for return_rows. */
-static void place_rows(const call *c, const place *p, REAL *all, const axes *s, REAL *buffer, tile *t) {
+/* The tile's results to the rows of all tokens: of several experts the first stores, the others add. */
+static void return_rows(const call *c, const place *p, REAL *all, const axes *s, rows from) {
     for (int64_t m = 0; m < p->count; m++) {
-        const int64_t token = token_of(c, p, m);
-        t->out[m] = s->moved ? buffer + m * s->width : all + token * s->width;
-        t->old[m] = s->moved || is_first(c, token, p->e) ? NULL : t->out[m];
+        const int64_t token = token_of(c, p, m), add = !is_first(c, token, p->e);
+        const REAL *row = from.at + m * from.row;
+        REAL *y = all + token * s->width;
+        const int64_t ahead = all + token_of(c, p, least(m + AHEAD, p->count - 1)) * s->width - y;
+        if (s->moved)
+            for (int64_t i = 0; i < s->groups; i++, row += s->inner * from.step, y += s->outer * s->inner)
+                transpose(row, from.step, y, s->inner, s->inner, s->outer, add);
+        else
+            for (int64_t i = 0; i < s->groups * s->inner; i++, row += from.step, y += s->outer) {
+                int64_t n = 0;
+                for (; n + VL <= s->outer; n += VL) {
+                    __builtin_prefetch(y + ahead + n, 1);
+                    store(y + n, add ? load(y + n) + load(row + n) : load(row + n));
+                }
+                const int64_t left = s->outer - n;
+                if (left) store_part(y + n, add ? load_part(y + n, left) + load_part(row + n, left)
+                                                : load_part(row + n, left), left);
+            }
     }
 }
 
-/* Results from the buffer into the rows of all tokens. */
-static void return_rows(const call *c, const place *p, REAL *all, const axes *s, const tile *t) {
-    for (int64_t m = 0; s->moved && m < p->count; m++) {
-        const int64_t token = token_of(c, p, m);
-        exchange(t->out[m], all + token * s->width, s->groups, s->inner, s->outer, !is_first(c, token, p->e));
-    }
+/* The gates of the tile's rows. */
+static void scale_rows(const place *p, const REAL *gates, REAL *scale) {
+    for (int64_t m = 0; m < p->count; m++) scale[m] = gates[p->order[m]];
 }
 
-/* The gates of the tile's rows; 1 without a router. */
-static void scale_rows(const call *c, const place *p, const REAL *gates, tile *t) {
-    for (int64_t m = 0; m < p->count; m++) t->scale[m] = c->s.routed ? gates[p->order[m]] : 1;
-}
+/* A tile's rows in a slot's scratch. */
+static rows placed(REAL *data, rows steps) { return (rows){data, steps.row, steps.step}; }
 
 static void forward_slot(const job *j, int64_t number) {
     const call *c = j->call;
@@ -653,8 +659,9 @@ static void forward_slot(const job *j, int64_t number) {
     slot w;
     slot_layout(c, c->scratch + number * c->slot_size, &w);
     const int64_t begin = s->T * number / s->slots, end = s->T * (number + 1) / s->slots;
-    const numbers z = {w.z, c->z.row, c->z_from, c->z_at};
-    tile t;
+    const rows x = placed(w.in, c->in_rows), y = placed(w.out, c->out_rows), z = placed(w.z, c->z);
+    const numbers of_z = {z, c->z_from, c->z_at};
+    REAL scale[TILE];
     for (int64_t t0 = begin; t0 < end; t0 += BLOCK) {
         const int64_t t1 = least(end, t0 + BLOCK);
         if (s->routed) {
@@ -667,12 +674,13 @@ static void forward_slot(const job *j, int64_t number) {
                 const place p = {e, t0, least(TILE, w.start[e + 1] - i), w.order + i};
                 const cores first = {c->cores_a + e * s->g * s->a * c->lda, s->b, c->lda};
                 const cores second = {c->cores_b + e * s->f * c->P * c->ldb, s->d, c->ldb};
-                read_rows(c, &p, c->x, &c->in, w.in, &t);
-                place_rows(c, &p, c->y, &c->out, w.out, &t);
-                scale_rows(c, &p, w.gates, &t);
-                rows_to_z(&t, s->a, first, c->z, w.z, 0);
-                (s->routed ? gated_outputs : outputs)(&t, c->V, c->P, s->e, z, second);
-                return_rows(c, &p, c->y, &c->out, &t);
+                read_rows(c, &p, c->x, &c->in, x);
+                rows_to_z(p.count, c->U, s->a, c->Q, x, first, z, NULL);
+                if (s->routed) {
+                    scale_rows(&p, w.gates, scale);
+                    gated_outputs(p.count, c->V, c->P, s->e, of_z, second, y, scale);
+                } else outputs(p.count, c->V, c->P, s->e, of_z, second, y);
+                return_rows(c, &p, c->y, &c->out, y);
             }
     }
 }
@@ -704,7 +712,8 @@ static void forward_few(const call *c) {
             gates_of(c, t, w.gates);
         }
         if (c->in.moved) {
-            exchange(x, w.in, s->g, s->a, s->b, 0);
+            for (int64_t u = 0; u < s->g; u++)
+                transpose(x + u * s->a * s->b, s->b, w.in + u * s->b * s->a, s->a, s->a, s->b, 0);
             x = w.in;
         }
         for (int64_t i = 0; i < s->k; i++) {
@@ -753,20 +762,12 @@ static void logit_gradients(const call *c, int64_t t0, int64_t t1, const slot *w
 /* dx += dlogits router and drouter += dlogits^T x, for a block. */
 static void router_gradients(const call *c, int64_t t0, int64_t t1, const slot *w, int add) {
     const int64_t E = c->s.E;
-    tile rows;
     const int64_t from[1] = {0}, *at = c->offsets;  /* 0, 1, 2 ...: the experts */
-    for (int64_t t = t0; t < t1; t += TILE) {
-        rows.count = least(TILE, t1 - t);
-        for (int64_t m = 0; m < rows.count; m++) {
-            rows.in[m] = c->x + (t + m) * c->in.width;
-            rows.out[m] = c->dx + (t + m) * c->in.width;
-            rows.old[m] = rows.out[m];
-        }
-        const REAL *d = w->dlogits + (t - t0) * E;
-        const numbers logits = {d, E, from, at};
-        outputs(&rows, 1, E, c->in.width, logits, (cores){c->router, 1, c->in.width});
-        core_gradient(&rows, 1, 1, E, c->in.width, logits, w->router, add || t > t0);
-    }
+    const rows x = {(REAL *)c->x + t0 * c->in.width, c->in.width, 0};
+    const rows dx = {c->dx + t0 * c->in.width, c->in.width, 0};
+    const numbers logits = {{w->dlogits, E, 0}, from, at};
+    added_outputs(t1 - t0, 1, E, c->in.width, logits, (cores){c->router, 1, c->in.width}, dx);
+    core_gradient(t1 - t0, 1, 1, E, c->in.width, logits, x, w->router, add);
 }
 
 static void backward_slot(const job *j, int64_t number) {
@@ -775,9 +776,10 @@ static void backward_slot(const job *j, int64_t number) {
     slot w;
     slot_layout(c, c->scratch + number * c->slot_size, &w);
     const int64_t begin = s->T * number / s->slots, end = s->T * (number + 1) / s->slots;
-    const numbers z = {w.z, c->z.row, c->z_from, c->z_at};
-    const numbers dz = {w.dz, c->dz.row, c->dz_from, c->dz_at};
-    tile in, out;   /* x and dx; dy */
+    const rows x = placed(w.in, c->in_rows), dx = placed(w.grad, c->in_rows), dy = placed(w.out, c->out_rows);
+    const rows z = placed(w.z, c->z), dz = placed(w.dz, c->dz);
+    const numbers of_z = {z, c->z_from, c->z_at}, of_dz = {dz, c->dz_from, c->dz_at};
+    REAL gates[TILE], *scale = s->routed ? gates : NULL;
     memset(w.seen, 0, s->E * sizeof *w.seen);
     for (int64_t t0 = begin; t0 < end; t0 += BLOCK) {
         const int64_t t1 = least(end, t0 + BLOCK);
@@ -791,22 +793,20 @@ static void backward_slot(const job *j, int64_t number) {
                 const cores first = {c->first + e * c->first_size, s->b, s->a};
                 const cores second = {c->second + e * c->second_size, s->d, c->P};
                 REAL *dfirst = w.first + e * c->first_size, *dsecond = w.second + e * c->second_size;
-                read_rows(c, &p, c->x, &c->in, w.in, &in);
-                place_rows(c, &p, c->dx, &c->in, w.grad, &in);
-                read_rows(c, &p, c->dy, &c->out, w.out, &out);
-                scale_rows(c, &p, w.gates, &in);
-                scale_rows(c, &p, w.gates, &out);
-                rows_to_z(&in, s->a, forward, c->z, w.z, s->routed);    /* z again */
-                core_gradient(&out, c->V, s->d, c->P, s->e, z, dsecond, w.seen[e] != 0);
-                rows_to_z(&out, s->e, second, c->dz, w.dz, s->routed);
-                core_gradient(&in, c->U, s->b, c->Q, s->a, dz, dfirst, w.seen[e] != 0);
+                if (s->routed) scale_rows(&p, w.gates, gates);
+                read_rows(c, &p, c->x, &c->in, x);
+                read_rows(c, &p, c->dy, &c->out, dy);
+                rows_to_z(p.count, c->U, s->a, c->Q, x, forward, z, scale);     /* z again */
+                core_gradient(p.count, c->V, s->d, c->P, s->e, of_z, dy, dsecond, w.seen[e] != 0);
+                rows_to_z(p.count, c->V, s->e, c->P, dy, second, dz, scale);
+                core_gradient(p.count, c->U, s->b, c->Q, s->a, of_dz, x, dfirst, w.seen[e] != 0);
                 if (s->routed) {
                     memset(w.dot, 0, p.count * VL * sizeof(REAL));
-                    outputs_and_dots(&in, c->U, c->Q, s->a, dz, first, w.dot);
+                    outputs_and_dots(p.count, c->U, c->Q, s->a, of_dz, first, dx, x, w.dot);
                     for (int64_t m = 0; m < p.count; m++)
                         w.s[p.order[m]] = sum_of_lanes(load(w.dot + m * VL));
-                } else outputs(&in, c->U, c->Q, s->a, dz, first);
-                return_rows(c, &p, c->dx, &c->in, &in);
+                } else outputs(p.count, c->U, c->Q, s->a, of_dz, first, dx);
+                return_rows(c, &p, c->dx, &c->in, dx);
                 w.seen[e] = 1;
             }
         if (s->routed) {
