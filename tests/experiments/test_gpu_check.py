@@ -1,5 +1,6 @@
 """experiments.gpu_check on a CPU: it runs whole, and each kind of check can fail."""
 import json
+import subprocess
 
 import torch
 
@@ -43,6 +44,13 @@ def break_core_gradient():
         return grad * 1.02 if len(like) == 8 else grad
     torch_body.core_gradient = broken
     torch.compile = lambda layer, **_: layer  # takes long, and is not what fails here
+    run = subprocess.run
+
+    def broken_torchrun(command, **options):
+        if "torch.distributed.run" not in command:
+            return run(command, **options)
+        return subprocess.CompletedProcess(command, 1, "", "a line\nno network\n")
+    subprocess.run = broken_torchrun
 
 
 def test_checks_fail(run, tmp_path):
@@ -54,3 +62,4 @@ def test_checks_fail(run, tmp_path):
         "torch btt_moe 16 x 8 float32: error", "torch btt_moe 16 x 16 float32: expert without tokens",
         "torch btt_moe 16 x 16 float32: bitwise the same again"}, done.stdout
     assert "training of moe eager" in failed  # one loss cannot fall
+    assert "FAILED btt_moe with torchrun on 1: error no network" in done.stdout

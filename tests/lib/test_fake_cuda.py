@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from configurator import structure_config
+from experiments import launcher
 from experiments.scaling.plan import expand
 from lib.kernels import grouped
 from model import GPT, GPTConfig
@@ -56,6 +57,7 @@ def test_every_size_runs(python_text, monkeypatch):
     """Forward and backward of each layer, by the torch body and grouped_mm with its checks, on meta tensors
     of bfloat16."""
     fake_cuda.open_bodies(monkeypatch)
+    monkeypatch.setattr(launcher, "training_flops", lambda settings: 10 ** 6)  # makes each model, for budgets
     monkeypatch.setattr(grouped, "is_one_launch", lambda *_: True)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not on meta
     monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, **_: tensor)  # slow for what it does here

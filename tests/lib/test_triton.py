@@ -248,15 +248,18 @@ class Compiled:
 torch.autocast = lambda *args, **kwargs: contextlib.nullcontext()  # it knows no meta tensors
 for name in [name for name in dir(triton_body) if name.endswith("_kernel")]:
     setattr(triton_body, name, Compiled(getattr(triton_body, name), int(sys.argv[1])))
-cases = [("btt", 768, 768, 8), ("btt", 1600, 1600, 16), ("btt", 4096, 16384, 16)]
-if sys.argv[1] == "80":
-    cases += [("btt", 1600, 1600, 0), ("kronecker", 768, 3072, 0)]
-# float32 is TF32 where torch's own products are, as in train.py, else exact
-of_float32 = cases[2:3] if sys.argv[1] != "89" else []
-for dtype, precision, of_dtype in ((torch.bfloat16, "ieee", cases), (torch.float32, "tf32", of_float32),
-                                   (torch.float32, "ieee", of_float32)):
+all_sizes, large = [768, 1600, 4096], [4096]
+# 80 and 89 have the same products, and 90 its own; float32 is TF32 where torch's own products are, as in
+# train.py, else exact, without them
+checks = {"80": ((torch.bfloat16, "ieee", ["matrix", 4096]), (torch.float32, "tf32", large),
+                 (torch.float32, "ieee", large)),
+          "89": ((torch.bfloat16, "ieee", all_sizes),),
+          "90": ((torch.bfloat16, "ieee", all_sizes), (torch.float32, "tf32", large))}
+cases = {768: [("btt", 768, 768, 8)], 1600: [("btt", 1600, 1600, 16)], 4096: [("btt", 4096, 16384, 16)],
+         "matrix": [("btt", 1600, 1600, 0), ("kronecker", 768, 3072, 0)]}
+for dtype, precision, of_dtype in checks[sys.argv[1]]:
     torch.backends.cuda.matmul.fp32_precision = precision
-    for struct, d_in, d_out, E in of_dtype:
+    for struct, d_in, d_out, E in [case for key in of_dtype for case in cases[key]]:
         sizes = structured.layer_sizes(structured.LayerConfig(struct), E, d_in, d_out)
         swapped, sizes = sizes.order()[0] == "B", sizes.contraction()
         a, b, g, d, e, f, r = sizes
