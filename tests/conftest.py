@@ -72,6 +72,9 @@ def run_script(script, arguments, environment, out, err, before):
     import torch
     torch.set_num_threads(int(THREADS))
     os.environ.update(environment)
+    if encoding := environment.get("PYTHONIOENCODING"):  # which Python reads when it starts
+        sys.stdout.reconfigure(encoding=encoding, errors="strict")
+        sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
     is_script = script.endswith(".py")
     sys.argv = [str(ROOT / script) if is_script else script, *arguments]
     if before is not None:

@@ -19,16 +19,21 @@ TRAIN, SAMPLE, PREPARE = map(Path, ("train.py", "sample.py", "data/openwebtext_c
 ARGUMENTS = {"experiments/structures_table.py": ["16"]}  # all others have --help
 
 
+def command(program):
+    """What follows `python` when a user starts the program: with -m where it is of a package."""
+    if program.parts[0] in ("experiments", "tests", "tools"):
+        return ["-m", ".".join(program.with_suffix("").parts).removesuffix(".__main__")]
+    return [program]
+
+
 def start(program, *arguments, **options):
-    """The program as a user starts it, with python -m where it is of a package."""
-    modules = program.parts[0] in ("experiments", "tests", "tools")
-    name = ".".join(program.with_suffix("").parts).removesuffix(".__main__")
-    command = [sys.executable, *(["-m", name] if modules else [program]), *map(str, arguments)]
+    """The program in a Python of its own, as a user starts it."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300, "cwd": ROOT} | options
     encoding = options.pop("encoding", "utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": THREADS, "PYTHONIOENCODING": encoding}
-    done = subprocess.run(command, env=environment, **options)
-    return subprocess.CompletedProcess(command, done.returncode, (done.stdout or b"").decode(encoding),
+    done = subprocess.run([sys.executable, *command(program), *map(str, arguments)], env=environment,
+                          **options)
+    return subprocess.CompletedProcess(done.args, done.returncode, (done.stdout or b"").decode(encoding),
                                        (done.stderr or b"").decode(encoding))
 
 
@@ -47,10 +52,11 @@ def test_all_programs_are_found():
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=str)
-def test_a_terminal_that_lacks_the_letters(program):
+def test_a_terminal_that_lacks_the_letters(program, run):
     """It shows "?" for them, and all the rest."""
-    arguments = ARGUMENTS.get(str(program), ["--help"])
-    whole, ascii_only = (start(program, *arguments, encoding=encoding) for encoding in ("utf-8", "ascii"))
+    script, arguments = command(program)[-1], ARGUMENTS.get(str(program), ["--help"])
+    whole, ascii_only = (run(str(script), *arguments, PYTHONIOENCODING=encoding)
+                         for encoding in ("utf-8", "ascii"))
     assert (ascii_only.returncode, ascii_only.stderr) == (0, ""), ascii_only.stderr
     assert whole.stdout and ascii_only.stdout == whole.stdout.encode("ascii", "replace").decode()
 
@@ -71,9 +77,9 @@ def snowmen(tmp_path_factory):
     return [f"--out_dir={path}", "--start=a\N{SNOWMAN}", "--device=cpu"]
 
 
-def test_a_sample_in_letters_that_the_terminal_lacks(snowmen):
+def test_a_sample_in_letters_that_the_terminal_lacks(snowmen, run):
     flags = [*snowmen, "--max_new_tokens=20"]
-    whole, plain = (start(SAMPLE, *flags, encoding=encoding) for encoding in ("utf-8", "cp1252"))
+    whole, plain = (run("sample.py", *flags, PYTHONIOENCODING=encoding) for encoding in ("utf-8", "cp1252"))
     assert plain.returncode == 0 and plain.stderr == "" and "\N{SNOWMAN}" in whole.stdout[2:]
     assert plain.stdout == whole.stdout.replace("\N{SNOWMAN}", "?")
 
