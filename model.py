@@ -337,6 +337,18 @@ class GPT(nn.Module):
         block = sum(p.numel() for p in small.blocks[0].parameters())
         return small.num_params() + (config.n_layer - 1) * block
 
+    @classmethod
+    def count_flops(cls, config: GPTConfig) -> int:
+        """flops_per_token of such a model, without making it. Raises ValueError as count_params."""
+        with torch.device("meta"):
+            return cls(config).flops_per_token()
+
+    def flops_of_dense(self) -> float:
+        """FLOPs per token ÷ those of the dense model of the same size."""
+        dense = dataclasses.replace(self.config, struct="dense", rank=None, theta=None, num_experts=0,
+                                    ffn_experts=0)
+        return self.flops_per_token() / self.count_flops(dense)
+
     def routers(self) -> dict[str, structured.MoE]:
         """{name: mixture} in the order in which a forward meets them: that of ModelAux."""
         return {name: m for name, m in self.named_modules() if isinstance(m, structured.MoE)}

@@ -84,9 +84,9 @@ globals().update(config)
 import os
 import sys
 
-if out_dir is None:
-    files = [os.path.splitext(os.path.basename(a))[0] for a in sys.argv[1:] if not a.startswith("-")]
-    out_dir = "-".join(["out", *files])
+from lib.commands import default_out_dir, next_commands
+
+out_dir = default_out_dir(sys.argv[1:]) if out_dir is None else out_dir
 if decay_lr and lr_decay_iters is not None and lr_decay_iters < warmup_iters:
     fail(f"lr_decay_iters = {lr_decay_iters} must not be less than warmup_iters = {warmup_iters}")
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
@@ -440,7 +440,7 @@ if master and sample_tokens:
     except (OSError, ValueError) as e:  # GPT-2's vocabulary cannot be downloaded
         print0(f"no sample: {e}")
     print0("----")
-print0(f"sample more: python sample.py --out_dir={out_dir}")
+print0(next_commands(sys.argv[1:], out_dir, max_iters, raw_model.flops_of_dense()))
 logger.finish()
 distributed.disconnect()
 if master and checkpoints.saved_at != progress.iteration:

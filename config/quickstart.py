@@ -2,13 +2,14 @@
 # download).
 dataset = "python_char"
 block_size = 64
-batch_size = 8
+batch_size = 16
 gradient_accumulation_steps = 2
-n_layer = 3
-n_head = 4
-n_embd = 256
-max_iters = 1200
-warmup_iters = 20
-eval_interval = 250
-eval_iters = 100
+n_layer = 2
+n_head = 6
+n_embd = 384
+learning_rate = 6e-3
+max_iters = 1000
+warmup_iters = 50
+eval_interval = 200
+eval_iters = 40
 log_interval = 50

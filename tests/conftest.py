@@ -157,8 +157,8 @@ class ForkedProgram:
 
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2,
-             max_iters=20, lr_decay_iters=None, warmup_iters=5, eval_interval=5, eval_iters=4, log_interval=1,
-             sample_tokens=0, device="cpu", seed=7)
+             learning_rate=3e-3, max_iters=20, lr_decay_iters=None, warmup_iters=5, eval_interval=5,
+             eval_iters=4, log_interval=1, sample_tokens=0, device="cpu", seed=7)
 TINY = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, max_iters=4, eval_iters=1)
 
 

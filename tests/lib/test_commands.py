@@ -1,0 +1,46 @@
+"""The commands that a run proposes at its end, by running them."""
+import shlex
+
+import pytest
+
+from lib.commands import default_out_dir, next_commands
+from tests.conftest import ROOT, TINY
+from tests.runs import load, read_log
+
+
+def proposed(stdout):
+    """{what for: words of the command}, from the last lines of a run."""
+    return {line.split(":")[0]: shlex.split(line.split(":", 1)[1]) for line in stdout.splitlines()
+            if ": " in line and ":" in line[:27] and line.split(":", 1)[1].strip().startswith("python ")}
+
+
+def test_the_proposed_dense_run_has_the_same_model_data_and_flops(run, flags, tmp_path):
+    done = run("train.py", *flags("btt_moe", **TINY | dict(n_embd=64, max_iters=60, num_experts=4)))
+    commands = proposed(done.stdout)
+    assert commands["sample more"] == ["python", "sample.py", f"--out_dir={tmp_path / 'out'}"]
+    python, script, *arguments = commands["dense, for as many FLOPs"]
+    assert (python, script) == ("python", "train.py")
+    again = run(script, *arguments)
+    assert again.returncode == 0, again.stderr
+    one, dense = tmp_path / "out", tmp_path / "out-dense"
+    assert commands["the losses, drawn"] == ["python", "-m", "tools.compare", str(one), str(dense)]
+    assert run("tools.compare", str(one), str(dense), f"--out={tmp_path / 'figure'}").returncode == 0
+    mine, other = load(one / "ckpt.pt"), load(dense / "ckpt.pt")
+    iteration = other["flops"] / other["iteration"]
+    assert abs(mine["flops"] - other["flops"]) <= iteration / 2 and other["iteration"] < mine["iteration"]
+    differ = {key for key in mine["config"] if mine["config"][key] != other["config"][key]}
+    assert differ == {"struct", "num_experts", "weight_norm", "max_iters", "lr_decay_iters", "out_dir"}
+    assert (other["config"]["struct"], other["config"]["num_experts"]) == ("dense", 0)
+    assert read_log(dense)[0][0]["params"] == read_log(dense)[0][0]["active_params"]
+    assert "dense, for as many FLOPs" not in proposed(again.stdout)
+
+
+@pytest.mark.parametrize("arguments, command", [
+    (["config/btt_moe.py", "config/quickstart.py"],
+     "python train.py config/dense.py config/quickstart.py --max_iters=25"),
+    (["config/moe.py", "--max_iters=100", "--init_from=auto", "--top_k=1", "--ffn_experts=4", "--seed=3"],
+     "python train.py config/dense.py --seed=3 --max_iters=25"),
+    (["--struct=btt", "--out_dir=a b"], "python train.py --max_iters=25 '--out_dir=a b-dense'")])
+def test_dense_takes_the_place_of_the_structure_alone(arguments, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert f" {command}\n" in next_commands(arguments, default_out_dir(arguments), 100, 0.25)
