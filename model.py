@@ -346,7 +346,7 @@ class GPT(nn.Module):
     def flops_of_dense(self) -> float:
         """FLOPs per token ÷ those of the dense model of the same size."""
         dense = dataclasses.replace(self.config, struct="dense", rank=None, theta=None, num_experts=0,
-                                    ffn_experts=0)
+                                    ffn_experts=0, head_aligned=None, weight_norm=None)
         return self.flops_per_token() / self.count_flops(dense)
 
     def routers(self) -> dict[str, structured.MoE]:

@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Sequence
 
 # keys that say the structure, and keys that say which run it is
-STRUCTURE = ("struct", "rank", "theta", "layers", "num_experts", "top_k", "ffn_experts", "dyad_blocks",
-             "dyad_variant", "router_balance_rate")
+STRUCTURE = ("struct", "rank", "theta", "layers", "num_experts", "top_k", "ffn_experts", "head_aligned",
+             "dyad_blocks", "dyad_variant", "router_balance_rate")
 RUN = ("out_dir", "max_iters", "init_from")
 
 

@@ -3,7 +3,9 @@ import shlex
 
 import pytest
 
+from configurator import structure_config
 from lib.commands import default_out_dir, next_commands
+from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY
 from tests.runs import load, read_log
 
@@ -35,12 +37,24 @@ def test_the_proposed_dense_run_has_the_same_model_data_and_flops(run, flags, tm
     assert "dense, for as many FLOPs" not in proposed(again.stdout)
 
 
+@pytest.mark.parametrize("name", ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "einsum", "dyad",
+                                  "btt_moe", "moe"])
+def test_flops_of_dense_of_each_structure_config(name):
+    """In a model of any structure the linear maps of dense have 24 · n_layer · n_embd² FLOPs, attention 4 ·
+    n_layer · block_size · n_embd, the output layer 2 · vocab_size · n_embd."""
+    size = dict(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=96)
+    model = GPT(GPTConfig(**size, **structure_config(name)))
+    dense = 24 * 2 * 64 ** 2 + 4 * 2 * 32 * 64 + 2 * 96 * 64
+    assert model.flops_of_dense() == pytest.approx(model.flops_per_token() / dense, rel=1e-12)
+
+
 @pytest.mark.parametrize("arguments, command", [
     (["config/btt_moe.py", "config/quickstart.py"],
      "python train.py config/dense.py config/quickstart.py --max_iters=25"),
     (["config/moe.py", "--max_iters=100", "--init_from=auto", "--top_k=1", "--ffn_experts=4", "--seed=3"],
      "python train.py config/dense.py --seed=3 --max_iters=25"),
-    (["--struct=btt", "--out_dir=a b"], "python train.py --max_iters=25 '--out_dir=a b-dense'")])
+    (["--struct=btt", "--head_aligned=True", "--out_dir=a b"],
+     "python train.py --max_iters=25 '--out_dir=a b-dense'")])
 def test_dense_takes_the_place_of_the_structure_alone(arguments, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert f" {command}\n" in next_commands(arguments, default_out_dir(arguments), 100, 0.25)
