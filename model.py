@@ -343,7 +343,7 @@ class GPT(nn.Module):
         with torch.device("meta"):
             return cls(config).flops_per_token()
 
-    def flops_of_dense(self) -> float:
+    def flops_ratio_to_dense(self) -> float:
         """FLOPs per token ÷ those of the dense model of the same size."""
         dense = dataclasses.replace(self.config, struct="dense", rank=None, theta=None, num_experts=0,
                                     ffn_experts=0, head_aligned=None, weight_norm=None)

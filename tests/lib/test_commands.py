@@ -39,13 +39,13 @@ def test_the_proposed_dense_run_has_the_same_model_data_and_flops(run, flags, tm
 
 @pytest.mark.parametrize("name", ["dense", "low_rank", "kronecker", "monarch", "tt", "btt", "einsum", "dyad",
                                   "btt_moe", "moe"])
-def test_flops_of_dense_of_each_structure_config(name):
+def test_flops_ratio_to_dense_of_each_structure_config(name):
     """In a model of any structure the linear maps of dense have 24 · n_layer · n_embd² FLOPs, attention 4 ·
     n_layer · block_size · n_embd, the output layer 2 · vocab_size · n_embd."""
     size = dict(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=96)
     model = GPT(GPTConfig(**size, **structure_config(name)))
     dense = 24 * 2 * 64 ** 2 + 4 * 2 * 32 * 64 + 2 * 96 * 64
-    assert model.flops_of_dense() == pytest.approx(model.flops_per_token() / dense, rel=1e-12)
+    assert model.flops_ratio_to_dense() == pytest.approx(model.flops_per_token() / dense, rel=1e-12)
 
 
 @pytest.mark.parametrize("arguments, command", [
