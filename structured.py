@@ -14,8 +14,7 @@ with α·β·γ = d_in and δ·ε·φ = d_out. In code each index, and its size,
 The sizes come from exponents θ in [0, 1]^7 that do not depend on the width: size_α = d_in^θα, ..., size_φ =
 d_out^θφ, size_ρ = min(d_in, d_out)^θρ. Dense, low-rank, Kronecker, Monarch, Tensor-Train and Block
 Tensor-Train matrices are points of this space (STRUCTURES), and one class, Einsum, serves it all. Read on in
-this order: Theta, Sizes, the layers (Structured, Einsum, Dyad), the mixture of experts (MoE), and linear(),
-which makes any of them.
+this order: Theta, Sizes, the layers (Structured, Einsum, Dyad), the mixture of experts (MoE), and linear().
 
 Source: Potapczynski et al., "Searching for Efficient Linear Layers over a Continuous Space of Structured
 Matrices" (NeurIPS 2024, arXiv 2410.02117); DYAD: Chandy et al., arXiv 2312.06881. FLOPs count 2 per
@@ -553,7 +552,8 @@ def make_layer(config: LayerConfig, d_in: int, d_out: int, **role) -> nn.Module:
 
 def make_experts(config: LayerConfig, num_experts: int, d_in: int, d_out: int, *, sizes=None, gamma=None,
                  phi=None, **options) -> Structured:
-    """num_experts experts or, for 0, one matrix, without a router; config.num_experts is not looked at."""
+    """num_experts experts or, for 0, one matrix, without a router; config.num_experts is not looked at.
+    Raises ValueError as layer_sizes does, and for sizes of other widths and options beside them or DYAD."""
     if config.struct == "dyad":
         if (config.rank, config.theta, sizes, gamma, phi) != (None,) * 5:
             raise ValueError("struct 'dyad' takes dyad_blocks and dyad_variant, not a rank, theta, sizes ...")

@@ -141,6 +141,19 @@ def nearest(fit: Fit, budget: float) -> int | None:
     return int(off.argmin()) if off.min() <= 0.2 else None
 
 
+def losses_table(fits: dict[str, Fit], unit: str) -> str:
+    """The budget at which each frontier reaches a loss, for some losses that two structures or more reach."""
+    ends = sorted(fit.frontier.losses[-1] for fit in fits.values())
+    lowest, highest = ends[:2][-1], np.median([fit.frontier.losses[fit.used][0] for fit in fits.values()])
+    step = 10 ** np.floor(np.log10(lowest)) / 20
+    losses = np.unique(np.ceil(np.geomspace(lowest, max(lowest, highest), 7) / step))[::-1] * step
+    rows = []
+    for label, fit in fits.items():
+        budgets = fit.frontier.x_for(losses)
+        rows.append([label, *["—" if math.isnan(budget) else number(budget) for budget in budgets]])
+    return markdown_table([f"{unit} until a loss of", *map(number, losses)], rows)
+
+
 def sizes_table(fits: dict[str, Fit], budgets: list[float]) -> str:
     """At each budget: the run that has the lowest loss, and whether it is at the edge of the sizes tried."""
     rows = []
@@ -171,6 +184,8 @@ def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[s
                  f"budgets in the head of the table ({unit}; —: outside of what both laws were fitted to):",
                  by_laws,
                  "The same from the points of one frontier to those of the other, without laws:", by_points]
+    text += ["What each frontier needs for a loss (—: before its first point, or not reached):",
+             losses_table(fits, unit)]
     if axis == "flops":
         text += ["The best size at each budget:", sizes_table(fits, budgets)]
     return text

@@ -162,6 +162,24 @@ def test_fit_finds_the_multiplier_in_logs(fitted):
                                                          "short", "some"}
 
 
+def test_what_a_loss_costs(fitted):
+    """The table says at which budget the best of the sizes has come to each loss."""
+    folder, _ = fitted
+    texts = (folder / "table.md").read_text().split("What each frontier needs for a loss")[1:]
+    tables = [[[cell.strip() for cell in line.strip("|").split("|")]
+               for line in text.split("\n\n")[1].splitlines()] for text in texts]
+    assert [table[0][0].split()[0] for table in tables] == ["FLOPs", "FLOPs", "s"]
+    for (head, _, dense, btt), ratio in zip(tables, (1 / 3, 1 / 3, 4 / 3)):
+        known = [i for i, cells in enumerate(zip(dense, btt)) if i and "—" not in cells]
+        assert len(known) >= 3
+        for i in known:
+            assert float(btt[i]) / float(dense[i]) == pytest.approx(ratio, rel=0.06)
+            if head is tables[0][0]:  # all training FLOPs
+                tokens = float(dense[i]) / 6 / np.geomspace(2e4, 6e5, 5)
+                best = chinchilla(np.geomspace(2e4, 6e5, 5), tokens).min()
+                assert best == pytest.approx(float(head[i]), abs=0.02)
+
+
 def test_remarks_on_frontiers_that_are_not_known():
     """The larger of two sizes gets ahead at 1e12 FLOPs. If the smaller ends before, or the larger has no
     evaluation so early, there is a hole."""
