@@ -440,7 +440,7 @@ if master and sample_tokens:
     except (OSError, ValueError) as e:  # GPT-2's vocabulary cannot be downloaded
         print0(f"no sample: {e}")
     print0("----")
-print0(next_commands(sys.argv[1:], out_dir, max_iters, raw_model.flops_ratio_to_dense()))
+print0(next_commands(sys.argv[1:], out_dir, init_from, max_iters, raw_model.flops_ratio_to_dense()))
 logger.finish()
 distributed.disconnect()
 if master and checkpoints.saved_at != progress.iteration:

@@ -36,11 +36,13 @@ def dense_command(arguments: Sequence[str], iterations: int) -> tuple[str, str]:
     return shlex.join(["python", "train.py", *words]), out_dir
 
 
-def next_commands(arguments: Sequence[str], out_dir: str, iterations: int, ratio_to_dense: float) -> str:
+def next_commands(arguments: Sequence[str], out_dir: str, init_from: str, iterations: int,
+                  ratio_to_dense: float) -> str:
     """What to run after a run: a line each for more samples, for its curves and, where the run was not dense
-    itself, for dense with as many training FLOPs. ratio_to_dense: FLOPs per token ÷ those of dense."""
+    itself and did not begin with other weights, for dense with as many training FLOPs. ratio_to_dense: FLOPs
+    per token ÷ those of dense."""
     lines, folders = [("sample more", f"python sample.py {shlex.quote(f'--out_dir={out_dir}')}")], [out_dir]
-    if ratio_to_dense != 1:
+    if ratio_to_dense != 1 and init_from in ("scratch", "auto", "resume"):
         command, folder = dense_command(arguments, max(1, round(iterations * ratio_to_dense)))
         lines.append(("dense, for as many FLOPs", command))
         folders.append(folder)

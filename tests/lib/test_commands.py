@@ -57,4 +57,12 @@ def test_flops_ratio_to_dense_of_each_structure_config(name):
      "python train.py --max_iters=25 '--out_dir=a b-dense'")])
 def test_dense_takes_the_place_of_the_structure_alone(arguments, command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert f" {command}\n" in next_commands(arguments, default_out_dir(arguments), 100, 0.25)
+    assert f" {command}\n" in next_commands(arguments, default_out_dir(arguments), "scratch", 100, 0.25)
+
+
+@pytest.mark.parametrize("init_from, proposes", [("scratch", True), ("auto", True), ("resume", True),
+                                                 ("gpt2", False), ("out/ckpt.pt", False)])
+def test_no_dense_run_beside_one_from_other_weights(init_from, proposes):
+    """It would begin at random ones, and compare two beginnings instead of two structures."""
+    text = next_commands([f"--init_from={init_from}"], "out", init_from, 100, 0.25)
+    assert ("dense" in text) == proposes
