@@ -8,7 +8,7 @@ layers are timed in turn, so that a slow moment of the machine meets all of them
 turn, and the median and the quartiles are over turns. Beside it: the ratio of the FLOPs; the time per FLOP
 relative to nn.Linear's; and the memory above inputs and parameters, both what the forward keeps for the
 backward (the output included) and the peak. Then tokens/s of whole training steps. Writes everything to
-<out>/bench.json. Let nothing else run meanwhile.
+<out>/bench.json, the ratios by width as a table to table.md, and as a figure. Let nothing else run meanwhile.
 """
 from typing import Literal
 
@@ -32,7 +32,7 @@ device: str | None = None       # 'cuda', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs, else float32
 kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # what computes einsums; auto: the best one here
 compile: bool = False           # torch.compile layers and models
-out: str = "out-bench"          # folder of bench.json
+out: str = "out-bench"          # folder of bench.json, table.md and the figure
 prepare_output(keep_going=True)
 config = configurator.configure(globals())
 globals().update(config)
@@ -54,7 +54,8 @@ import torch
 from torch import nn
 
 import structured
-from lib import kernels
+from experiments.scaling.report import markdown_table
+from lib import figure, kernels
 from lib.device import (autocast, choose_compile, choose_device, choose_dtype, device_name,
                         keep_freed_memory)
 from model import GPT, GPTConfig
@@ -233,6 +234,41 @@ def print_table(title: str, columns: dict[str, str], rows: Iterable[dict]) -> li
     return shown
 
 
+def summary(result: dict) -> str:
+    """A table with a row for each layer: time ÷ nn.Linear's at each width, FLOPs ÷ nn.Linear's at the largest
+    width, and the speed of a training step of such layers ÷ dense's."""
+    rows = {(row["layer"], row["width"]): row for row in result["layers"]}
+    speeds = {row["config"]: f"{row['speed']:.2f}" for row in result["steps"]}
+    at = sorted({width for _, width in rows})
+    names = [name for name in dict.fromkeys([*(name for name, _ in rows), *speeds]) if name != "nn.Linear"]
+    head = ["", *map(str, at), *([f"FLOPs at {at[-1]}"] if at else []), "tokens/s of a step"]
+    lines = []
+    for name in names:
+        mine = [rows.get((name, width)) for width in at]
+        cells = [f"{row['ratio']:.2f}" if row else "" for row in mine]
+        cells += [f"{row['flops']:.3f}" if row else "" for row in mine[-1:]]
+        lines.append([name, *cells, speeds.get(name, "")])
+    return markdown_table(head, lines)
+
+
+def draw(result: dict) -> None:
+    """speed.svg and speed.png: time ÷ nn.Linear's along the width, a line for each layer."""
+    fig, [[ax]] = figure.figure()
+    ax.axhline(1, color="#888888", linewidth=0.8)
+    names = dict.fromkeys(row["layer"] for row in result["layers"] if row["layer"] != "nn.Linear")
+    for i, name in enumerate(names):
+        mine = [row for row in result["layers"] if row["layer"] == name]
+        ax.plot([row["width"] for row in mine], [row["ratio"] for row in mine], label=name, markersize=4.5,
+                linewidth=1.4, **figure.style(i))
+    figure.log_ticks(ax, "x")
+    figure.log_ticks(ax, "y")
+    at = sorted({row["width"] for row in result["layers"]})
+    ax.set_xticks(at, map(str, at))
+    ax.minorticks_off()
+    ax.set(xlabel="width", ylabel="time of forward and backward ÷ nn.Linear's")
+    figure.save(fig, ax, out, "speed")
+
+
 def main() -> None:
     if device_type == "cpu":
         keep_freed_memory()     # as train.py does
@@ -248,6 +284,11 @@ def main() -> None:
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "bench.json"), "w", encoding="utf-8") as f:
         json.dump(result, f, indent=1)
+    with open(os.path.join(out, "table.md"), "w", encoding="utf-8") as f:
+        print(summary(result), file=f)
+    if result["layers"]:
+        with figure.optional_figures():
+            draw(result)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,26 @@ def test_bench_writes_a_row_for_each_layer_and_config(run, tmp_path):
     assert result["steps"][0]["speed"] == result["steps"][0]["flops"] == 1
     assert result["machine"]["threads"] == int(os.environ["OMP_NUM_THREADS"])
     assert result["config"]["tokens"] == 96
+    table = (tmp_path / "b" / "table.md").read_text().splitlines()
+    assert table[0] == "|  | 32 | 64 | FLOPs at 64 | tokens/s of a step |"
+    assert [line.split("|")[1].strip() for line in table[2:]] == [*NAMES, "moe"]
+    cells = [cell.strip() for cell in table[2 + NAMES.index("monarch")].split("|")[2:-1]]
+    assert cells[:3] == [*(f"{rows[width, 'monarch']['ratio']:.2f}" for width in (32, 64)), "0.250"]
+    assert table[-1].split("|")[2:5] == ["  "] * 3  # moe has no single layer
+    svg = (tmp_path / "b" / "speed.svg").read_text()
+    assert all(f">{name}<" in svg for name in NAMES) and (tmp_path / "b" / "speed.png").exists()
+
+
+def test_bench_without_widths_or_steps(run, tmp_path):
+    done = run("experiments.bench", "--widths=()", "--structs=dense", "--steps=1", "--n_embd=32",
+               "--n_layer=1", "--head_size=16", "--block_size=16", "--batch_size=2", f"--out={tmp_path}/b")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "b" / "table.md").read_text().splitlines()[::2] == ["|  | tokens/s of a step |",
+                                                                          "| dense | 1.00 |"]
+    done = run("experiments.bench", "--widths=32,", "--structs=dense", "--step=False", "--tokens=8",
+               "--turns=1", f"--out={tmp_path}/c")
+    assert done.returncode == 0, done.stderr
+    assert "| dense |" in (tmp_path / "c" / "table.md").read_text()
 
 
 @pytest.fixture
