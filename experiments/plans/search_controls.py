@@ -3,10 +3,10 @@
 #     python -m experiments.scaling sweep experiments/plans/search_controls.py --runs=out-search/controls
 #
 # - The θ of a search are plain einsums with weight norm; dense has neither. Is that why they lead?
-# - How good are the named structures as train.py makes them, aligned with heads, at the rate of cpu_rates.py?
+# - How good are the named structures as train.py makes them, aligned with heads, at a rate of their own?
 # - Dense is best at width 64 for this budget (results/scaling). Does the best θ lead at that size too?
 from experiments.plans.cpu import *  # noqa: F403
-del n_embd, head_size  # noqa: F821
+del n_embd, head_size, head_aligned  # noqa: F821
 structures = {
     "dense, an einsum": dict(struct="einsum", theta=(1, 0, 0, 1, 0, 0, 0), n_embd=96),
     "btt, aligned": dict(struct="btt", n_embd=152, learning_rate=1.5e-3),
