@@ -10,7 +10,7 @@ eager ones, launches without a wait of the host, and the time of layers beside n
 of twenty iterations at GPT-2 small's sizes, and one with torchrun on all GPUs. Prints each check, and writes
 <out>/gpu_check.json. The exit status is 1 if a check failed.
 """
-from typing import Literal
+from typing import Annotated
 
 from configurator import PositiveInt, configure, fail
 from lib.terminal import prepare_output
@@ -18,7 +18,7 @@ from lib.terminal import prepare_output
 device: str | None = None       # 'cuda', 'cuda:1', 'cpu'; None: the best there is
 widths: tuple | None = None     # of the square layers; None: 256 to 4096, on a CPU 64
 tokens: PositiveInt | None = None  # rows of a layer's input; None: 4096, on a CPU 128
-iterations: PositiveInt = 20    # of each training run
+iterations: Annotated[int, ("at least", 2)] = 20  # of each training run
 training: bool = True           # training runs too
 out: str = "out-gpu_check"      # folder of gpu_check.json
 prepare_output(keep_going=True)
@@ -41,13 +41,17 @@ import torch
 from torch import nn
 
 import structured
+from experiments.launcher import whole_numbers
 from lib import kernels
 from lib.device import autocast, choose_device, device_name
 from lib.kernels import grouped, operators
 
 try:
     device, device_type = choose_device(device)
-except ValueError as e:
+    if widths is not None:
+        whole_numbers(widths=widths)
+    os.makedirs(out, exist_ok=True)
+except (ValueError, OSError) as e:
     fail(str(e))
 on_gpu = device_type == "cuda"
 if widths is None:
@@ -230,7 +234,8 @@ def check_training(name: str, options: list[str], folder: str, launcher: list[st
     size = [] if on_gpu else ["--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=64"]
     done = subprocess.run(
         [*launcher, "train.py", *options, *size, f"--dataset={os.path.join(folder, 'tokens')}",
-         f"--out_dir={run}", f"--device={device_type}", f"--max_iters={iterations}", "--eval_iters=2",
+         f"--out_dir={run}", f"--device={device_type if launcher[1:] else device}",
+         f"--max_iters={iterations}", "--eval_iters=2",
          f"--batch_size={8 if on_gpu else 2}", "--log_interval=1", "--warmup_iters=5", "--sample_tokens=0"],
         capture_output=True, text=True, timeout=900)
     if done.returncode:
@@ -278,7 +283,6 @@ for width in widths:
 if training:
     check_training_runs()
 
-os.makedirs(out, exist_ok=True)
 path = os.path.join(out, "gpu_check.json")
 with open(path, "w") as f:
     json.dump(dict(system=SYSTEM, config=config, seconds=time.perf_counter() - started, checks=results), f,

@@ -13,23 +13,26 @@ from lib.log import print0
 # Dense bfloat16 and float16 FLOP/s from the makers' data sheets. The first key that is a word of the device's
 # name counts.
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12,
+    "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
     "MI300X": 1307e12,
 }
 
 
 def choose_device(device: str | None, local_rank: int | None = None) -> tuple[str, str]:
-    """(device, its type): cuda, mps or cpu, the best there is for None; with local_rank, 'cuda' becomes that
-    GPU.
+    """(device, its type): cuda, mps or cpu, the best there is for None. A GPU has its index, as
+    torch.cuda.set_device wants: 'cuda' is that of local_rank, the first one without.
 
-    Raises ValueError if the device cannot be used.
+    Raises ValueError if the device cannot be used, or is one GPU for several processes (local_rank).
     """
     if device is None:
         has_mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if device == "cuda" and local_rank is not None:
-        device = f"cuda:{local_rank}"
+    if device == "cuda":
+        device = f"cuda:{local_rank or 0}"
+    elif device.startswith("cuda:") and local_rank is not None:
+        raise ValueError(f"device {device!r} is one GPU, and several processes would share it: use 'cuda'")
     try:
         device_type = torch.device(device).type
         torch.ones(1, device=device).item()

@@ -19,10 +19,22 @@ def gpu(monkeypatch):
 
 def test_the_best_device_there_is(gpu):
     gpu("a GPU")
-    assert device.choose_device(None) == ("cuda", "cuda")
+    assert device.choose_device(None) == device.choose_device("cuda") == ("cuda:0", "cuda")
     assert device.choose_device(None, local_rank=3) == ("cuda:3", "cuda")
-    assert device.choose_device("cuda:1", local_rank=3) == ("cuda:1", "cuda")
+    assert device.choose_device("cuda:1") == ("cuda:1", "cuda")
+    with pytest.raises(ValueError, match="^device 'cuda:1' is one GPU, .*: use 'cuda'$"):
+        device.choose_device("cuda:1", local_rank=3)
     assert device.choose_device("cpu", local_rank=3) == ("cpu", "cpu")
+
+
+@pytest.mark.parametrize("asked, local_rank", [(None, None), ("cuda", None), ("cuda:1", None), ("cuda", 1)])
+def test_a_gpu_can_be_made_the_current_one(asked, local_rank, gpu, monkeypatch):
+    """torch.cuda.set_device takes no 'cuda' without an index."""
+    made_current = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made_current.append, raising=False)
+    gpu("a GPU")
+    torch.cuda.set_device(device.choose_device(asked, local_rank)[0])
+    assert made_current == [1 if "cuda:1" == asked or local_rank else 0]
 
 
 def test_the_cpu_where_there_is_nothing_else(monkeypatch):
