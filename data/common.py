@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tokenizer import Tokenizer, count_ids, without_half_characters
-from lib.files import fsync_folder
+from lib.files import fsync_folder, lock_file
 from lib.terminal import prepare_output
 
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -186,7 +186,7 @@ def parse_arguments(doc: str, folder: Path, *, val_fraction: float, text_of_its_
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main(). An error that the user can mend is one sentence and exit status 1."""
+    """Runs a script's main(). An error that the user can fix is one sentence and exit status 1."""
     prepare_output(keep_going=True)
     interrupted, script = False, os.getpid()
 
@@ -212,10 +212,16 @@ def run(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def work_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder inside out_dir for what is not whole yet. That of a killed run is removed first."""
+    """A folder inside out_dir for what is not whole yet. That of a killed run is removed first; raises
+    ValueError while another process uses it."""
     folder = out_dir / "prepare.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_file(str(folder / "lock"), "another prepare.py writes", "--out-dir")
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "lock":
+            path.unlink(missing_ok=True)
     try:
         yield folder
     finally:

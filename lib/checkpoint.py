@@ -14,14 +14,15 @@ import torch
 
 from lib import distributed
 from lib.distributed import on_all_ranks
-from lib.files import lock_out_dir, remove, rename_old_files, replace_file, write_temporary
+from lib.files import (lock_out_dir, remove, rename_old_files, replace_file, unused_suffix,
+                       write_temporary)
 from lib.log import print0
 
 # what every checkpoint holds
 CONTENTS = dict(model=dict, optimizer=dict, scaler=dict, model_args=dict, config=dict, tokenizer=dict,
                 iteration=int, tokens=int, flops=float, best_val_loss=float)
 
-INIT_FROM = ("scratch", "resume", "auto")  # anything else is the path of a checkpoint
+INIT_FROM = ("scratch", "resume", "auto")  # anything else names weights: *.pt, a GPT-2 or its folder
 
 
 @dataclasses.dataclass
@@ -53,7 +54,7 @@ class Checkpoints:
     saved_at      iteration of the last checkpoint, None before there is one
     place         where that is
     resumes       whether the run goes on from a checkpoint with all that is in it
-    settings      the config of the checkpoint that the run started from
+    settings      the config of the checkpoint that the run resumes; {} if it does not
     saved_best    validation loss of ckpt_best.pt, inf before there is one
     failure       why the last checkpoint could not be written
     """
@@ -80,8 +81,8 @@ class Checkpoints:
             print0(line)
         on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
         if not self.resumes and self.first_of_node:
-            for name in rename_old_files(self.out_dir):
-                print0(f"{name} of an earlier run is {name}.old in {self.out_dir} from here on")
+            for name, new in rename_old_files(self.out_dir).items():
+                print0(f"{name} of an earlier run is {new} in {self.out_dir} from here on")
         return source
 
     def start_settings(self, init_from: str, config_class, config: dict, given: set[str]) -> dict:
@@ -203,23 +204,28 @@ class Checkpoints:
                     best_loss = best.get("val_loss", best["best_val_loss"])
                 else:
                     with contextlib.suppress(OSError):  # another node of a shared folder was first
-                        os.replace(self.best_path, self.best_path + ".old")
+                        suffix = unused_suffix(self.out_dir, ["ckpt_best.pt"])
+                        os.replace(self.best_path, self.best_path + suffix)
         self.saved_best = min(distributed.gather(best_loss))
 
     def save(self, contents: dict, val_loss: float | None, log) -> None:
         """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least, after the waiting lines
-        of `log`. Where the disk does not take it, it says so, and the last checkpoint stays."""
+        of `log`. Where the disk does not take one of them, it says so, and the last such checkpoint stays."""
         best = val_loss is not None and val_loss < self.saved_best
         try:
             log.sync()
-            save_checkpoint(self.path, contents | dict(val_loss=val_loss), self.best_path if best else None)
+            best_failure = save_checkpoint(self.path, contents | dict(val_loss=val_loss),
+                                           self.best_path if best else None)
         except OSError as e:
             self.failure = f"it could not be written: {e.strerror}"
             print0(f"the checkpoint of iteration {contents['iteration']} could not be written "
                    f"({e.strerror}): {self.describe()}")
             return
         self.saved_at, self.place, self.failure = contents["iteration"], self.path, None
-        self.saved_best = val_loss if best else self.saved_best
+        if best_failure is not None:
+            print0(f"ckpt_best.pt could not be written ({best_failure.strerror}), and is an older one")
+        elif best:
+            self.saved_best = val_loss
 
     def advice(self) -> str:
         """describe(), and how to go on from there."""
@@ -253,12 +259,12 @@ def changed_settings(before: dict, config: dict) -> list[tuple[str, object, obje
             if key not in ("init_from", "out_dir") and before.get(key) not in (None, value)]
 
 
-def save_checkpoint(path: str, contents: dict, best_path: str | None) -> None:
+def save_checkpoint(path: str, contents: dict, best_path: str | None) -> OSError | None:
     """Writes contents to path atomically, and to best_path first if one is given.
 
     No tensor is copied but one at a time on its way from a GPU. Raises OSError if the disk does not take it;
-    path then holds the previous checkpoint. A kill between the two leaves path older than best_path: the
-    resumed run makes the same best once more.
+    both then hold the previous checkpoints. Where best_path alone cannot be written, the error is returned. A
+    kill between the two leaves path older than best_path: the resumed run makes the same best once more.
     """
     write_temporary(path, lambda f: torch.save(contents, f))
     failure = None
@@ -274,23 +280,24 @@ def save_checkpoint(path: str, contents: dict, best_path: str | None) -> None:
         except OSError as e:
             failure = e
     replace_file(path)
-    if failure is not None:
-        raise failure
+    return failure
 
 
 def read_checkpoint(path: str) -> dict:
     """The contents of a checkpoint, its tensors mapped from the file rather than read into memory.
 
-    Nothing of it is executed. Raises ValueError if it is not a checkpoint of train.py.
+    Nothing of it is executed. Raises ValueError if it cannot be read, or is not a checkpoint of train.py.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path} to resume from: use --init_from=scratch, or another "
+        raise ValueError(f"there is no checkpoint {path}: use --init_from=scratch, or another "
                          "--out_dir") from None
+    except (PermissionError, IsADirectoryError) as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror}") from None
     except Exception as e:
-        raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): remove it, or "
-                         "put ckpt_best.pt in its place") from None
+        raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): move it away, "
+                         "or put ckpt_best.pt in its place") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint of train.py: it holds a {type(checkpoint).__name__}")
     wrong = [name for name, kind in CONTENTS.items() if not isinstance(checkpoint.get(name), kind)]

@@ -6,6 +6,7 @@ file.
 import atexit
 import contextlib
 import errno
+import itertools
 import os
 import socket
 
@@ -30,7 +31,7 @@ def lock_out_dir(out_dir: str) -> None:
         parents.append(os.path.dirname(parents[-1]))
     try:
         os.makedirs(out_dir, exist_ok=True)
-        _lock(os.path.join(out_dir, "lock"))
+        lock_file(os.path.join(out_dir, "lock"), "another run writes", "--out_dir")
     except (OSError, UnicodeError) as e:
         for folder in parents[:-1]:  # those that did not exist
             with contextlib.suppress(OSError, UnicodeError):
@@ -41,7 +42,9 @@ def lock_out_dir(out_dir: str) -> None:
         remove(os.path.join(out_dir, name))
 
 
-def _lock(path: str) -> None:
+def lock_file(path: str, owner_writes: str, flag: str) -> None:
+    """Locks a file, which is made, until this process ends, with a record lock: see lock_out_dir. Raises
+    ValueError if another process has locked it."""
     if fcntl is None:
         return
     while True:
@@ -52,8 +55,8 @@ def _lock(path: str) -> None:
             owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
             os.close(descriptor)
             if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"another run writes into {os.path.dirname(path)} ({owner or 'unknown'}): "
-                                 "wait for its end, or give another --out_dir") from None
+                raise ValueError(f"{owner_writes} into {os.path.dirname(path)} ({owner or 'unknown'}): "
+                                 f"wait for its end, or give another {flag}") from None
             return  # this file system has no locks
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -67,8 +70,16 @@ def _lock(path: str) -> None:
     atexit.register(lambda: remove(path) if os.getpid() == owner else None)
 
 
-def rename_old_files(out_dir: str) -> list[str]:
-    """Renames the files of an earlier run to <name>.old, for a run from scratch. Returns the names.
+def unused_suffix(out_dir: str, names: list[str]) -> str:
+    """'.old', '.old2', '.old3' ...: the first for which out_dir has none of the names with it."""
+    suffixes = (".old" if i == 1 else f".old{i}" for i in itertools.count(1))
+    return next(suffix for suffix in suffixes
+                if not any(os.path.exists(os.path.join(out_dir, name + suffix)) for name in names))
+
+
+def rename_old_files(out_dir: str) -> dict[str, str]:
+    """Renames the files of an earlier run to <name>.old, or .old2 ... where there is one, for a run from
+    scratch. Returns {name: new name}.
 
     A log without a training iteration is of no use to anyone, and stays to be overwritten. Two nodes may
     rename the same files of a shared folder: the second one finds some of them gone.
@@ -79,10 +90,11 @@ def rename_old_files(out_dir: str) -> list[str]:
         if names == ["log.jsonl"]:
             with open(os.path.join(out_dir, "log.jsonl"), "rb") as f:
                 names = names if any(b'"train"' in line for line in f) else []
+    suffix = unused_suffix(out_dir, ["ckpt.pt", "ckpt_best.pt", "log.jsonl"])
     for name in names:
         with contextlib.suppress(FileNotFoundError):
-            os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + ".old"))
-    return names
+            os.replace(os.path.join(out_dir, name), os.path.join(out_dir, name + suffix))
+    return {name: name + suffix for name in names}
 
 
 # ---- Atomic writes -----------------------------------------------------------------------------------------

@@ -21,8 +21,11 @@ def main():
     ascii_only = {"--ascii": {"action": "store_true", "help":
                   "leave out documents with any character but the newline and printable ASCII"}}
     args = common.parse_arguments(__doc__, HERE, val_fraction=0.0005, more=MIN_COUNT | ascii_only)
+    plain = args.ascii or not (args.source or args.dataset)
+    if plain and args.min_count is not None:
+        raise ValueError("--min-count is for an alphabet of the text's own: give a --source without --ascii")
     with common.work_folder(args.out_dir) as work:
-        write_characters(args, work, plain=args.ascii or not (args.source or args.dataset))
+        write_characters(args, work, plain)
 
 
 if __name__ == "__main__":

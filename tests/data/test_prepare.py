@@ -1,5 +1,6 @@
 """The prepare scripts, as programs, and what they share: documents, datasets, kills, a user's mistakes."""
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -630,12 +631,24 @@ def test_folder_without_sources(existing, tmp_path):
         (["--source", "a.txt", "--dataset", "b"], "either --source or --dataset"),
         (["--source", "a.txt", "--split", "test"], "--split belongs to --dataset"),
         (["--min-count", "2"], "--min-count belongs to --source or --dataset"),
+        (["--min-count", "2", "--source", "a.txt", "--ascii"], "without --ascii"),
         (["--dataset", "b", "--max-documents", "0"], "--max-documents must be at least 1; got 0"),
     ],
 )
 def test_bad_argument(prepare_here, existing, arguments, reason):
-    with pytest.raises(SystemExit, match=re.escape(reason)):
+    with pytest.raises((SystemExit, ValueError), match=re.escape(reason)):  # common.run makes them alike
         prepare_here("openwebtext_char", "--out-dir", existing, *arguments)
+
+
+def test_two_at_once_do_not_delete_each_others_work(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "out" / "prepare.tmp").mkdir(parents=True)
+    (tmp_path / "out" / "prepare.tmp" / "train.bin").write_text("of the other one")
+    with open(tmp_path / "out" / "prepare.tmp" / "lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        error = refused(prepare("python_char", "--source", tmp_path / "a.txt", "--out-dir", tmp_path / "out"))
+        assert "another prepare.py writes into" in error and "another --out-dir" in error
+        assert (tmp_path / "out" / "prepare.tmp" / "train.bin").read_text() == "of the other one"
 
 
 def test_out_dir_is_a_file(tmp_path):

@@ -65,9 +65,9 @@ def test_a_lock_file_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_locked_is_not_made(tmp_path, monkeypatch):
     """Nor are the folders above it; what was there stays."""
-    def refuse(path):
+    def refuse(path, *words):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(lib.files, "_lock", refuse)
+    monkeypatch.setattr(lib.files, "lock_file", refuse)
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match="cannot be written: Permission denied"):
         lock_out_dir(str(tmp_path / "mine" / "a" / "b"))
@@ -86,11 +86,24 @@ def test_the_lock_removes_what_a_killed_run_was_writing(tmp_path):
 def test_old_files_are_renamed(tmp_path):
     for name in ("ckpt.pt", "log.jsonl", "notes.txt"):
         (tmp_path / name).write_text(name)
-    assert rename_old_files(str(tmp_path)) == ["ckpt.pt", "log.jsonl"]
+    assert rename_old_files(str(tmp_path)) == {"ckpt.pt": "ckpt.pt.old", "log.jsonl": "log.jsonl.old"}
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt.old", "log.jsonl.old", "notes.txt"]
 
 
-@pytest.mark.parametrize("line, renamed", [('{"type": "run"}\n', []), ('{"type": "train"}\n', ["log.jsonl"])])
+def test_files_renamed_before_are_kept(tmp_path):
+    """A second start from scratch, by mistake, must not cost the first run."""
+    for run in ("first", "second", "third"):
+        (tmp_path / "ckpt.pt").write_text(run)
+        if run == "second":
+            (tmp_path / "log.jsonl").write_text('{"type": "train"}\n')
+        rename_old_files(str(tmp_path))
+    assert {path.name: path.read_text()[:6] for path in tmp_path.iterdir()} == {
+        "ckpt.pt.old": "first", "ckpt.pt.old2": "second", "ckpt.pt.old3": "third",
+        "log.jsonl.old2": '{"type'}
+
+
+@pytest.mark.parametrize("line, renamed", [
+    ('{"type": "run"}\n', {}), ('{"type": "train"}\n', {"log.jsonl": "log.jsonl.old"})])
 def test_a_log_without_training_is_not_kept(line, renamed, tmp_path):
     (tmp_path / "log.jsonl").write_text(line)
     assert rename_old_files(str(tmp_path)) == renamed
