@@ -54,17 +54,18 @@ import torch
 from torch import nn
 
 import structured
+from experiments.launcher import whole_numbers
 from experiments.scaling.report import markdown_table
 from lib import figure, kernels
 from lib.device import (autocast, choose_compile, choose_device, choose_dtype, device_name,
                         keep_freed_memory)
 from model import GPT, GPTConfig
 
-if any(w < 1 or w != int(w) for w in widths):
-    fail(f"widths must be positive whole numbers; got {widths}")
 if n_embd % head_size:
     fail(f"n_embd must be a multiple of head_size = {head_size}; got {n_embd}")
 try:
+    if widths:
+        whole_numbers(widths=widths)
     device, device_type = choose_device(device)
     compile = choose_compile(compile, device)
     dtype = choose_dtype(dtype, device_type)
@@ -136,7 +137,7 @@ def layers(d: int) -> dict[str, nn.Module]:
             names = [field.name for field in dataclasses.fields(structured.LayerConfig)]
             layer = structured.LayerConfig(**{key: options[key] for key in names if key in options})
             made[name] = structured.make_layer(layer, d, d)
-    return {name: layer.to(device) for name, layer in made.items()}
+    return made
 
 
 def bench_layers(d: int) -> list[dict]:
@@ -158,7 +159,7 @@ def bench_layers(d: int) -> list[dict]:
             layer.zero_grad()
         return forward, run
 
-    made = layers(d)
+    made = {name: layer.to(device) for name, layer in layers(d).items()}
     calls = {name: calls_of(layer) for name, layer in made.items()}
     times = take_turns({name: run for name, (_, run) in calls.items()}, turns)
     rows = []
@@ -169,6 +170,12 @@ def bench_layers(d: int) -> list[dict]:
                          quartiles=quartiles, flops=flops, time_per_flop=ratio / flops,
                          kept_bytes=memory(forward)[0], peak_bytes=memory(run)[1]))
     return rows
+
+
+def gpt_config(options: dict) -> GPTConfig:
+    """The model of the training step, with the options of a structure."""
+    return GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd,
+                     n_head=n_embd // head_size, **options)
 
 
 def bench_steps() -> list[dict]:
@@ -188,9 +195,7 @@ def bench_steps() -> list[dict]:
             model.rebalance(aux.load, aux.variance, 0.1)
         return run
 
-    size = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd,
-                n_head=n_embd // head_size)
-    models = {name: GPT(GPTConfig(**size, **options)).to(device) for name, options in structures.items()}
+    models = {name: GPT(gpt_config(options)).to(device) for name, options in structures.items()}
     times = take_turns({name: training_step(model) for name, model in models.items()}, steps)
     dense_flops = models["dense"].flops_per_token()
     rows = []
@@ -269,7 +274,18 @@ def draw(result: dict) -> None:
     figure.save(fig, ax, out, "speed")
 
 
+def write(result: dict) -> None:
+    with open(os.path.join(out, "bench.json"), "w", encoding="utf-8") as f:
+        json.dump(result, f, indent=1)
+
+
 def main() -> None:
+    with torch.device("meta"):  # a size that does not factor must not cost what was measured before it
+        for width in widths:
+            layers(int(width))
+        for options in structures.values() if step else ():
+            GPT.count_flops(gpt_config(options))
+    os.makedirs(out, exist_ok=True)
     if device_type == "cpu":
         keep_freed_memory()     # as train.py does
     if compile:
@@ -278,12 +294,11 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     result["layers"] = print_table(f"Forward + backward of {tokens:,} tokens, ÷ nn.Linear", LAYER_TABLE,
                                    (row for width in widths for row in bench_layers(int(width))))
+    write(result)
     if step:
         result["steps"] = print_table(f"Training steps, n_embd {n_embd}, {n_layer} layers, {batch_size} x "
                                       f"{block_size} tokens", STEP_TABLE, bench_steps())
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "bench.json"), "w", encoding="utf-8") as f:
-        json.dump(result, f, indent=1)
+    write(result)
     with open(os.path.join(out, "table.md"), "w", encoding="utf-8") as f:
         print(summary(result), file=f)
     if result["layers"]:

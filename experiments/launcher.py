@@ -11,11 +11,12 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import configurator
 from configurator import HERE, fail
+from lib.files import replace_file, write_temporary
 from lib.log import NO_EFFECT, read_log
 from lib.terminal import prepare_output
 
@@ -54,8 +55,15 @@ def run_program(main: Callable[[], int], *errors: type[Exception]) -> NoReturn:
     except (OSError, ValueError, *errors) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoints", file=sys.stderr)
+        print("interrupted: the same command makes what is missing", file=sys.stderr)
         sys.exit(130)
+
+
+def whole_numbers(**values: Sequence[float]) -> None:
+    """Raises ValueError unless each is a sequence of one or more whole numbers of at least 1."""
+    for name, numbers in values.items():
+        if not numbers or any(number < 1 or number != int(number) for number in numbers):
+            raise ValueError(f"{name} takes whole numbers of at least 1; got {numbers}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +194,10 @@ def launch(run: Run, job: int, *, jobs: int, gpus: int, program: str) -> subproc
         text = ",".join(map(repr, value)) + "," if isinstance(value, tuple) else value
         command.append(f"--{key}={text}")
     command += [f"--out_dir={run.folder}", "--init_from=auto"]
-    with open(os.path.join(run.folder, "settings.json"), "w", encoding="utf-8") as f:
-        json.dump(dict(label=run.label, settings=run.settings), f, indent=1)
+    path = os.path.join(run.folder, "settings.json")
+    text = json.dumps(dict(label=run.label, settings=run.settings), indent=1)
+    write_temporary(path, lambda file: file.write(text.encode()))
+    replace_file(path)
     with open(os.path.join(run.folder, "output.txt"), "a") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 

@@ -11,6 +11,7 @@ Each structure has the same effort for its learning rate: all of `learning_rates
 the longest run; µP takes the best one to the other widths. The rate is constant, so that every evaluation is
 a point of the frontier. A finished run is never made again, and several processes may share a folder.
 """
+import itertools
 import json
 import math
 import os
@@ -26,13 +27,13 @@ seeds: tuple = (1, 2, 3)                # of weights, and of where in the data a
 examples: PositiveInt = 2_000_000       # of the longest run: each is seen once
 flops: PositiveFloat = 3e12             # a run ends at these training FLOPs, or at the last example
 batch_size: PositiveInt = 1024
-evals: PositiveInt = 24                 # evaluations of a run, at equal ratios of its iterations
+evals: PositiveInt = 24                 # ratios of a run's iterations; the last two thirds are evaluated
 learning_rates: tuple = (1e-3, 3e-3, 1e-2, 3e-2)  # at the base width
 tuned_at: PositiveInt = 128             # the width at which they are compared
 tune_share: PositiveFloat = 0.25        # of `examples` for that
 base_width: PositiveInt = 64            # µP: learning rates are those of this width
 teacher_width: PositiveInt = 1024
-prepare_output()
+prepare_output(keep_going=True)
 config = configure(globals())
 globals().update(config)
 
@@ -42,7 +43,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import structured
-from experiments.launcher import run_program
+from experiments.launcher import run_program, whole_numbers
 from experiments.plans import paper
 from lib.files import replace_file, write_temporary
 from lib.log import read_log
@@ -174,9 +175,11 @@ def train(folder: str, label: str, options: dict, width: int, rate: float, seed:
             lines.append(dict(type="train", iter=iteration, loss=loss.item(),
                               ms_per_iter=1e3 * spent / iteration))
             lines.append(dict(type="eval", iter=iteration, tokens=iteration * batch_size, val_loss=error))
-    with open(os.path.join(folder, "settings.json"), "w", encoding="utf-8") as file:
-        json.dump(dict(label=label), file)
-    path = os.path.join(folder, "log.jsonl")
+    write_whole(os.path.join(folder, "settings.json"), [dict(label=label)])
+    write_whole(os.path.join(folder, "log.jsonl"), lines)
+
+
+def write_whole(path: str, lines: list[dict]) -> None:
     write_temporary(path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in lines))
     replace_file(path)
 
@@ -222,15 +225,21 @@ def check_settings() -> None:
                 raise ValueError(f"the runs in {out} have {name} = {known.get(name)}, not {settings[name]}: "
                                  "give another --out")
     else:
-        write_temporary(path, lambda file: file.write(json.dumps(settings).encode()))
-        replace_file(path)
+        write_whole(path, [settings])
 
 
 def main() -> int:
     """Tune the learning rate of each structure, then make the runs of the grid, the first seed first."""
     structures = chosen_structures()
+    whole_numbers(widths=widths, seeds=seeds)
+    if not learning_rates or min(learning_rates) <= 0:
+        raise ValueError(f"learning_rates takes numbers above 0; got {learning_rates}")
+    with torch.device("meta"):  # a width that does not factor ends here, not after the runs before it
+        for width, options in itertools.product((tuned_at, *widths), structures.values()):
+            Student(int(width), options)
     os.makedirs(out, exist_ok=True)
-    check_settings()
+    with filelock.FileLock(os.path.join(out, "settings.json.lock")):
+        check_settings()
     (x, y), test = data = make_data()
     few = int(tune_share * len(x))
     tuning = (x[:few], y[:few]), test

@@ -11,8 +11,8 @@
 # 256 is left to those whose best width at 1e13 FLOPs may lie beyond 64. Nothing follows the heads
 # (head_aligned), since not all could; weight norm is what each has by default, and dense is here with it too.
 _budgets = {32: 3e12, 64: 1e13, 128: 1e13, 256: 1e13}  # FLOPs by width
-_rates = dict(dense=3e-3, dense_normed=3e-3, low_rank=3e-3, kronecker=1.2e-2, monarch=3e-3, tt=1.2e-2, btt=3e-3,
-              btt_moe=1.5e-3, btt_moe_16=1.5e-3, moe=3e-3)     # found by cpu_rates.py
+_rates = dict(dense=3e-3, dense_normed=3e-3, low_rank=3e-3, kronecker=1.2e-2, monarch=3e-3, tt=1.2e-2,
+              btt=3e-3, btt_moe=1.5e-3, btt_moe_16=1.5e-3, moe=3e-3)     # found by cpu_rates.py
 
 structures = {label: dict(flops=_budgets, learning_rate=rate) for label, rate in _rates.items()}
 structures["dense_normed"] |= dict(struct="dense", weight_norm=True)

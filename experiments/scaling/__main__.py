@@ -63,7 +63,8 @@ from lib.figure import optional_figures
 def sweep() -> int:
     """Make the runs of the plan, or list them; the exit status."""
     if len(plans) != 1:
-        fail("sweep needs a plan: python -m experiments.scaling sweep experiments/plans/cpu.py")
+        fail(f"sweep takes one plan, not {len(plans)}: python -m experiments.scaling sweep "
+             "experiments/plans/cpu.py")
     planned = plan.expand(plans[0], train_flags, runs)
     if dry_run:
         for run in planned:

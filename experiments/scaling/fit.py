@@ -37,6 +37,7 @@ STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends
 # losses compare if these are equal
 COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "eval_tokens", "batch_size", "loss")
 VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")    # as intended
+SAME_RESULT = ("device", "backend", "kernel")  # but for rounding
 SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
 HUBER = 1.345       # residuals beyond so many standard deviations count less
 
@@ -111,8 +112,8 @@ def label_of(folder: str, config: dict) -> str:
 
 def comparable_config(start: dict) -> dict:
     """The settings by which runs are compared, from a log's first line, where old ones hold None for what
-    train.py found out later. Raises KeyError where one is missing. Device and backend change nothing but
-    rounding and are left out, as is the decay where the rate is constant."""
+    train.py found out later. Raises KeyError where one is missing. Device, backend and
+    kernel change nothing but rounding and are left out, as is the decay where the rate is constant."""
     config = dict(start["config"])
     config |= {key: config[key] for key in ("learning_rate", "seed", "max_iters", "decay_lr", *STEP_SHAPE)}
     config |= {key: start.get(key, config.get(key)) for key in ("dtype", "compile")}
@@ -123,7 +124,7 @@ def comparable_config(start: dict) -> dict:
         rate = config["learning_rate"] or 1.0
         config["min_lr ÷ learning_rate"] = 0.1 if min_lr is None else float(f"{min_lr / rate:.6g}")
         config["lr_decay_iters"] = config["max_iters"] if decay_iters is None else decay_iters
-    return {key: value for key, value in config.items() if key not in (*NOT_IN_NAMES, "device", "backend")}
+    return {key: value for key, value in config.items() if key not in (*NOT_IN_NAMES, *SAME_RESULT)}
 
 
 def read_run(folder: str) -> tuple[MeasuredRun | None, str | None]:
@@ -185,7 +186,8 @@ def read_runs(folders: Iterable[str]) -> tuple[list[MeasuredRun], list[str]]:
             run, note = read_run(path)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             name = os.path.basename(path)
-            run, note = None, f"{name}: left out, its log is none of train.py's ({type(e).__name__}: {e})"
+            reason = f"its log was not written by train.py ({type(e).__name__}: {e})"
+            run, note = None, f"{name}: left out, {reason}"
         runs += [run] if run else []
         notes += [note] if note else []
     if not runs:

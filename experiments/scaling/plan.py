@@ -69,6 +69,8 @@ def check_values(where: str, values: dict) -> dict:
         if name not in KEYS:
             raise ValueError(f"unknown key {show(name)}: {nearest(name, [*KEYS, 'structures'])}")
         if isinstance(value, list):
+            if not value:
+                raise ValueError(f"{name} is an empty list: a grid needs at least one value of it")
             return [check(name, one) for one in value]
         if isinstance(value, dict) and name == "flops":
             return {width: check(name, budget) for width, budget in value.items()}

@@ -67,7 +67,8 @@ class Sweep:
             lease = self.leases[job.run.name]
             if not lease.is_lock_held_by_us:
                 stop(job.process)
-                print(f"{job.run.name}: taken over by another sweep, since this one did not stir", flush=True)
+                print(f"{job.run.name}: taken over by another sweep, because this one did not "
+                      "renew its lease in time", flush=True)
             elif job.process.poll() is not None:
                 self.close(job)
             else:

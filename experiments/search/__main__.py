@@ -80,6 +80,8 @@ def check_keys() -> None:
         values = config[key]
         if values is not None and (not values or any(v < least or v != int(v) for v in values)):
             fail(f"{key} takes whole numbers of at least {least}; got {values}")
+    if pruner != "none" and first_rung >= evals:
+        fail(f"first_rung = {first_rung} must be less than evals = {evals}: nothing would be pruned")
     if not learning_rates or min(learning_rates) < 0:
         fail(f"learning_rates takes numbers of at least 0; got {learning_rates}")
     if 1 in experts:

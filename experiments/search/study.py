@@ -122,6 +122,9 @@ def begin(study: optuna.Study, space: Space, named: bool, first_rung: int) -> No
             study.enqueue_trial(params, user_attrs=dict(named=name), skip_if_exists=True)
         study.set_user_attr("first_rung", first_rung)
         study.set_user_attr("request", asked)
+    elif (before := study.user_attrs["first_rung"]) != first_rung:
+        raise ValueError(f"the study was begun with first_rung = {before}, not {first_rung}: give the same, "
+                         "or another --out")
     elif stored != asked:
         stored, asked = (request | request["settings"] | dict(settings=None) for request in (stored, asked))
         key = next(k for k in asked | stored if stored.get(k) != asked.get(k))

@@ -100,8 +100,11 @@ def test_the_first_two_turns_are_not_timed(bench, monkeypatch):
 @pytest.mark.parametrize("flags, word", [
     (["--structs=bt"], "'bt'"), (["--turns=0"], "turns"), (["--device=nothing"], "nothing"),
     (["--dtype=int8"], "int8"),
-    (["--widths=97,", "--structs=btt"], "97")])
+    (["--widths=97,", "--structs=btt"], "97"), (["--widths=64.5,"], "widths"),
+    # what would only be found after the layers before it
+    (["--widths=32,97", "--structs=btt"], "97"), (["--step=True", "--widths=32,", "--n_embd=97",
+                                                   "--head_size=97", "--structs=btt"], "97")])
 def test_mistakes_are_one_sentence(run, tmp_path, flags, word):
-    done = run("experiments.bench", *flags, "--tokens=8", "--step=False", f"--out={tmp_path}/b")
+    done = run("experiments.bench", "--tokens=8", "--step=False", *flags, f"--out={tmp_path}/b")
     assert done.returncode == 1 and done.stderr.startswith("error: ") and word in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "b").exists()

@@ -440,6 +440,7 @@ def test_a_study_goes_on_with_the_same_request_only(search):
     (["--dropout=1.5"], "dropout"), (["--ffn_experts=4"], "ffn_experts"), (["config/moe.py"], "ffn_experts"),
     (["config/btt.py"], "struct"), (["--head_aligned=True"], "head_aligned"), (["--gpus=100"], "gpus"),
     (["--batch_size=0"], "batch_size"), (["--n_head=0"], "n_head"), (["--n_layer=0"], "n_layer"),
+    (["--first_rung=8", "--evals=8"], "first_rung"),
     (["--experts=4", "--top_ks=8"], "top_ks"), (["--dense_width=66"], "dense_width")])
 def test_a_bad_flag_is_refused_before_there_is_a_study(search, flags, word):
     assert_refused(search(*flags), word)

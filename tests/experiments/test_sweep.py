@@ -177,7 +177,7 @@ def test_a_structures_keys_override_the_plan_and_the_command_line_both(sweep, ow
     (PLAN + "n_emdb = 3", [], "did you mean n_embd"), (PLAN + "n_layer = 'three'", [], "n_layer"),
     (PLAN + "1 / 0", [], "line 13"),
     (PLAN + "head_size = 48", [], "48"), (PLAN.replace("64: 3e8", "65: 3e8"), [], "n_embd = 64"),
-    (PLAN + "flops = -1", [], "flops"),
+    (PLAN + "flops = -1", [], "flops"), (PLAN.replace("[32, 64]", "[]"), [], "n_embd is an empty list"),
     (PLAN.replace("[32, 64]", "[37]").replace("head_size = 32", "n_head = 1"), [], "37"),
     (PLAN, ["--jobs=0"], "jobs"),
     (PLAN + "max_iters = 3", [], "flops and max_iters"),
@@ -193,6 +193,7 @@ def test_mistakes_in_a_plan_are_one_sentence(sweep, plan, flags, word):
 
 @pytest.mark.parametrize("words, named", [
     ([], "sweep"), (["sweeep"], "sweeep"), (["sweep"], "plan"), (["sweep", "nowhere.py"], "nowhere.py"),
+    (["sweep", "a.py", "b.py"], "one plan, not 2"),
     (["sweep", "plans/cpu.py"], "did you mean experiments/plans/cpu.py"),
     (["fit", "--runs=nowhere"], "nowhere"), (["fit", f"--runs={ROOT / 'tests'}"], "no run"),
     (["fit", "--level=2"], "level"),

@@ -111,6 +111,9 @@ def test_seeds_differ_in_their_weights(teacher, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--only=btt 1/2,dens"], "no structure 'dens' here: did you mean dense?"),
     (["--only=dense", "--flops=10"], "less than a batch at width 16"),
+    (["--widths=64.5,"], "widths takes whole numbers of at least 1"), (["--seeds=()"], "seeds takes"),
+    (["--learning_rates=()"], "learning_rates takes numbers above 0"),
+    (["--widths=32,97", "--only=btt_moe"], "97"),  # before the runs of other widths
 ])
 def test_a_mistake_is_one_sentence(teacher, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
