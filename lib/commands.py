@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Sequence
 
 # keys that say the structure, and keys that say which run it is
-STRUCTURE = ("struct", "rank", "theta", "layers", "num_experts", "top_k", "ffn_experts", "head_aligned",
-             "dyad_blocks", "dyad_variant", "router_balance_rate")
+STRUCTURE = ("struct", "rank", "theta", "layers", "num_experts", "top_k", "ffn_experts", "weight_norm",
+             "head_aligned", "dyad_blocks", "dyad_variant", "router_balance_rate")
 RUN = ("out_dir", "max_iters", "init_from")
 
 
@@ -15,8 +15,14 @@ def default_out_dir(arguments: Sequence[str]) -> str:
     return "-".join(["out", *files])
 
 
+def key_of(word: str) -> str | None:
+    """The key that a word of the command line sets; None for a config file."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_") if word.startswith("-") else None
+
+
 def sets_structure(path: str) -> bool:
-    """Whether a config file sets `struct`."""
+    """Whether a config file, found as configurator finds it, sets `struct`."""
+    path = path if os.path.isfile(path) else os.path.join(os.path.dirname(__file__), os.pardir, path)
     try:
         with open(path, encoding="utf-8") as file:
             return any(line.replace(" ", "").startswith("struct=") for line in file)
@@ -24,16 +30,14 @@ def sets_structure(path: str) -> bool:
         return False
 
 
-def dense_command(arguments: Sequence[str], iterations: int) -> tuple[str, str]:
-    """(command, out_dir) of the dense run beside a run with these arguments."""
-    leave_out = tuple(f"--{key}=" for key in (*STRUCTURE, *RUN))
-    words = [word for word in arguments if not word.startswith(leave_out)]
-    words = [os.path.join(os.path.dirname(word), "dense.py") if sets_structure(word) else word
-             for word in words]
-    own = [word.partition("=")[2] for word in arguments if word.startswith("--out_dir=")]
-    out_dir = f"{own[-1]}-dense" if own else default_out_dir(words)
-    words += [f"--max_iters={iterations}", *([f"--out_dir={out_dir}"] if own else [])]
-    return shlex.join(["python", "train.py", *words]), out_dir
+def dense_command(arguments: Sequence[str], out_dir: str, iterations: int) -> tuple[str, str]:
+    """(command, out_dir) of the dense run beside a run with these arguments and out_dir."""
+    words = [word for word in arguments if key_of(word) not in (*STRUCTURE, *RUN)]
+    words = ["config/dense.py" if key_of(word) is None and sets_structure(word) else word for word in words]
+    words.append(f"--max_iters={iterations}")
+    if out_dir == default_out_dir(arguments) != default_out_dir(words):
+        return shlex.join(["python", "train.py", *words]), default_out_dir(words)
+    return shlex.join(["python", "train.py", *words, f"--out_dir={out_dir}-dense"]), f"{out_dir}-dense"
 
 
 def next_commands(arguments: Sequence[str], out_dir: str, init_from: str, iterations: int,
@@ -43,7 +47,7 @@ def next_commands(arguments: Sequence[str], out_dir: str, init_from: str, iterat
     per token ÷ those of dense."""
     lines, folders = [("sample more", f"python sample.py {shlex.quote(f'--out_dir={out_dir}')}")], [out_dir]
     if ratio_to_dense != 1 and init_from in ("scratch", "auto", "resume"):
-        command, folder = dense_command(arguments, max(1, round(iterations * ratio_to_dense)))
+        command, folder = dense_command(arguments, out_dir, max(1, round(iterations * ratio_to_dense)))
         lines.append(("dense, for as many FLOPs", command))
         folders.append(folder)
     lines.append(("the losses, drawn", f"python -m tools.compare {shlex.join(folders)}"))

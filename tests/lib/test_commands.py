@@ -48,16 +48,25 @@ def test_flops_ratio_to_dense_of_each_structure_config(name):
     assert model.flops_ratio_to_dense() == pytest.approx(model.flops_per_token() / dense, rel=1e-12)
 
 
-@pytest.mark.parametrize("arguments, command", [
-    (["config/btt_moe.py", "config/quickstart.py"],
+@pytest.mark.parametrize("arguments, out_dir, command", [  # out_dir: None for that of the arguments
+    (["config/btt_moe.py", "config/quickstart.py"], None,
      "python train.py config/dense.py config/quickstart.py --max_iters=25"),
     (["config/moe.py", "--max_iters=100", "--init_from=auto", "--top_k=1", "--ffn_experts=4", "--seed=3"],
+     None,
      "python train.py config/dense.py --seed=3 --max_iters=25"),
-    (["--struct=btt", "--head_aligned=True", "--out_dir=a b"],
-     "python train.py --max_iters=25 '--out_dir=a b-dense'")])
-def test_dense_takes_the_place_of_the_structure_alone(arguments, command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert f" {command}\n" in next_commands(arguments, default_out_dir(arguments), "scratch", 100, 0.25)
+    (["--struct=btt", "--head_aligned=True", "--out_dir=a b"], "a b",
+     "python train.py --max_iters=25 '--out_dir=a b-dense'"),
+    (["--struct=btt", "--num-experts=8", "--weight-norm=True", "--out-dir=c"], "c",  # a - in a key is a _
+     "python train.py --max_iters=25 --out_dir=c-dense"),
+    (["results/search/best.py", "--seed=3"], None, "python train.py config/dense.py --seed=3 --max_iters=25"),
+    (["config/btt.py"], "set by a file",
+     "python train.py config/dense.py --max_iters=25 '--out_dir=set by a file-dense'"),
+    (["--struct=btt"], None, "python train.py --max_iters=25 --out_dir=out-dense")])
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "config"])  # config files are found from other folders too
+def test_dense_takes_the_place_of_the_structure_alone(arguments, out_dir, command, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    out_dir = out_dir or default_out_dir(arguments)
+    assert f" {command}\n" in next_commands(arguments, out_dir, "scratch", 100, 0.25)
 
 
 @pytest.mark.parametrize("init_from, proposes", [("scratch", True), ("auto", True), ("resume", True),
