@@ -117,8 +117,8 @@ def apply_layer(layer: nn.Module, x: Tensor, aux: list | None, logits: Tensor | 
 
 
 def shared_logits(layers: list[nn.Module], x: Tensor) -> list[Tensor | None]:
-    """The logits (T, E) of routers that all read x (..., d), by one product; None for each where the layers
-    have no routers, or a kernel computes the logits beside its other work."""
+    """The logits (rows of x, E) of routers that all read x (..., d), by one product; None for each where the
+    layers have no routers, or a kernel computes the logits beside its other work."""
     if not all(isinstance(layer, structured.MoE) for layer in layers) or kernels.computes_logits(x):
         return [None] * len(layers)
     routers = torch.cat([layer.router for layer in layers])  # (layers · E, d)
@@ -164,8 +164,8 @@ class CausalSelfAttention(nn.Module):
         self.head_size, self.scale = d // config.n_head, config.attention_scale
         to_heads = dict(phi=config.n_head) if config.head_aligned else {}
         from_heads = dict(gamma=config.n_head) if config.head_aligned else {}
-        self.q = projection(config, "attn", d, d, normalized=config.qk_norm, **to_heads)
-        self.k = projection(config, "attn", d, d, normalized=config.qk_norm, **to_heads)
+        self.q = projection(config, "attn", d, d, norm_follows=config.qk_norm, **to_heads)
+        self.k = projection(config, "attn", d, d, norm_follows=config.qk_norm, **to_heads)
         self.v = projection(config, "attn", d, d, **to_heads)
         self.o = projection(config, "attn", d, d, zero_init=True, **from_heads)
         self.q_norm = layer_norm(config, self.head_size) if config.qk_norm else nn.Identity()
@@ -344,7 +344,7 @@ class GPT(nn.Module):
             return cls(config).flops_per_token()
 
     def flops_ratio_to_dense(self) -> float:
-        """FLOPs per token ÷ those of the dense model of the same size."""
+        """FLOPs per token ÷ those of the dense model of the same width and depth."""
         dense = dataclasses.replace(self.config, struct="dense", rank=None, theta=None, num_experts=0,
                                     ffn_experts=0, head_aligned=None, weight_norm=None)
         return self.flops_per_token() / self.count_flops(dense)
@@ -400,8 +400,8 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                              device_type: str, base_width: int | None = 128) -> torch.optim.AdamW:
-        """AdamW with one group per distinct learning rate; each group keeps its 'lr_multiplier' for the
-        schedule.
+        """AdamW with a group for each learning rate, of what is decayed and of what is not; a group keeps its
+        'lr_multiplier' for the schedule.
 
         Cores, routers and embeddings are decayed; gains, biases and norms are not. The decay is divided by
         the multiplier: every matrix shrinks by learning_rate · weight_decay a step, whatever its structure
@@ -476,7 +476,8 @@ def lr_multipliers(module: nn.Module, base_width: int | None) -> dict[str, float
     multipliers = dict.fromkeys((name for name, _ in module.named_parameters()), 1.0)
     for prefix, layer in module.named_modules() if base_width is not None else ():
         if isinstance(layer, (structured.Structured, structured.MoE)):
-            multipliers |= {f"{prefix}.{n}": m for n, m in layer.lr_multipliers(base_width).items()}
+            own = layer.lr_multipliers(base_width)
+            multipliers |= {f"{prefix}.{name}".removeprefix("."): factor for name, factor in own.items()}
     return multipliers
 
 
@@ -504,7 +505,7 @@ def load_checkpoint(place: str) -> tuple[str, dict, GPT]:
 def _summarize(aux: list[structured.Aux], x: Tensor) -> ModelAux:
     if not aux:
         return ModelAux(x.new_zeros(()), x.new_zeros(0, 0), x.new_zeros(0))
-    return ModelAux(torch.stack([a.loss() for a in aux]).mean(), torch.stack([a.load for a in aux]),
+    return ModelAux(torch.stack([a.loss for a in aux]).mean(), torch.stack([a.load for a in aux]),
                     torch.stack([a.variance for a in aux]))
 
 
@@ -512,12 +513,12 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float,
     """One token for each row of logits (B, V) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    p = _odds(logits / temperature, top_k, top_p)
+    p = _kept_probabilities(logits / temperature, top_k, top_p)
     # torch.multinomial's way to draw, without its check of p, for which it waits for the GPU
     return p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
 
 
-def _odds(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+def _kept_probabilities(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
     """What tokens are drawn in proportion to, (B, V) like logits: probabilities, 0 for those left out."""
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

@@ -80,7 +80,7 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
 
     @property
     def omega(self) -> float:
-        """ω, parameter sharing: FLOPs / parameters grows as d^ω; at 0 a token uses each once."""
+        """ω, parameter sharing: FLOPs per parameter grow as d^ω; at 0 a token uses each parameter once."""
         return self.flops_exponent - self.params_exponent
 
     @property
@@ -228,7 +228,7 @@ class Structured(nn.Module):
 
     cores       {name: shape (batch, out, in)}: each acts as x @ coreᵀ, batched; with experts, a leading E
     fans        {name: (fan_in, fan_out)} of those products
-    normalized  a norm follows and undoes the scale of the output: no gains, and only relative changes count
+    norm_follows  a norm follows and undoes the output's scale: no gains, and only relative changes count
     zero_core   the core that starts at zero; the others start normal, std = √min(fan_in, fan_out) / fan_in
 
     A subclass has forward(x, ends), to_dense() and flops_per_token(). With experts the rows of x are grouped
@@ -238,17 +238,17 @@ class Structured(nn.Module):
     cores_multiply = True  # whether W is a product of the cores; otherwise it is their sum
 
     def __init__(self, d_in: int, d_out: int, cores: dict, fans: dict, config: LayerConfig, *,
-                 num_experts: int = 0, normalized: bool = False, zero_core: str | None = None):
+                 num_experts: int = 0, norm_follows: bool = False, zero_core: str | None = None):
         super().__init__()
         self.d_in, self.d_out, self.num_experts = d_in, d_out, num_experts
-        self.weight_norm, self.normalized, self._fans = config.weight_norm, normalized, fans
+        self.weight_norm, self.norm_follows, self._fans = config.weight_norm, norm_follows, fans
         lead = (num_experts,) if num_experts else ()
         for name, shape in cores.items():
             core = torch.zeros(*lead, *shape)
             if name != zero_core:
                 nn.init.normal_(core, std=self.init_std(name))
             self.register_parameter(name, nn.Parameter(core))
-            if config.weight_norm and not normalized:
+            if config.weight_norm and not norm_follows:
                 self.register_parameter(f"gain_{name}", nn.Parameter(torch.ones(num_experts or 1)))
         self.bias = nn.Parameter(torch.zeros(*lead, d_out)) if config.bias else None
         self.fixed: dict[str, Tensor] = {}  # the cores as they act, while model.fixed_cores keeps them
@@ -270,7 +270,7 @@ class Structured(nn.Module):
         cores, rms = (len(growth), math.prod(growth)) if self.cores_multiply else (1, growth[0])
         multipliers = dict.fromkeys(dict(self.named_parameters()), 1.0)
         for name, (fan_in, _) in self._fans.items():
-            multipliers[name] = (rms if self.normalized else 1.0) * base_width / (cores * fan_in)
+            multipliers[name] = (rms if self.norm_follows else 1.0) * base_width / (cores * fan_in)
         return multipliers
 
     def core(self, name: str) -> Tensor:
@@ -325,7 +325,7 @@ class Einsum(Structured):
         return self.add_bias(y.view(*x.shape[:-1], self.d_out), ends)
 
     def mixture(self, x: Tensor, balance: Tensor, top_k: int, **routing) -> tuple[Tensor, ...]:
-        """These experts with a router or its logits: x (T, d_in) -> y (T, d_out), logits (T, E), chosen."""
+        """By a router or its logits: x (T, d_in) -> y (T, d_out), logits (T, E), chosen experts (T, k)."""
         cores = (self.core(name) for name in self.order)
         y, logits, chosen = kernels.einsum(x, *cores, self.contraction, self.b_first, balance=balance,
                                            top_k=top_k, **routing)
@@ -436,9 +436,7 @@ class Aux(NamedTuple):
     z: Tensor       # () mean over tokens of logsumexp(logits)²
     load: Tensor    # (E,) share of assignments to each expert, without gradient
     variance: Tensor  # () mean over tokens of the variance of a token's logits, without gradient
-
-    def loss(self) -> Tensor:
-        return self.switch + 0.1 * self.z
+    loss = property(lambda self: self.switch + 0.1 * self.z)  # (), to be added to the model's
 
 
 class MoE(nn.Module):
@@ -447,12 +445,12 @@ class MoE(nn.Module):
 
     `experts(rows, ends)` maps rows sorted by expert, (T·k, d_in) -> (T·k, d_out): an Einsum or Dyad with
     experts is a structured MoE of one projection; a whole MLP of such layers is the standard MoE. Only the
-    chosen experts are computed, and no token is dropped. The router works in float32.
+    chosen experts are computed, and no token is dropped. Logits are float32 under autocast too (TF32 on CUDA
+    in train.py).
 
-    The experts are chosen by logits + balance, logits = router @ x. These biases are a buffer, which
-    `rebalance` moves against the load: they change which experts are chosen, not the gate weights (Wang et
-    al., arXiv 2408.15664). Raises ValueError for less than 2 experts, and a top_k that is not between 1 and
-    their number.
+    They are chosen by logits + balance, logits = router @ x. These biases are a buffer, which `rebalance`
+    moves against the load: they change which experts are chosen, not the gate weights (Wang et al., arXiv
+    2408.15664). Raises ValueError for less than 2 experts, and for a top_k that is not in 1 ... E.
     """
 
     def __init__(self, d_in: int, experts: nn.Module, num_experts: int, top_k: int):
@@ -529,23 +527,24 @@ class MoE(nn.Module):
 # ---- Making a layer: linear(), or make_layer() from a config -----------------------------------------------
 
 def linear(struct: str, d_in: int, d_out: int, *, sizes: tuple | None = None, gamma: int | None = None,
-           phi: int | None = None, normalized: bool = False, zero_init: bool = False, **options) -> nn.Module:
+           phi: int | None = None, norm_follows: bool = False, zero_init: bool = False,
+           **options) -> nn.Module:
     """A linear layer, x (..., d_in) -> (..., d_out), of a named structure: linear("btt", 768, 3072).
 
     struct, options   the fields of LayerConfig: rank, theta, num_experts, top_k, weight_norm, bias ...
     sizes             the seven integer sizes themselves, instead of rank and theta
     gamma, phi        the size of γ or φ, where θ leaves it open: the number of heads of the input or output
-    normalized        a norm follows: no gains, and learning rates relative to the initial scale of the output
+    norm_follows      a norm follows: no gains, and learning rates relative to the initial scale of the output
     zero_init         start the last core at zero, for a projection that ends a residual branch
 
     Raises ValueError, in one sentence, for names, widths, ranks and numbers of experts that do not fit.
     """
     return make_layer(LayerConfig(struct, **options), d_in, d_out, sizes=sizes, gamma=gamma, phi=phi,
-                      normalized=normalized, zero_init=zero_init)
+                      norm_follows=norm_follows, zero_init=zero_init)
 
 
 def make_layer(config: LayerConfig, d_in: int, d_out: int, **role) -> nn.Module:
-    """linear() for a config; role: its sizes, gamma, phi, normalized and zero_init."""
+    """linear() for a config; role: its sizes, gamma, phi, norm_follows, zero_init."""
     experts = make_experts(config, config.num_experts, d_in, d_out, **role)
     return MoE(d_in, experts, config.num_experts, config.top_k) if config.num_experts else experts
 
@@ -553,7 +552,8 @@ def make_layer(config: LayerConfig, d_in: int, d_out: int, **role) -> nn.Module:
 def make_experts(config: LayerConfig, num_experts: int, d_in: int, d_out: int, *, sizes=None, gamma=None,
                  phi=None, **options) -> Structured:
     """num_experts experts or, for 0, one matrix, without a router; config.num_experts is not looked at.
-    Raises ValueError as layer_sizes does, and for sizes of other widths and options beside them or DYAD."""
+    Raises ValueError as layer_sizes does, for sizes of other widths, and for a rank, theta, gamma or phi
+    beside sizes, or any of these with DYAD."""
     if config.struct == "dyad":
         if (config.rank, config.theta, sizes, gamma, phi) != (None,) * 5:
             raise ValueError("struct 'dyad' takes dyad_blocks and dyad_variant, not a rank, theta, sizes ...")

@@ -22,12 +22,12 @@ eval_interval: PositiveInt = 2000       # iterations between evaluations; each w
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
 eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation, if eval_tokens is None
 eval_tokens: PositiveInt | None = None  # tokens of an evaluation, whatever batch_size is
-log_interval: PositiveInt = 10          # iterations between log lines, and looks at what was skipped
+log_interval: PositiveInt = 10          # iterations between log lines; what was skipped is reported then too
 sample_tokens: NonNegativeInt = 256     # tokens of the sample that is printed at the end; 0 for none
 # wandb
 wandb_log: bool = False                 # send the numbers of log.jsonl to wandb too
-wandb_project: str = "structured-gpt"   # wandb project
-wandb_run_name: str = "gpt"             # wandb run name
+wandb_project: str = "structured-gpt"   # the project that the run is listed under
+wandb_run_name: str = "gpt"             # its name there
 # data
 dataset: str = "openwebtext"            # a folder under data/, or the path of one
 gradient_accumulation_steps: PositiveInt = 40  # micro-batches per iteration, over all processes
@@ -40,7 +40,7 @@ n_embd: PositiveInt = 768               # width
 dropout: UnitFloat = 0.0                # for pretraining 0 is good
 bias: bool = False                      # biases in projections and layer norms
 struct: str = "dense"                   # dense, low_rank, kronecker, monarch, tt, btt, einsum or dyad
-rank: PositiveInt | None = None         # rank ρ; None: d^θρ; experts: 1 (low_rank: d / E, einsum: d^θρ)
+rank: PositiveInt | None = None         # ρ; None: d^θρ, but with experts 1 (low_rank: d / E; einsum: d^θρ)
 theta: tuple | None = None              # exponents of alpha beta gamma delta epsilon phi rho, for 'einsum'
 layers: Literal["all", "attn", "mlp"] = "all"  # which projections have the structure; others are dense
 num_experts: NonNegativeInt = 0         # experts inside every structured projection; 0: no experts
@@ -51,8 +51,8 @@ router_balance_rate: NonNegativeFloat = 0.0  # step of biases that even out the 
 weight_norm: bool | None = None         # cap the rms of each core at its initial value; None: all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
 head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt without experts
-dyad_blocks: PositiveInt = 4            # blocks of struct 'dyad'
-dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
+dyad_blocks: PositiveInt = 4            # of struct 'dyad': blocks of each of its two matrices
+dyad_variant: Literal["it", "ot", "dt"] = "it"  # what it permutes: 'it' inputs, 'ot' outputs, 'dt' both
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width, and scaled for all others
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
 mup_base_width: PositiveInt = 128       # d0: a dense layer of width d learns at learning_rate · d0 / d
@@ -71,8 +71,8 @@ min_lr: NonNegativeFloat | None = None  # last learning rate; None: a tenth of l
 seed: Seed = 1337                       # of initialization, data order and dropout
 backend: Literal["nccl", "gloo", "mpi", "ucc", "xccl", "cpu:gloo,cuda:nccl"] | None = None  # None: by device
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
-dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 if the GPU has it
-kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # what computes einsums; auto: the best one here
+dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 if a GPU has it
+kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # for einsums; auto: c on CPUs, else torch
 compile: bool | None = None             # torch.compile the model; None: on GPUs
 prepare_output(keep_going=True)  # a closed terminal or a full disk behind it does not stop training
 given = set()  # the keys that are set by the command line or a config file
@@ -135,7 +135,7 @@ ddp, master = ddp_world_size > 1, ddp_rank == 0
 signals = DeferredSignals()
 
 def or_fail(function, *args):
-    """function(*args) on every rank; a ValueError on one of them ends the program in its sentence."""
+    """function(*args) on every rank; a ValueError on one of them ends all with its message."""
     try:
         return on_all_ranks(function, *args)
     except ValueError as e:
@@ -154,7 +154,7 @@ if device_type == "cuda":
     torch.cuda.set_device(device)
 elif device_type == "cpu":
     keep_freed_memory()  # fresh memory for every tensor can cost more than the products
-torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"  # for 'float32'
+torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"  # under 'float32'
 amp = autocast(device_type, dtype)
 or_fail(distributed.connect, backend)
 or_fail(kernels.use_kernel, kernel, device_type, dtype)
@@ -163,9 +163,9 @@ compile = or_fail(choose_compile, compile, device)
 # ---- Settings that come with the weights -------------------------------------------------------------------
 
 checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
-start = or_fail(checkpoints.start_settings, init_from, GPTConfig, config, given)  # {} without a checkpoint
-gpt2_folder = None if start else or_fail(gpt2.find, init_from)
-globals().update(or_fail(gpt2.start_settings, gpt2_folder, config, given) if gpt2_folder else start)
+known = or_fail(checkpoints.start_settings, init_from, GPTConfig, config, given)  # {} without a checkpoint
+gpt2_folder = None if known else or_fail(gpt2.find, init_from)
+globals().update(or_fail(gpt2.start_settings, gpt2_folder, config, given) if gpt2_folder else known)
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % machine_ranks, mac
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
-fields = dataclasses.fields(GPTConfig)  # those that are no keys have their default, or come with weights
+fields = dataclasses.fields(GPTConfig)  # those that are not keys have their default, or come with weights
 gpt_config = or_fail(lambda: GPTConfig(**{f.name: globals().get(f.name, f.default) for f in fields}))
 model_args = dataclasses.asdict(gpt_config)
 # every key with the value that is used (rank and theta may stay None): logged and saved
@@ -201,13 +201,14 @@ if gpt2_folder:
     or_fail(gpt2.load_weights, gpt2_folder, raw_model)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
+steps = FiniteSteps(optimizer)  # those that leave the weights finite
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_experts  # R routers of E experts
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
 def any_signal() -> int:
-    """The signal that a rank has received, or 0."""
+    """The number of a signal that any rank has received, or 0. A collective."""
     return int(all_reduce_max(signals.received))
 
 
@@ -221,10 +222,10 @@ def save_checkpoint(val_loss: float | None = None) -> int:
     return any_signal()  # the other ranks wait here
 
 
-source = or_fail(checkpoints.open, init_from)  # the rank whose checkpoint all start from; locks out_dir
+src_rank = or_fail(checkpoints.open, init_from)  # whose checkpoint all start from; locks out_dir
 resuming, measured_on = checkpoints.resumes, batches.val_digest()
-progress = Progress() if source is None else or_fail(
-    checkpoints.load, source, raw_model, optimizer, scaler, config, meta["tokenizer"], measured_on, device)
+progress = Progress() if src_rank is None else or_fail(
+    checkpoints.load, src_rank, raw_model, optimizer, scaler, config, meta["tokenizer"], measured_on, device)
 progress.measured_on = measured_on
 model = torch.compile(raw_model) if compile else raw_model
 if ddp:
@@ -245,7 +246,7 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
        f"{kernels.describe_body(device_type, dtype)}"
        + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
-# points of a log that the run is about to make again are dropped; from scratch, all are
+# points that the run is about to make again are dropped; from scratch, all are
 logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master)
 if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
@@ -276,7 +277,7 @@ if not math.isclose(lr, lr_before):
 
 
 def balance_routers() -> None:
-    """Balances a new model's routers on 40 training batches of at most 8,192 tokens, alike on every rank."""
+    """Balances a new model's routers on 40 training batches of about 8,192 tokens, alike on every rank."""
     count = min(max(1, 8192 // block_size), sequences_per_iter)  # sequences of a step
     parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     with amp:
@@ -284,8 +285,8 @@ def balance_routers() -> None:
 
 
 def train_step() -> bool:
-    """One iteration, without waiting for a GPU. False, and none, if a signal comes between micro-steps. If
-    the batch's loss or gradient norm is not finite, weights, optimizer and biases stay as they were."""
+    """One iteration, without waiting for a GPU. If the loss or the gradient norm is not finite, weights,
+    optimizer and biases stay as they were. Returns False, and changes nothing, at a signal in between."""
     # dropout is a function of seed, iteration and rank, so that a resumed run repeats it
     state = np.random.SeedSequence((seed, progress.iteration, ddp_rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))  # 63 bits
@@ -381,8 +382,7 @@ def read_results() -> None:
                  "--grad_clip or --seed (for other data), or a --dtype of more range")
 
 
-steps = FiniteSteps(optimizer)
-if source is None and num_routers and router_balance_rate:
+if src_rank is None and num_routers and router_balance_rate:
     balance_routers()
 signals.deferring = True
 training_started = last_report = time.perf_counter()

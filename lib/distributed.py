@@ -1,6 +1,6 @@
 """The ranks of a run, as torchrun starts them.
 
-connect, barrier, all_reduce_*, gather, broadcast* and on_all_ranks are collectives: every rank must call
+connect, all_reduce_*, gather, broadcast* and on_all_ranks are collectives: every rank must call
 them.
 Before connect(), and so without DDP, they act on this process alone.
 """
@@ -43,11 +43,6 @@ def disconnect() -> None:
 
 def is_connected() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def barrier() -> None:
-    if is_connected():
-        dist.barrier()
 
 
 def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,7 @@ def read_settings(folder: str) -> dict:
     for key, (field, default) in FIELDS.items():
         value = there.get(key, default)
         if type(value) is not type(default) or value <= 0 and value is not False:
-            raise ValueError(f"{path} has {key} = {value!r}, which is no such setting")
+            raise ValueError(f"{path} has {key} = {value!r}, which is not a valid value")
         fields[field] = value
     if fields["n_embd"] % fields["n_head"]:
         raise ValueError(f"{path} has n_head = {fields['n_head']}, which does not divide n_embd = "
@@ -186,7 +186,7 @@ def read_tensors(folder: str) -> dict[str, Tensor]:
 
 def from_gpt2(tensors: dict[str, Tensor], n_layer: int, tied: bool) -> dict[str, Tensor]:
     """The parameters of this model from those of a GPT-2, as views. Raises ValueError if one is missing, is
-    not of numbers with a point, or has no place here."""
+    not floating-point, or has no place here."""
     names = parameters(n_layer, tied)
     # masks that old files hold beside the weights, and the embedding once more
     kept = {name: t for name, t in tensors.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))

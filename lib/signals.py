@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP, handled between the iterations of a training loop."""
+"""SIGTERM, SIGINT and SIGHUP, handled where a training loop looks for them."""
 import signal
 
 
@@ -7,8 +7,8 @@ class Stopped(SystemExit):
 
 
 class DeferredSignals:
-    """Before training a signal exits at once; during training (`deferring`) it is noted and handled between
-    iterations.
+    """Before training a signal exits at once; during training (`deferring`) it is noted, and handled
+    between iterations, micro-batches or batches of an evaluation.
 
     `received` is 0, or the number of the first signal that came while deferring. Further signals change
     nothing: torchrun and a terminal may both send one.

@@ -60,7 +60,7 @@ def test_compiled_mixture(kind):
         results = []
         for run in (moe, compiled):
             y, aux = run(x, return_aux=True)
-            grads = torch.autograd.grad(y.square().sum() + aux.loss(), [x, *moe.parameters()])
+            grads = torch.autograd.grad(y.square().sum() + aux.loss, [x, *moe.parameters()])
             results.append((y, *aux, *grads))
         loads.append(tuple(aux.load.tolist()))
         for a, e in zip(*results):
@@ -76,7 +76,7 @@ def test_router_gradient_of_a_mixture_with_bias_in_compiled_code():
     x, gradients = randn(2, 128, 64), []
     for call in (layer, torch.compile(layer, fullgraph=True)):
         y, aux = call(x, return_aux=True)
-        gradients += torch.autograd.grad(y.square().mean() + aux.loss(), layer.router)
+        gradients += torch.autograd.grad(y.square().mean() + aux.loss, layer.router)
     close(gradients[1], gradients[0], 1e-9)
 
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import kernels
 from lib.kernels import operators
-from model import GPT, GPTConfig, _odds, _sample
+from model import GPT, GPTConfig, _kept_probabilities, _sample
 from structured import STRUCTURES, MoE, Structured
 from tests.conftest import ROOT
 from tests.structures import counted_flops, recomputed_flops
@@ -587,7 +587,7 @@ def nucleus(p, top_p):
 def test_odds_of_temperature_then_top_k_then_top_p(temperature, top_k, top_p):
     """Against every set of tokens, in numpy: no sampling, so that no luck is needed."""
     logits = torch.randn(20, 7, dtype=torch.float64) * 2
-    odds = _odds(logits / temperature, top_k, top_p).numpy()
+    odds = _kept_probabilities(logits / temperature, top_k, top_p).numpy()
     for row, found in zip(logits.numpy(), odds):
         p = np.exp(row / temperature)
         p[np.argsort(-row)[top_k or 7:]] = 0
@@ -600,7 +600,7 @@ def test_odds_of_temperature_then_top_k_then_top_p(temperature, top_k, top_p):
 
 def test_equally_likely_tokens_do_not_all_pass_top_p():
     """A quarter is reached by three of ten: of equally likely ones, those of the lowest ids."""
-    odds = _odds(torch.zeros(1, 10, dtype=torch.float64), None, 0.25)
+    odds = _kept_probabilities(torch.zeros(1, 10, dtype=torch.float64), None, 0.25)
     assert odds[0].nonzero().flatten().tolist() == [0, 1, 2]
 
 

@@ -139,7 +139,7 @@ def test_without_weight_norm_a_core_acts_as_it_is(case):
 
 @all_cases
 def test_no_gain_where_a_norm_follows(case):
-    layer = make(case, 48, 64, weight_norm=True, normalized=True)
+    layer = make(case, 48, 64, weight_norm=True, norm_follows=True)
     assert not any("gain" in name for name, _ in layer.named_parameters())
     for name in layer.fans():
         assert layer.core(name).square().mean().sqrt().item() == pytest.approx(layer.init_std(name))
@@ -303,7 +303,7 @@ def test_router_reports_its_losses_and_load():
     close(aux.variance, sum(((row - row.mean()) ** 2).mean() for row in logits) / 23)
     z = sum(row.exp().sum().log() ** 2 for row in logits) / 23
     switch = 5 * (probability * share).sum()
-    for got, expected in ((aux.switch, switch), (aux.z, z), (aux.loss(), switch + 0.1 * z)):
+    for got, expected in ((aux.switch, switch), (aux.z, z), (aux.loss, switch + 0.1 * z)):
         close(got, expected)
         close(*(torch.autograd.grad(loss, moe.router, retain_graph=True)[0] for loss in (got, expected)))
 
@@ -613,7 +613,7 @@ def test_scale_at_init(case, d):
     Where a norm follows, learning rates are relative to the size of the output.
     """
     struct, options = CASES[case]
-    layer, followed = (linear(struct, d, d, normalized=normalized, **options) for normalized in (False, True))
+    layer, followed = (linear(struct, d, d, norm_follows=follows, **options) for follows in (False, True))
     with torch.no_grad():
         rms = layer(torch.randn(256, d)).square().mean().sqrt().item()
         W, v = layer.to_dense(), torch.randn(d)

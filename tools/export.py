@@ -323,7 +323,7 @@ def model_card(name: str, model: GPT, tok: tokenizer.Tokenizer, checkpoint: dict
 
 
 def describe_structure(config: GPTConfig) -> str:
-    """Such as: btt, 8 experts, 2 per token."""
+    """Such as: btt, 8 experts in every such projection, 2 per token."""
     text = config.struct if config.theta is None else f"{config.struct} of θ = {config.theta}"
     if config.layers != "all":
         text += f" in {config.layers}, dense elsewhere"

@@ -41,7 +41,7 @@ learning_rate: PositiveFloat | None = None  # its peak; None: a third of the che
 # I/O
 dataset: str | None = None              # a folder under data/, or the path of one; None: the checkpoint's
 out_dir: str | None = None              # None: the checkpoint's folder, and -<struct>
-device: str | None = None               # of the losses: 'cuda', 'mps', 'cpu'; None: the best there is
+device: str | None = None               # of losses and calibration: 'cuda', 'mps', 'cpu'; None: the best
 seed: Seed = 1337                       # of the choice of calibration tokens
 
 import torch

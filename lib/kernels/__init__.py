@@ -1,9 +1,14 @@
 """The products under the layers of structured.py.
 
-    operators   einsums of two cores, with and without experts and their router, as one operator
-                with three bodies: torch_body, c_body (einsum.c) and triton_body; plan and routing
-    grouped     rows sorted by expert, each times its own expert's large matrix
-    autograd    small functions whose backward is written by hand
+    operators     einsums of two cores, with and without experts and their router: one operator, three bodies.
+                  Begin with the docstring of einsum()
+    torch_body    the body that runs anywhere, the reference of the others
+    plan          which rows of a mixture are computed together
+    routing       logits, choices and gates
+    c_body        the body on CPUs: compiles and calls einsum.c
+    triton_body   the body on GPUs
+    grouped       rows sorted by expert, each times its own expert's large matrix
+    autograd      small functions whose backward is written by hand
 """
 import torch
 from torch import Tensor

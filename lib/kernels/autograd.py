@@ -10,22 +10,23 @@ from torch import Tensor
 class _NormalizeCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, core, gain, std):
-        norm2 = torch.linalg.vector_norm(core, dim=(-3, -2, -1), keepdim=True)
-        rms = norm2 / math.sqrt(math.prod(core.shape[-3:]))
-        norm = std / rms.clamp(min=std)
-        scale = norm if gain is None else norm * gain
-        ctx.save_for_backward(core, rms, norm, scale)
+        length = torch.linalg.vector_norm(core, dim=(-3, -2, -1), keepdim=True)
+        rms = length / math.sqrt(math.prod(core.shape[-3:]))
+        shrink = std / rms.clamp(min=std)
+        scale = shrink if gain is None else shrink * gain
+        ctx.save_for_backward(core, rms, shrink, scale)
         ctx.std, ctx.gain = std, gain is not None
         return core * scale
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        core, rms, norm, scale = ctx.saved_tensors
+        core, rms, shrink, scale = ctx.saved_tensors
         dot = torch.linalg.vecdot(grad.flatten(-3), core.flatten(-3)).view_as(rms)
         # where it is normalized, the part of the gradient along the core vanishes
         along = dot / (rms.clamp(min=ctx.std).square() * math.prod(core.shape[-3:])) * (rms > ctx.std)
-        return (grad * scale).addcmul_(along * scale, core, value=-1), dot * norm if ctx.gain else None, None
+        dgain = dot * shrink if ctx.gain else None
+        return (grad * scale).addcmul_(along * scale, core, value=-1), dgain, None
 
 
 def normalize_core(core: Tensor, gain: Tensor | None, std: float) -> Tensor:

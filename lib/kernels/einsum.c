@@ -385,7 +385,7 @@ typedef struct call {
     gomp start;
     REAL *cores_a, *cores_b;        /* first[E][g][a][q], second[E][f][p][e] */
     REAL *router_t;                 /* (d_in, padded E) */
-    int64_t *offsets;               /* tables: from_u, from_v, at_p, at_q */
+    int64_t *offsets;               /* tables: 0 ... E - 1, then the next four */
     const int64_t *z_from, *dz_from, *z_at, *dz_at;
     rows z, dz, in_rows, out_rows;  /* a tile's: steps alone */
     REAL *scratch;                  /* of the slots, slot_size each */

@@ -81,12 +81,13 @@ def describe_body(device_type: str, dtype: str) -> str:
     return f"c (vectors of {c_body.library(dtype).vector_bits()} bits)" if name == "c" else name
 
 
-def _body(name: str, given: bool, sizes, x: Tensor, first: Tensor, *others: Tensor | None):
-    """The body of a call on these tensors; name: '', or the one to take; given: whether logits are given."""
+def _body(name: str, logits_given: bool, sizes, x: Tensor, first: Tensor, *others: Tensor | None):
+    """The body of a call on these tensors; name: '', or the one to take; logits_given: not a router."""
     if not name:
         a, b, g, d, e, f, _ = sizes
         name = body_name(x.device.type, first.dtype, a * b * g * d * e * f)
-        if name == "c" and (given or any(t is not None and t.dtype != first.dtype for t in (x, *others))):
+        types = {tensor.dtype for tensor in (x, first, *others) if tensor is not None}
+        if name == "c" and (logits_given or len(types) > 1):
             name = "torch"  # einsum.c takes one type in all, and computes the logits itself
     return _bodies()[name]
 
@@ -99,31 +100,33 @@ def computes_logits(x: Tensor) -> bool:
     return x.device.type == "cpu" and _kernel in ("auto", "c") and dtype in (torch.float32, torch.float64)
 
 
-def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes, given: Tensor | None):
+def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes,
+                   given_logits: Tensor | None):
     """y, logits and chosen of the operator's shapes and types, with nothing in them."""
     y = first.new_empty(x.shape[0], sizes[3] * sizes[4] * sizes[5])
     logits = x.new_empty(0) if router is None else router.new_empty(x.shape[0], router.shape[0])
-    routed = router is not None or given is not None
+    routed = router is not None or given_logits is not None
     return y, logits, x.new_empty((x.shape[0], top_k) if routed else 0, dtype=torch.int64)
 
 
 @torch.library.custom_op("structured::einsum", mutates_args=())
 def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, balance: Tensor | None,
             experts: Tensor | None, top_k: int, sizes: list[int], swapped: bool, body: str,
-            given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+            given_logits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not len(x):
-        return _empty_outputs(x, first, router, top_k, sizes, given)
-    y, logits, chosen = _body(body, given is not None, sizes, x, first, second, router, balance).forward(
+        return _empty_outputs(x, first, router, top_k, sizes, given_logits)
+    chosen_body = _body(body, given_logits is not None, sizes, x, first, second, router, balance)
+    y, logits, chosen = chosen_body.forward(
         x, first, second, router, balance, experts, top_k, sizes, swapped,
-        *([] if given is None else [given]))
+        *([] if given_logits is None else [given_logits]))
     # an operator returns tensors, and none of its inputs
     return (y, x.new_empty(0) if router is None else logits,
             chosen if balance is not None else x.new_empty(0, dtype=torch.int64))
 
 
 @_einsum.register_fake
-def _(x, first, second, router, balance, experts, top_k, sizes, swapped, body, given=None):
-    return _empty_outputs(x, first, router, top_k, sizes, given)
+def _(x, first, second, router, balance, experts, top_k, sizes, swapped, body, given_logits=None):
+    return _empty_outputs(x, first, router, top_k, sizes, given_logits)
 
 
 @torch.library.custom_op("structured::einsum_backward", mutates_args=())
@@ -133,10 +136,11 @@ def _einsum_backward(dy: Tensor, dlogits: Tensor | None, x: Tensor, first: Tenso
     if not len(x):
         drouter = torch.zeros_like(logits if router is None else router)
         return torch.empty_like(x), torch.zeros_like(first), torch.zeros_like(second), drouter
-    given = router is None and len(logits) > 0
-    if router is None and not given:
+    logits_given = router is None and len(logits) > 0
+    if router is None and not logits_given:
         logits, chosen = None, experts
-    dx, dfirst, dsecond, drouter = _body(body, given, sizes, x, first, second, router, logits, dy).backward(
+    dx, dfirst, dsecond, drouter = _body(
+        body, logits_given, sizes, x, first, second, router, logits, dy).backward(
         dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped)
     return dx, dfirst, dsecond, x.new_empty(0) if drouter is None else drouter
 
@@ -148,10 +152,11 @@ def _(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swa
 
 
 def _setup(ctx, inputs, output):
-    x, first, second, router, _, experts, _, ctx.sizes, ctx.swapped, ctx.body, given = inputs
+    x, first, second, router, _, experts, _, ctx.sizes, ctx.swapped, ctx.body, given_logits = inputs
     y, logits, chosen = output
-    ctx.given = given is not None
-    ctx.save_for_backward(x, first, second, router, experts, given if ctx.given else logits, chosen)
+    ctx.logits_given = given_logits is not None
+    logits = given_logits if ctx.logits_given else logits
+    ctx.save_for_backward(x, first, second, router, experts, logits, chosen)
     ctx.mark_non_differentiable(chosen)
     ctx.set_materialize_grads(False)
 
@@ -168,7 +173,7 @@ def _autograd(ctx, dy, dlogits, _):
     dx, dfirst, dsecond, drouter = _einsum_backward(dy.contiguous(), dlogits, *ctx.saved_tensors, ctx.sizes,
                                                     ctx.swapped, ctx.body)
     return (dx, dfirst, dsecond, None if router is None else drouter, None, None, None, None, None, None,
-            drouter if ctx.given else None)
+            drouter if ctx.logits_given else None)
 
 
 _einsum.register_autograd(_autograd, setup_context=_setup)
@@ -215,11 +220,12 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
         x = x.to(dtype) if router is None else x  # the router sees it as it is
         first, second = first.to(dtype), second.to(dtype)
     tensors = (x.contiguous(), first.contiguous(), second.contiguous(), router, balance, experts)
-    given = None if logits is None else logits.contiguous()
+    given_logits = None if logits is None else logits.contiguous()
     plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if plain and 0 < len(x) <= FEW:
         # a token at a time, calling an operator takes longer than its work
-        body = _body(body, given is not None, sizes, *tensors[:5])
-        return body.forward(*tensors, top_k, sizes, swapped, *([] if given is None else [given]))
-    y, logits, chosen = _einsum(*tensors, top_k, list(sizes), swapped, body, given)
-    return y, logits if given is None else given, chosen
+        body = _body(body, given_logits is not None, sizes, *tensors[:5])
+        return body.forward(*tensors, top_k, sizes, swapped,
+                            *([] if given_logits is None else [given_logits]))
+    y, logits, chosen = _einsum(*tensors, top_k, list(sizes), swapped, body, given_logits)
+    return y, logits if given_logits is None else given_logits, chosen

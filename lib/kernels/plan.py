@@ -19,7 +19,8 @@ class Plan(NamedTuple):
 
 
 def tile_rows(assignments: int, num_experts: int) -> int:
-    """P: a power of two between 8 and 128 for which padding adds about 5 % of the rows at most."""
+    """P: the largest power of two, from 8 to 128, for which the padding, at most E · (P - 1) rows and about
+    half of that at an even load, is at most a tenth of the assignments; 8 if there is none."""
     rows = 128
     while rows > 8 and num_experts * (rows - 1) > assignments // 10:
         rows //= 2

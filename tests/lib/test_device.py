@@ -88,7 +88,7 @@ def test_compiled_code_that_is_asked_for_is_needed(monkeypatch):
 
 @pytest.mark.parametrize("name, flops", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12)])
+    ("NVIDIA H100 NVL", 835e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12)])
 def test_peak_of_a_known_gpu_is_that_of_its_data_sheet(name, flops, gpu):
     """The dense bfloat16 FLOP/s that the maker states; a longer name is not taken for a shorter one."""
     gpu(name)
