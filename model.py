@@ -70,7 +70,9 @@ class GPTConfig(LayerConfig):
             self.head_aligned = suits and self.layers != "mlp"
         if self.head_aligned and self.layers == "mlp":
             raise ValueError("head_aligned needs structured attention: layers must be 'all' or 'attn'")
-        if self.head_aligned and self.struct not in ("monarch", "btt", "einsum"):
+        theta = structured.STRUCTURES.get(self.struct)
+        has_both = theta is not None and 0 < theta.gamma < 1 and 0 < theta.phi < 1
+        if self.head_aligned and not has_both and self.struct != "einsum":
             raise ValueError("head_aligned needs a structure with γ and φ: monarch, btt, or an einsum that "
                              f"has both; struct is {self.struct!r}")
 

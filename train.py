@@ -84,7 +84,7 @@ globals().update(config)
 import os
 import sys
 
-from lib.commands import default_out_dir, next_commands
+from lib.commands import GPT2_NAMES, INIT_FROM, default_out_dir, next_commands
 
 out_dir = default_out_dir(sys.argv[1:]) if out_dir is None else out_dir
 if decay_lr and lr_decay_iters is not None and lr_decay_iters < warmup_iters:
@@ -98,7 +98,7 @@ if sequences_per_iter > 2 ** 20:  # every micro-step draws the starts of all of 
     fail(f"gradient_accumulation_steps · batch_size = {sequences_per_iter} is more than {2 ** 20} sequences")
 if not out_dir.strip() or "\0" in out_dir or os.path.exists(out_dir) and not os.path.isdir(out_dir):
     fail(f"out_dir must be a folder, or a path where one can be made; got {out_dir!r}")
-STARTS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+STARTS = (*INIT_FROM, *GPT2_NAMES)
 if init_from not in STARTS and not init_from.endswith(".pt") and not os.path.isdir(init_from):
     fail(f"init_from must be {', '.join(STARTS)}, a GPT-2's folder, or a checkpoint, *.pt; got {init_from!r}")
 

@@ -22,8 +22,6 @@ from lib.log import print0
 CONTENTS = dict(model=dict, optimizer=dict, scaler=dict, model_args=dict, config=dict, tokenizer=dict,
                 iteration=int, tokens=int, flops=float, best_val_loss=float)
 
-INIT_FROM = ("scratch", "resume", "auto")  # anything else names weights: *.pt, a GPT-2 or its folder
-
 
 @dataclasses.dataclass
 class Progress:

@@ -1,4 +1,5 @@
-"""Command lines of train.py: the folder that one writes to, and those that a run proposes at its end."""
+"""Command lines of train.py: what they may start from, the folder that one writes to, and those that a run
+proposes at its end. Needs no torch."""
 import os
 import shlex
 from collections.abc import Sequence
@@ -6,6 +7,9 @@ from collections.abc import Sequence
 # keys that say the structure, and keys that say which run it is
 STRUCTURE = ("struct", "rank", "theta", "layers", "num_experts", "top_k", "ffn_experts", "weight_norm",
              "head_aligned", "dyad_blocks", "dyad_variant", "router_balance_rate")
+# values of init_from; anything else is a checkpoint, *.pt, or a GPT-2's folder
+INIT_FROM = ("scratch", "resume", "auto")
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of the hub's openai-community/
 RUN = ("out_dir", "max_iters", "init_from")
 
 
@@ -46,7 +50,7 @@ def next_commands(arguments: Sequence[str], out_dir: str, init_from: str, iterat
     itself and did not begin with other weights, for dense with as many training FLOPs. ratio_to_dense: FLOPs
     per token ÷ those of dense."""
     lines, folders = [("sample more", f"python sample.py {shlex.quote(f'--out_dir={out_dir}')}")], [out_dir]
-    if ratio_to_dense != 1 and init_from in ("scratch", "auto", "resume"):
+    if ratio_to_dense != 1 and init_from in INIT_FROM:
         command, folder = dense_command(arguments, out_dir, max(1, round(iterations * ratio_to_dense)))
         lines.append(("dense, for as many FLOPs", command))
         folders.append(folder)

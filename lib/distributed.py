@@ -1,7 +1,6 @@
 """The ranks of a run, as torchrun starts them.
 
-connect, all_reduce_*, gather, broadcast* and on_all_ranks are collectives: every rank must call
-them.
+connect, all_reduce_*, gather, broadcast* and on_all_ranks are collectives: every rank must call them.
 Before connect(), and so without DDP, they act on this process alone.
 """
 import os

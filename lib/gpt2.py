@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib import distributed
-from lib.checkpoint import INIT_FROM, adopt_settings
+from lib.checkpoint import adopt_settings
+from lib.commands import GPT2_NAMES, INIT_FROM
 from lib.distributed import on_all_ranks
 from lib.log import print0
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of the hub's openai-community/
 INSTALL = "pip install -r requirements-transformers.txt"
 
 # ---- The two tables ----------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def find(init_from: str) -> str | None:
 
     Raises ValueError where it cannot be downloaded.
     """
-    if init_from not in NAMES:
+    if init_from not in GPT2_NAMES:
         return init_from if init_from not in INIT_FROM and os.path.isdir(init_from) else None
     try:
         import huggingface_hub

@@ -73,7 +73,7 @@ def read_run(place: str) -> Run:
                    *([p for p in curve if p["loss"] is not None and math.isfinite(p["loss"])]
                      for curve in curves.values()))
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"the log of {place} was not written by train.py ({type(e).__name__}: {e})") from None
+        raise ValueError(f"{place} has a log that train.py did not write ({type(e).__name__}: {e})") from None
 
 
 def last_attempt(points: list[dict]) -> list[dict]:

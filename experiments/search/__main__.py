@@ -142,7 +142,9 @@ def describe(space: Space, draws: int = 300) -> None:
     rng, reasons = random.Random(0), []
     for _ in range(draws):
         try:
-            space.point(points.theta_of(*(rng.randrange(len(levels)) for levels in LEVELS.values())))
+            theta = points.theta_of(*(rng.randrange(len(levels)) for levels in LEVELS.values()))
+            chosen = rng.choice(space.experts)
+            space.point(theta, chosen, rng.choice(space.top_ks) if chosen else 0)
         except ValueError as error:
             reasons.append(str(error))
     intense = sum("has ν" in reason for reason in reasons)
