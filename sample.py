@@ -47,13 +47,14 @@ import torch
 
 from data import tokenizer
 from lib import kernels
-from lib.device import autocast, choose_device, choose_dtype
+from lib.device import autocast, choose_device, choose_dtype, use_device
 from lib.evaluation import score_text
 from lib.stop import StopText
 from model import load_checkpoint
 
 try:
     device, device_type = choose_device(device)
+    use_device(device)
     dtype = choose_dtype(dtype, device_type)
     kernels.use_kernel(kernel, device_type, dtype)
     StopText(stop)

@@ -119,7 +119,7 @@ from data.common import check_token_ids, open_dataset
 from lib import distributed, gpt2, kernels
 from lib.checkpoint import Checkpoints, Progress
 from lib.device import (autocast, check_memory, choose_compile, choose_device, choose_dtype, device_name,
-                        keep_freed_memory, peak_flops, peak_memory)
+                        peak_flops, peak_memory, use_device)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
 from lib.evaluation import evaluate
 from lib.log import Logger, format_duration, print0
@@ -148,13 +148,9 @@ if gradient_accumulation_steps % ddp_world_size:
     fail(f"gradient_accumulation_steps = {gradient_accumulation_steps} must be a multiple of the "
          f"{ddp_world_size} processes that share it")
 device, device_type = or_fail(choose_device, device, ddp_local_rank if ddp else None)
+use_device(device, tf32=True)
 dtype = choose_dtype(dtype, device_type)
 backend = backend or ("nccl" if device_type == "cuda" else "gloo")
-if device_type == "cuda":
-    torch.cuda.set_device(device)
-elif device_type == "cpu":
-    keep_freed_memory()  # fresh memory for every tensor can cost more than the products
-torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"  # under 'float32'
 amp = autocast(device_type, dtype)
 or_fail(distributed.connect, backend)
 or_fail(kernels.use_kernel, kernel, device_type, dtype)
@@ -227,7 +223,7 @@ resuming, measured_on = checkpoints.resumes, batches.val_digest()
 progress = Progress() if src_rank is None else or_fail(
     checkpoints.load, src_rank, raw_model, optimizer, scaler, config, meta["tokenizer"], measured_on, device)
 progress.measured_on = measured_on
-model = torch.compile(raw_model) if compile else raw_model
+model = torch.compile(raw_model, dynamic=False) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model, device_ids=[ddp_local_rank] if device_type == "cuda" else None,
                                     gradient_as_bucket_view=True,

@@ -57,8 +57,7 @@ import structured
 from experiments.launcher import whole_numbers
 from experiments.scaling.report import markdown_table
 from lib import figure, kernels
-from lib.device import (autocast, choose_compile, choose_device, choose_dtype, device_name,
-                        keep_freed_memory)
+from lib.device import autocast, choose_compile, choose_device, choose_dtype, device_name, use_device
 from model import GPT, GPTConfig
 
 if n_embd % head_size:
@@ -67,6 +66,7 @@ try:
     if widths:
         whole_numbers(widths=widths)
     device, device_type = choose_device(device)
+    use_device(device, tf32=True)   # as train.py does
     compile = choose_compile(compile, device)
     dtype = choose_dtype(dtype, device_type)
     kernels.use_kernel(kernel, device_type, dtype)
@@ -286,8 +286,6 @@ def main() -> None:
         for options in structures.values() if step else ():
             GPT.count_flops(gpt_config(options))
     os.makedirs(out, exist_ok=True)
-    if device_type == "cpu":
-        keep_freed_memory()     # as train.py does
     if compile:
         torch._dynamo.config.recompile_limit = 1000     # every structure and width compiles the same code
     result = dict(machine=machine(), config=config, layers=[], steps=[])

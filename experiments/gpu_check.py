@@ -29,6 +29,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,7 @@ import traceback
 
 import numpy as np
 import torch
+import torch._functorch.config
 from torch import nn
 
 import structured
@@ -244,6 +246,7 @@ def check_training(name: str, options: list[str], folder: str, launcher: list[st
         points = [p for p in map(json.loads, f) if p["type"] == "train"]
     losses = [p["loss"] for p in points]
     last = points[len(points) // 2:]
+    shutil.rmtree(run)  # checkpoints take gigabytes
     record(f"training of {name}", len(losses) == iterations and losses[-1] < losses[0],
            first_loss=losses[0], last_loss=losses[-1],
            tokens_per_s=statistics.median(p["tokens_per_s"] for p in last),
@@ -261,16 +264,17 @@ def check_training_runs() -> None:
             options = [f"config/{structure}.py", f"--compile={compiled}", *alone]
             attempt(name, check_training, name, options, folder, [sys.executable])
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        for processes in sorted({1, accumulation}):
-            name = f"btt_moe with torchrun on {processes}"
-            attempt(name, check_training, name,
-                    ["config/btt_moe.py", "--compile=False", f"--gradient_accumulation_steps={accumulation}"],
-                    folder, [*torchrun, f"--nproc_per_node={processes}"])
+        for processes, compiled in itertools.product(sorted({1, accumulation}), (False, True)[:1 + on_gpu]):
+            name = f"btt_moe {'compiled' if compiled else 'eager'} with torchrun on {processes}"
+            options = [f"--compile={compiled}", f"--gradient_accumulation_steps={accumulation}"]
+            attempt(name, check_training, name, ["config/btt_moe.py", *options], folder,
+                    [*torchrun, f"--nproc_per_node={processes}"])
 
 
 print(", ".join(f"{key} {value}" for key, value in SYSTEM.items()), flush=True)
 started = time.perf_counter()
 torch.manual_seed(0)
+torch._functorch.config.backward_pass_autocast = "off"  # as train.py has it: lib.device.choose_compile
 torch.backends.cuda.matmul.fp32_precision = "ieee"  # float32 is checked as float32, and not as TF32
 for width, experts, dtype in itertools.product(widths, (8, 16), DTYPES):
     for body in bodies(dtype):
@@ -281,6 +285,8 @@ for name, body in itertools.product(LAYERS, bodies(DTYPES[0])) if on_gpu else on
 for width in widths:
     attempt(f"time at {width}", time_layers, width, DTYPES[0])
 if training:
+    if on_gpu:
+        torch.cuda.empty_cache()  # the runs are processes of their own
     check_training_runs()
 
 path = os.path.join(out, "gpu_check.json")

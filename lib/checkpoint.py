@@ -349,7 +349,11 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
     options = [{k: v for k, v in g.items() if k not in of_checkpoint} for g in optimizer.param_groups]
     try:
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        state = checkpoint["optimizer"]
+        groups = state["param_groups"]
+        if len(groups) == len(options):  # by options, such as fused, the optimizer puts its state on a device
+            state = state | dict(param_groups=[group | own for group, own in zip(groups, options)])
+        optimizer.load_state_dict(state)
         scaler.load_state_dict(checkpoint["scaler"])
         for p, state in optimizer.state.items():
             for name, value in state.items():

@@ -6,6 +6,7 @@ import random
 import re
 
 import torch
+import torch._functorch.config
 
 from lib.distributed import on_all_ranks
 from lib.log import print0
@@ -42,10 +43,23 @@ def choose_device(device: str | None, local_rank: int | None = None) -> tuple[st
     return device, device_type
 
 
+def use_device(device: str, tf32: bool = False) -> None:
+    """Makes a GPU the current one, whose type, memory and end of work are then asked for; with tf32, its
+    products of float32 round their inputs to TF32. On a CPU freed memory is kept."""
+    device_type = torch.device(device).type
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        if tf32:  # fp32_precision alone would make older code, such as Inductor's autotuning, fail
+            torch.set_float32_matmul_precision("high")
+    elif device_type == "cpu":
+        keep_freed_memory()  # fresh memory for every tensor can cost more than the products
+
+
 def choose_dtype(dtype: str | None, device_type: str) -> str:
-    """dtype, or for None bfloat16 on a GPU that has it and float32 elsewhere."""
+    """dtype, or for None bfloat16 where the current GPU has it, and does not emulate it, else float32."""
     if dtype is None:
-        dtype = "bfloat16" if device_type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        has_bfloat16 = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bfloat16 else "float32"
     return dtype
 
 
@@ -60,8 +74,10 @@ def choose_compile(compile: bool | None, device: str) -> bool:
     """Whether to torch.compile models, after a trial; None: on GPUs, unless the trial fails. Every rank must
     call it, and gets the same answer.
 
-    Raises ValueError if it was asked for and fails.
+    A compiled backward then computes in the types that an eager one does, and not under the autocast of its
+    forward. Raises ValueError if it was asked for and fails.
     """
+    torch._functorch.config.backward_pass_autocast = "off"
     wanted = torch.device(device).type == "cuda" if compile is None else compile
     try:
         on_all_ranks(check_compile, device, wanted)

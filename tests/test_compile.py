@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import structured
+from lib import device
 from structured import LayerConfig, linear, make_experts
 from tests.conftest import ROOT, THREADS, TINY
 from tests.runs import assert_one_sentence, assert_same_checkpoint, assert_same_course, in_float64, read_log
@@ -81,6 +82,26 @@ def test_router_gradient_of_a_mixture_with_bias_in_compiled_code():
 
 
 # Models
+
+@pytest.mark.parametrize("kind", ["btt_moe", "moe"])
+def test_a_compiled_backward_computes_in_the_types_of_an_eager_one(kind):
+    """train.py's backward is outside of the autocast that its forward is in: the gradients of routers and
+    gains, made in float32, must not become products of bfloat16 in compiled code."""
+    device.choose_compile(False, "cpu")
+    model = random_model(kind, n_layer=1).float().train()
+    idx, targets = torch.randint(40, (2, 3, 12))
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, loss, aux = run(idx, targets, return_aux=True)
+        names, parameters = zip(*((name, p) for name, p in model.named_parameters()
+                                  if "router" in name or "gain" in name))
+        gradients.append(torch.autograd.grad(loss + aux.loss, parameters))
+    assert any("router" in name for name in names)
+    for name, got, expected in zip(names, gradients[1], gradients[0]):
+        error = (got - expected).norm() / expected.norm().clamp(min=1e-12)
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
 
 @pytest.mark.parametrize("kind, backend", [
     ("btt_moe", "aot_eager"), pytest.param("moe", "inductor", marks=needs_a_compiler)])

@@ -112,7 +112,7 @@ def second_moments(model: GPT, names: list[str], batches: Batches) -> dict[str, 
     def add(name):
         def hook(module, inputs):
             X = inputs[0].flatten(0, -2).float()
-            moments[name] = moments.get(name, 0) + (X.T @ X).double().cpu()
+            moments[name] = moments.get(name, 0) + (X.T @ X).cpu().double()  # MPS has no float64
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
     hooks = [add(name) for name in sorted(set(map(input_name, names)))]

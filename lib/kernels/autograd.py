@@ -83,14 +83,14 @@ class _RouterLosses(torch.autograd.Function):
         z = logits.logsumexp(dim=1, keepdim=True)
         p = (logits - z).exp()
         ctx.save_for_backward(p, z, load)
-        return load.numel() * (p.mean(0) @ load), z.square().mean()
+        return load.numel() * (p.mean(0) * load).sum(), z.square().mean()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dswitch, dz):
         p, z, load = ctx.saved_tensors
         v = load * (dswitch * (load.numel() / max(1, len(p))))
-        return p * (z * (dz * (2 / max(1, len(p)))) - (p @ v)[:, None] + v), None
+        return p * (z * (dz * (2 / max(1, len(p)))) - (p * v).sum(1, keepdim=True) + v), None
 
 
 def router_losses(logits: Tensor, load: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,14 +34,14 @@ def _first_rows_back(x: Tensor, sizes, swapped: bool) -> Tensor:
     """The way back of _first_rows: (t, g, Pb, a) -> (N, d_in)."""
     a, b, g, *_ = sizes
     x = x.view(x.shape[0], g, -1, b, a).transpose(1, 2)
-    return (x.mT if swapped else x).reshape(-1, a * b * g)
+    return (x.mT if swapped else x).reshape(-1, a * b * g).contiguous()  # where a = b = 1 it is a view
 
 
 def _second_rows_back(y: Tensor, sizes, swapped: bool) -> Tensor:
     """The way back of _second_rows: (t, f, Pd, e) -> (N, d_out)."""
     _, _, _, d, e, f, _ = sizes
     y = y.view(y.shape[0], f, -1, d, e).transpose(1, 2)
-    return (y if swapped else y.mT).reshape(-1, d * e * f)
+    return (y if swapped else y.mT).reshape(-1, d * e * f).contiguous()
 
 
 def _z_for_second(z: Tensor, sizes) -> Tensor:

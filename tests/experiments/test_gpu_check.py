@@ -31,7 +31,7 @@ def test_gpu_check(run, tmp_path):
                  "torch btt_moe 16 x 8 float32: bitwise the same again",
                  "torch btt_moe 16 x 8 float32: expert without tokens", "time of btt_moe torch 16 float32",
                  "torch dense_moe 16 float32: compiled is eager", "training of moe eager",
-                 "training of btt_moe with torchrun on 1"):
+                 "training of btt_moe eager with torchrun on 1"):
         assert name in names
     assert "open an issue" in done.stdout
 
@@ -69,4 +69,4 @@ def test_checks_fail(run, tmp_path):
         "torch btt_moe 16 x 8 float32: error", "torch btt_moe 16 x 16 float32: expert without tokens",
         "torch btt_moe 16 x 16 float32: bitwise the same again"}, done.stdout
     assert "training of moe eager" in failed  # one loss cannot fall
-    assert "FAILED btt_moe with torchrun on 1: error no network" in done.stdout
+    assert "FAILED btt_moe eager with torchrun on 1: error no network" in done.stdout

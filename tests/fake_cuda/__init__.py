@@ -126,7 +126,7 @@ def fake_cuda(capability=(9, 0), transfers: int = 0, bodies: bool = True):
     watch = _Watch(transfers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         if bodies:
             open_bodies(patch)

@@ -172,6 +172,22 @@ def test_the_optimizer_is_restored(whole):
     assert kill_test.same(restore(whole).state_dict()["state"], whole["optimizer"]["state"])
 
 
+def test_the_state_goes_where_this_optimizer_wants_it():
+    """A fused AdamW counts its steps on the device of its weights; a checkpoint of MPS, where it is not
+    fused, has them on the CPU."""
+    layer = torch.nn.Linear(4, 4, device="meta")
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    own = torch.optim.AdamW(torch.nn.Linear(4, 4).parameters())
+    state = own.state_dict() | dict(state={i: dict(step=torch.tensor(3.0), exp_avg=torch.zeros(shape),
+                                                   exp_avg_sq=torch.zeros(shape))
+                                           for i, shape in enumerate(((4, 4), (4,)))})
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    checkpoint = dict(model=layer.state_dict(), optimizer=state, scaler={})
+    restore_checkpoint("ckpt.pt", checkpoint, layer, optimizer, scaler)
+    assert all(value.device.type == "meta" for kept in optimizer.state.values() for value in kept.values())
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
 @pytest.mark.parametrize("change", [
     lambda optimizer: optimizer | dict(param_groups=optimizer["param_groups"][1:]),
     lambda optimizer: dict(state=optimizer["state"]),

@@ -1,4 +1,6 @@
 """lib/device.py: which device and type a program takes, and how fast the device could be."""
+import types
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ def gpu(monkeypatch):
     def gpu(name, bfloat16=True):
         ones = torch.ones
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch, "ones", lambda *shape, device=None: ones(*shape))
     return gpu
@@ -35,6 +37,29 @@ def test_a_gpu_can_be_made_the_current_one(asked, local_rank, gpu, monkeypatch):
     gpu("a GPU")
     torch.cuda.set_device(device.choose_device(asked, local_rank)[0])
     assert made_current == [1 if "cuda:1" == asked or local_rank else 0]
+
+
+@pytest.mark.parametrize("major, expected", [(7, "float32"), (8, "bfloat16")])
+def test_bfloat16_is_not_emulated(major, expected, monkeypatch):
+    """torch counts GPUs that emulate it among those that have it."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert torch.cuda.is_bf16_supported()
+    assert device.choose_dtype(None, "cuda") == expected
+
+
+def test_tf32_leaves_both_ways_to_ask_for_the_precision(monkeypatch):
+    """Inductor's autotuning asks by torch.get_float32_matmul_precision, triton_body by the newer one."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    try:
+        device.use_device("cuda:0", tf32=True)
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_cpu_where_there_is_nothing_else(monkeypatch):

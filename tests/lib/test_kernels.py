@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import structured
+from lib import kernels
 from lib.kernels import c_body, grouped, grouped_product, operators, plan, routing, torch_body
 from lib.kernels.grouped import (_grouped_product, _grouped_product_grad_w, loop_product, loop_product_grad_w,
                                  one_product, one_product_grad_w)
@@ -646,6 +647,29 @@ def test_operators_are_well_formed(kind, body):
     for sizes in EXPERTS[3:5]:
         torch.library.opcheck(operators._einsum, (*operator_arguments(sizes, kind, True), body))
         torch.library.opcheck(operators._einsum_backward, (*backward_arguments(sizes, kind), body))
+
+
+@pytest.mark.parametrize("sizes", [
+    Sizes(1, 1, 4, 1, 1, 3, 2), Sizes(4, 1, 1, 1, 1, 3, 2), Sizes(1, 1, 4, 3, 1, 1, 2)])
+def test_strides_are_those_that_compiled_code_expects(sizes):
+    """Where α = β = 1 or δ = ε = 1 the rows of a matrix could be returned as a view with other strides."""
+    torch.library.opcheck(operators._einsum, (*operator_arguments(sizes, "matrix", True), "torch"))
+    torch.library.opcheck(operators._einsum_backward, (*backward_arguments(sizes, "matrix"), "torch"))
+    y = operators._einsum(*operator_arguments(sizes, "matrix"), "torch")[0]
+    dx = operators._einsum_backward(*backward_arguments(sizes, "matrix"), "torch")[0]
+    assert y.is_contiguous() and dx.is_contiguous()
+
+
+def test_router_losses_are_not_autocast():
+    logits, load = torch.randn(64, 8, requires_grad=True), torch.rand(8).softmax(0)
+    expected = kernels.router_losses(logits, load)
+    gradient = torch.autograd.grad(sum(expected), logits)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = kernels.router_losses(logits, load)
+        autocast_gradient = torch.autograd.grad(sum(losses), logits)[0]
+    assert [loss.dtype for loss in losses] == [torch.float32] * 2
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(autocast_gradient, gradient, rtol=1e-6, atol=1e-9)
 
 
 def test_grouped_operators_are_well_formed():
