@@ -1,12 +1,9 @@
 # Learning rates for experiments/plans/cpu.py: the same four for every structure at two widths, 500 iterations
-# each. The grid takes the one whose loss, the mean of both widths, is lowest. moe_normed asks at one width
-# whether weight norm helps the standard mixture of experts.
+# each. The grid takes the one whose loss, the mean of both widths, is lowest.
 from experiments.plans.cpu import *  # noqa: F403
 _rates = [1.5e-3, 3e-3, 6e-3, 1.2e-2]
 structures = {label: {key: value for key, value in own.items() if key not in ("flops", "n_embd")}
               | dict(learning_rate=_rates) for label, own in structures.items()}
-structures["moe_normed"] = dict(struct="dense", ffn_experts=8, top_k=2, weight_norm=True, n_embd=64,
-                                learning_rate=_rates)
 n_embd = [64, 128]
 max_iters = 500
 evals = 4
