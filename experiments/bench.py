@@ -2,6 +2,8 @@
 
     python -m experiments.bench                     widths 256 to 2048, then a step of every structure config
     python -m experiments.bench --widths=512, --structs=btt,btt_moe --step=False
+    python -m experiments.bench --plan=experiments/plans/cpu.py "--widths=()" --n_embd=128 --head_size=32
+                                                    the steps of a sweep's runs, for fit --bench
 
 For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. The
 layers are timed in turn, so that a slow moment of the machine meets all of them: a ratio is taken within a
@@ -17,6 +19,7 @@ from configurator import PositiveInt, fail, structure_config
 from lib.terminal import prepare_output
 
 structs: str = "dense,low_rank,kronecker,monarch,tt,btt,einsum,dyad,btt_moe,moe"  # names of structure configs
+plan: str = ""                  # a plan of experiments.scaling: its structures instead of structs
 widths: tuple = (256, 512, 1024, 2048)  # of the square layers
 tokens: PositiveInt = 4096      # rows of a layer's input
 turns: PositiveInt = 15         # timed runs of each layer, after two that are not
@@ -55,10 +58,22 @@ from torch import nn
 
 import structured
 from experiments.launcher import whole_numbers
+from experiments.scaling.plan import structures_of
 from experiments.scaling.report import markdown_table
 from lib import figure, kernels
 from lib.device import autocast, choose_compile, choose_device, choose_dtype, device_name, use_device
 from model import GPT, GPTConfig
+
+SIZES = ("block_size", "vocab_size", "n_layer", "n_embd", "n_head")  # of a model, from the keys above
+
+
+def choose_structures() -> dict[str, dict]:
+    """{name: fields of GPTConfig but its SIZES}, dense first. Raises ValueError for a plan of no use."""
+    found = structures_of(plan) if plan else {name: structure_config(name) for name in structs.split(",")}
+    fields = {field.name for field in dataclasses.fields(GPTConfig)} - {*SIZES}
+    return {name: {key: value for key, value in options.items() if key in fields}
+            for name, options in ({"dense": structure_config("dense")} | found).items()}
+
 
 if n_embd % head_size:
     fail(f"n_embd must be a multiple of head_size = {head_size}; got {n_embd}")
@@ -66,6 +81,7 @@ try:
     if widths:
         whole_numbers(widths=widths)
     device, device_type = choose_device(device)
+    structures = choose_structures()
     use_device(device, tf32=True)   # as train.py does
     compile = choose_compile(compile, device)
     dtype = choose_dtype(dtype, device_type)
@@ -73,7 +89,6 @@ try:
 except ValueError as e:
     fail(str(e))
 amp = autocast(device_type, dtype)
-structures = {name: structure_config(name) for name in ("dense", *structs.split(","))}
 
 
 def milliseconds(run) -> float:

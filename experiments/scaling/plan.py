@@ -17,17 +17,10 @@ del KEYS["out_dir"], KEYS["init_from"]
 def expand(path: str, flags: list[str], root: str) -> list[Run]:
     """The runs of a plan, each in a folder below root, the cheapest first. flags: of train.py, for all runs.
     Later ones win: config/<label>.py, the plan, a structure's own keys, the flags. Raises ValueError."""
-    path, plan = read_plan(path)
-    structures = plan.pop("structures")
-    plan = check_values(path, plan)
     for_all = dict(configurator.read_flag(flag, KEYS) for flag in flags)
     found: dict[str, Run] = {}
-    for label, own in structures.items():
-        where, has_config = f"{path}, {label}", os.path.exists(os.path.join(HERE, "config", f"{label}.py"))
-        if not has_config and "struct" not in own:
-            raise ValueError(f"{where}: there is no config/{label}.py, so the plan must set its struct")
-        values = override(configurator.structure_config(label) if has_config else {}, plan, path)
-        values = override(values, check_values(where, own), where)
+    for label, values in structures_of(path).items():
+        where = f"{path}, {label}"
         values = override(values, for_all, "the command line")
         axes = {key: value for key, value in values.items() if isinstance(value, list)}
         for point in (dict(zip(axes, choice)) for choice in itertools.product(*axes.values())):
@@ -38,6 +31,20 @@ def expand(path: str, flags: list[str], root: str) -> list[Run]:
             if run.name not in found or run.max_iters > found[run.name].max_iters:
                 found[run.name] = run   # at a constant rate a longer run holds the shorter ones
     return sorted(found.values(), key=lambda run: run.flops)
+
+
+def structures_of(path: str) -> dict[str, dict]:
+    """{label: all that config/<label>.py, a plan and the structure's own keys set}. Raises ValueError."""
+    path, plan = read_plan(path)
+    structures = plan.pop("structures")
+    plan, found = check_values(path, plan), {}
+    for label, own in structures.items():
+        where, has_config = f"{path}, {label}", os.path.exists(os.path.join(HERE, "config", f"{label}.py"))
+        if not has_config and "struct" not in own:
+            raise ValueError(f"{where}: there is no config/{label}.py, so the plan must set its struct")
+        values = override(configurator.structure_config(label) if has_config else {}, plan, path)
+        found[label] = override(values, check_values(where, own), where)
+    return found
 
 
 def read_plan(path: str) -> tuple[str, dict]:

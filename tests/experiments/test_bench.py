@@ -62,6 +62,23 @@ def test_bench_without_widths_or_steps(run, tmp_path):
     assert "| dense |" in (tmp_path / "c" / "table.md").read_text()
 
 
+def test_steps_of_a_plan(run, tmp_path):
+    """Its labels and options, in the sizes of the command line; scaling fit takes them for its runs."""
+    plan = tmp_path / "plan.py"
+    plan.write_text("normed = dict(struct='dense', weight_norm=True, flops=1e9)\n"
+                    "structures = dict(dense={}, normed=normed, btt_moe=dict(learning_rate=[1e-3, 2e-3]))\n"
+                    "del normed\n"
+                    "head_aligned = False\nn_embd = [64, 128]\nhead_size = 32\nbatch_size = 4\n")
+    done = run("experiments.bench", f"--plan={plan}", "--widths=()", "--steps=2", "--n_embd=32",
+               "--n_layer=1", "--head_size=16", "--block_size=16", "--batch_size=2", f"--out={tmp_path}/b")
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((tmp_path / "b" / "bench.json").read_text())["steps"]
+    assert [step["config"] for step in steps] == ["dense", "normed", "btt_moe"]
+    assert steps[1]["flops"] == 1 and steps[2]["flops"] != 1
+    done = run("experiments.bench", f"--plan={tmp_path}/nowhere.py", f"--out={tmp_path}/c")
+    assert done.returncode == 1 and "there is no plan" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.fixture
 def bench(monkeypatch):
     """The module, small, with known times of three turns instead of measured ones."""
