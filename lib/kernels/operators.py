@@ -101,32 +101,32 @@ def computes_logits(x: Tensor) -> bool:
 
 
 def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes,
-                   given_logits: Tensor | None):
+                   given: Tensor | None):
     """y, logits and chosen of the operator's shapes and types, with nothing in them."""
     y = first.new_empty(x.shape[0], sizes[3] * sizes[4] * sizes[5])
     logits = x.new_empty(0) if router is None else router.new_empty(x.shape[0], router.shape[0])
-    routed = router is not None or given_logits is not None
+    routed = router is not None or given is not None
     return y, logits, x.new_empty((x.shape[0], top_k) if routed else 0, dtype=torch.int64)
 
 
 @torch.library.custom_op("structured::einsum", mutates_args=())
 def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, balance: Tensor | None,
             experts: Tensor | None, top_k: int, sizes: list[int], swapped: bool, body: str,
-            given_logits: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+            given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not len(x):
-        return _empty_outputs(x, first, router, top_k, sizes, given_logits)
-    chosen_body = _body(body, given_logits is not None, sizes, x, first, second, router, balance)
+        return _empty_outputs(x, first, router, top_k, sizes, given)
+    chosen_body = _body(body, given is not None, sizes, x, first, second, router, balance)
     y, logits, chosen = chosen_body.forward(
         x, first, second, router, balance, experts, top_k, sizes, swapped,
-        *([] if given_logits is None else [given_logits]))
+        *([] if given is None else [given]))
     # an operator returns tensors, and none of its inputs
     return (y, x.new_empty(0) if router is None else logits,
             chosen if balance is not None else x.new_empty(0, dtype=torch.int64))
 
 
 @_einsum.register_fake
-def _(x, first, second, router, balance, experts, top_k, sizes, swapped, body, given_logits=None):
-    return _empty_outputs(x, first, router, top_k, sizes, given_logits)
+def _(x, first, second, router, balance, experts, top_k, sizes, swapped, body, given=None):
+    return _empty_outputs(x, first, router, top_k, sizes, given)
 
 
 @torch.library.custom_op("structured::einsum_backward", mutates_args=())
@@ -152,10 +152,10 @@ def _(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swa
 
 
 def _setup(ctx, inputs, output):
-    x, first, second, router, _, experts, _, ctx.sizes, ctx.swapped, ctx.body, given_logits = inputs
+    x, first, second, router, _, experts, _, ctx.sizes, ctx.swapped, ctx.body, given = inputs
     y, logits, chosen = output
-    ctx.logits_given = given_logits is not None
-    logits = given_logits if ctx.logits_given else logits
+    ctx.logits_given = given is not None
+    logits = given if ctx.logits_given else logits
     ctx.save_for_backward(x, first, second, router, experts, logits, chosen)
     ctx.mark_non_differentiable(chosen)
     ctx.set_materialize_grads(False)
@@ -220,12 +220,12 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
         x = x.to(dtype) if router is None else x  # the router sees it as it is
         first, second = first.to(dtype), second.to(dtype)
     tensors = (x.contiguous(), first.contiguous(), second.contiguous(), router, balance, experts)
-    given_logits = None if logits is None else logits.contiguous()
+    given = None if logits is None else logits.contiguous()
     plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if plain and 0 < len(x) <= FEW:
         # a token at a time, calling an operator takes longer than its work
-        body = _body(body, given_logits is not None, sizes, *tensors[:5])
+        body = _body(body, given is not None, sizes, *tensors[:5])
         return body.forward(*tensors, top_k, sizes, swapped,
-                            *([] if given_logits is None else [given_logits]))
-    y, logits, chosen = _einsum(*tensors, top_k, list(sizes), swapped, body, given_logits)
-    return y, logits if given_logits is None else given_logits, chosen
+                            *([] if given is None else [given]))
+    y, logits, chosen = _einsum(*tensors, top_k, list(sizes), swapped, body, given)
+    return y, logits if given is None else given, chosen

@@ -236,7 +236,7 @@ def test_fit_names_what_it_leaves_out(fitted):
                  "skips: left out, diverged: its loss or gradient is not finite at its end, iteration 40024",
                  "lacks: left out, its log was not written by train.py (KeyError: 'flops_per_token')",
                  "unset: left out, its log was not written by train.py (KeyError: 'n_head')",
-                 "list: left out, its log is none",
+                 "list: left out, its log was not written by train.py",
                  "rises: left out, diverged: its validation loss ends",
                  "short: unfinished, at iteration 40000 of 1000000\n",
                  "decays: unfinished, at iteration 40000 of 1000000; left out",

@@ -1,5 +1,6 @@
 """experiments.gpu_check on a CPU: it runs whole, and each kind of check can fail."""
 import json
+import os
 import subprocess
 
 import torch
@@ -53,20 +54,30 @@ def break_core_gradient():
     torch.compile = lambda layer, **_: layer  # takes long, and is not what fails here
     run = subprocess.run
 
-    def broken_torchrun(command, **options):
-        if "torch.distributed.run" not in command:
-            return run(command, **options)
-        return subprocess.CompletedProcess(command, 1, "", "a line\nno network\n")
-    subprocess.run = broken_torchrun
+    def broken_run(command, **options):
+        if "torch.distributed.run" in command:
+            return subprocess.CompletedProcess(command, 1, "", "a line\nno network\n")
+        done = run(command, **options)
+        if "train.py" not in command:
+            return done
+        [folder] = [word.partition("=")[2] for word in command if word.startswith("--out_dir=")]
+        with open(os.path.join(folder, "log.jsonl")) as f:
+            points = [json.loads(line) for line in f]
+        [*_, last] = (point for point in points if point["type"] == "train")
+        last["loss"] = 99.0
+        with open(os.path.join(folder, "log.jsonl"), "w") as f:
+            f.writelines(json.dumps(point) + "\n" for point in points)
+        return done
+    subprocess.run = broken_run
 
 
 def test_checks_fail(run, tmp_path):
-    done = run("experiments.gpu_check", *SMALL, "--iterations=1", f"--out={tmp_path}",
+    done = run("experiments.gpu_check", *SMALL, f"--out={tmp_path}",
                before=break_core_gradient, TRITON_INTERPRET="0")
     _, failed = read(tmp_path, done)
     assert done.returncode == 1
     assert {name for name in failed if name.startswith("torch") and "float32" in name} == {
         "torch btt_moe 16 x 8 float32: error", "torch btt_moe 16 x 16 float32: expert without tokens",
         "torch btt_moe 16 x 16 float32: bitwise the same again"}, done.stdout
-    assert "training of moe eager" in failed  # one loss cannot fall
+    assert "training of moe eager" in failed  # whose loss rises
     assert "FAILED btt_moe eager with torchrun on 1: error no network" in done.stdout
