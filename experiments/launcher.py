@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import configurator
 from configurator import HERE, fail
-from lib.files import replace_file, write_temporary
+from lib.files import write_whole
 from lib.log import NO_EFFECT, read_log
 from lib.terminal import prepare_output
 
@@ -59,11 +59,11 @@ def run_program(main: Callable[[], int], *errors: type[Exception]) -> NoReturn:
         sys.exit(130)
 
 
-def whole_numbers(**values: Sequence[float]) -> None:
-    """Raises ValueError unless each is a sequence of one or more whole numbers of at least 1."""
+def whole_numbers(least: int = 1, **values: Sequence[float]) -> None:
+    """Raises ValueError unless each is a sequence of one or more whole numbers of at least `least`."""
     for name, numbers in values.items():
-        if not numbers or any(number < 1 or number != int(number) for number in numbers):
-            raise ValueError(f"{name} takes whole numbers of at least 1; got {numbers}")
+        if not numbers or any(number < least or number != int(number) for number in numbers):
+            raise ValueError(f"{name} takes whole numbers of at least {least}; got {numbers}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +194,8 @@ def launch(run: Run, job: int, *, jobs: int, gpus: int, program: str) -> subproc
         text = ",".join(map(repr, value)) + "," if isinstance(value, tuple) else value
         command.append(f"--{key}={text}")
     command += [f"--out_dir={run.folder}", "--init_from=auto"]
-    path = os.path.join(run.folder, "settings.json")
-    text = json.dumps(dict(label=run.label, settings=run.settings), indent=1)
-    write_temporary(path, lambda file: file.write(text.encode()))
-    replace_file(path)
+    write_whole(os.path.join(run.folder, "settings.json"),
+                json.dumps(dict(label=run.label, settings=run.settings), indent=1))
     with open(os.path.join(run.folder, "output.txt"), "a") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 

@@ -45,7 +45,7 @@ from torch.nn import functional as F
 import structured
 from experiments.launcher import run_program, whole_numbers
 from experiments.plans import paper
-from lib.files import replace_file, write_temporary
+from lib.files import replace_file, write_temporary, write_whole
 from lib.log import read_log
 from model import lr_multipliers
 
@@ -175,13 +175,8 @@ def train(folder: str, label: str, options: dict, width: int, rate: float, seed:
             lines.append(dict(type="train", iter=iteration, loss=loss.item(),
                               ms_per_iter=1e3 * spent / iteration))
             lines.append(dict(type="eval", iter=iteration, tokens=iteration * batch_size, val_loss=error))
-    write_whole(os.path.join(folder, "settings.json"), [dict(label=label)])
-    write_whole(os.path.join(folder, "log.jsonl"), lines)
-
-
-def write_whole(path: str, lines: list[dict]) -> None:
-    write_temporary(path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in lines))
-    replace_file(path)
+    write_whole(os.path.join(folder, "settings.json"), json.dumps(dict(label=label)))
+    write_whole(os.path.join(folder, "log.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def run(kind: str, label: str, options: dict, width: int, rate: float, seed: int, data: tuple,
@@ -225,7 +220,7 @@ def check_settings() -> None:
                 raise ValueError(f"the runs in {out} have {name} = {known.get(name)}, not {settings[name]}: "
                                  "give another --out")
     else:
-        write_whole(path, [settings])
+        write_whole(path, json.dumps(settings))
 
 
 def main() -> int:

@@ -127,6 +127,12 @@ def replace_file(path: str) -> None:
     fsync_folder(os.path.dirname(path) or os.curdir)
 
 
+def write_whole(path: str, text: str) -> None:
+    """Both halves, for a text. Raises OSError, and leaves the old file, if the disk does not take it."""
+    write_temporary(path, lambda file: file.write(text.encode()))
+    replace_file(path)
+
+
 def fsync_folder(folder: str) -> None:
     """Brings the names of a folder's files to the disk. Windows cannot open a folder, and needs no sync of
     one."""

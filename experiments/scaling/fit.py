@@ -112,8 +112,8 @@ def label_of(folder: str, config: dict) -> str:
 
 def comparable_config(start: dict) -> dict:
     """The settings by which runs are compared, from a log's first line, where old ones hold None for what
-    train.py found out later. Raises KeyError where one is missing. Device, backend and
-    kernel change nothing but rounding and are left out, as is the decay where the rate is constant."""
+    train.py found out later. Raises KeyError where one is missing. Device, backend and kernel change nothing
+    but rounding and are left out, as is the decay where the rate is constant."""
     config = dict(start["config"])
     config |= {key: config[key] for key in ("learning_rate", "seed", "max_iters", "decay_lr", *STEP_SHAPE)}
     config |= {key: start.get(key, config.get(key)) for key in ("dtype", "compile")}
@@ -186,8 +186,8 @@ def read_runs(folders: Iterable[str]) -> tuple[list[MeasuredRun], list[str]]:
             run, note = read_run(path)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             name = os.path.basename(path)
-            reason = f"its log was not written by train.py ({type(e).__name__}: {e})"
-            run, note = None, f"{name}: left out, {reason}"
+            run = None
+            note = f"{name}: left out, its log was not written by train.py ({type(e).__name__}: {e})"
         runs += [run] if run else []
         notes += [note] if note else []
     if not runs:

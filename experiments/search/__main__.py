@@ -76,10 +76,12 @@ from experiments.search.study import TrialState, optuna
 
 def check_keys() -> None:
     """Exit with one sentence if a key of this program has a value of no use."""
-    for key, least in dict(widths=1, experts=0, top_ks=1, seeds=0).items():
-        values = config[key]
-        if values is not None and (not values or any(v < least or v != int(v) for v in values)):
-            fail(f"{key} takes whole numbers of at least {least}; got {values}")
+    try:
+        for key, least in dict(widths=1, experts=0, top_ks=1, seeds=0).items():
+            if config[key] is not None:
+                launcher.whole_numbers(least, **{key: config[key]})
+    except ValueError as e:
+        fail(str(e))
     if pruner != "none" and first_rung >= evals:
         fail(f"first_rung = {first_rung} must be less than evals = {evals}: nothing would be pruned")
     if not learning_rates or min(learning_rates) < 0:
