@@ -100,8 +100,7 @@ def computes_logits(x: Tensor) -> bool:
     return x.device.type == "cpu" and _kernel in ("auto", "c") and dtype in (torch.float32, torch.float64)
 
 
-def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes,
-                   given: Tensor | None):
+def _empty_outputs(x: Tensor, first: Tensor, router: Tensor | None, top_k: int, sizes, given: Tensor | None):
     """y, logits and chosen of the operator's shapes and types, with nothing in them."""
     y = first.new_empty(x.shape[0], sizes[3] * sizes[4] * sizes[5])
     logits = x.new_empty(0) if router is None else router.new_empty(x.shape[0], router.shape[0])
@@ -115,8 +114,7 @@ def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, bal
             given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not len(x):
         return _empty_outputs(x, first, router, top_k, sizes, given)
-    chosen_body = _body(body, given is not None, sizes, x, first, second, router, balance)
-    y, logits, chosen = chosen_body.forward(
+    y, logits, chosen = _body(body, given is not None, sizes, x, first, second, router, balance).forward(
         x, first, second, router, balance, experts, top_k, sizes, swapped,
         *([] if given is None else [given]))
     # an operator returns tensors, and none of its inputs
@@ -225,7 +223,6 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
     if plain and 0 < len(x) <= FEW:
         # a token at a time, calling an operator takes longer than its work
         body = _body(body, given is not None, sizes, *tensors[:5])
-        return body.forward(*tensors, top_k, sizes, swapped,
-                            *([] if given is None else [given]))
+        return body.forward(*tensors, top_k, sizes, swapped, *([] if given is None else [given]))
     y, logits, chosen = _einsum(*tensors, top_k, list(sizes), swapped, body, given)
     return y, logits if given is None else given, chosen
