@@ -22,7 +22,7 @@ from structured import Theta
 PANELS = dict(omega="ω, parameter sharing", psi="ψ, rank", nu="ν, compute intensity")
 STATES = ("complete", "pruned", "running", "waiting", "fail")
 # what a structure of follow.py sets itself
-OWN_KEYS = ("struct", "theta", "rank", "n_embd", "num_experts", "top_k", "learning_rate")
+OWN_KEYS = ("struct", "weight_norm", "theta", "rank", "n_embd", "num_experts", "top_k", "learning_rate")
 
 
 def rows_of(study: optuna.Study) -> list[dict]:
@@ -34,6 +34,7 @@ def rows_of(study: optuna.Study) -> list[dict]:
         theta, share = Theta(*model["theta"]), (trial.last_step or 0) / evals
         rows.append(dict(
             trial=trial.number, state=state, structure=model["label"], name=model["structure"],
+            named=trial.user_attrs.get("named", ""),
             theta=theta_text(theta), omega=theta.omega, psi=theta.psi, nu=theta.nu,
             loss=losses.get(trial.last_step, math.nan), share_of_budget=share,
             first_loss=losses.get(first_rung, math.nan), flops=run["flops"] * share, width=model["width"],
@@ -86,8 +87,10 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
         try:
             with open(dense, encoding="utf-8") as f:
                 found = json.load(f)
-            measure, frontier = found["measure"], found["axes"]["flops"]["dense"]
-            curve = DenseCurve(frontier["x"], frontier["loss"], f"the frontier in {dense}")
+            base = found.get("base", "")
+            base = base if base.startswith("dense") else "dense"     # dense_normed, if that is the better one
+            measure, frontier = found["measure"], found["axes"]["flops"][base]
+            curve = DenseCurve(frontier["x"], frontier["loss"], f"the frontier of {base} in {dense}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of experiments.scaling, or a "
                              "folder of runs") from error
@@ -145,12 +148,15 @@ def config_text(row: dict, settings: dict) -> str:
 
 
 def plan_text(rows: list[dict], settings: dict, request: dict, top: int, seeds: tuple, times: float) -> str:
-    """A plan for experiments.scaling: the best structures and dense, each at its width and rate."""
+    """A plan for experiments.scaling: the best structures, BTT-MoE if it came first, and dense, each at its
+    width and rate."""
     best = [r for r in rows if r["state"] == "complete" and r["name"] != "dense"][:top]
+    best += [r for r in rows if r["named"] == "btt_moe" and r["trial"] in settings and r not in best]
     structures = {r["structure"]: {k: v for k, v in settings[r["trial"]].items() if k in OWN_KEYS}
                   for r in best}
     rates = [r["learning_rate"] for r in rows if r["name"] == "dense" and r["run"]]
     structures["dense"] = dict(n_embd=request["dense_width"],
+                               weight_norm=request["settings"].get("weight_norm", True),
                                learning_rate=rates[0] if rates else request["learning_rates"])
     shared = dict(flops=times * request["flops"], seed=[int(s) for s in seeds], evals=4 * request["evals"])
     shared |= {k: v for k, v in request["settings"].items() if k != "seed"}
@@ -170,8 +176,7 @@ def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, early:
             f"{len(pruned)} pruned, {len(failed)} failed. The sampler asked for {rejected} θ that were not "
             f"trained, having no model or too large a ν, and for {same} whose matrices another trial has. "
             "Losses are validation cross-entropy in nats per token. Sizes are of the maps d → d, d → 4d, "
-            "4d → d. Dense is train.py's own, without weight norm; btt and monarch are plain einsums, not "
-            "aligned with heads."]
+            "4d → d. All have weight norm, dense too, and none is aligned with heads."]
     head = ["", "structure, θ (α β γ δ ε φ ρ)", "width", "sizes", "ω", "ψ", "ν", "parameters", "loss"]
     cells = [[str(i), r["structure"], str(r["width"]), r["sizes"], *taxonomy(r), f"{r['params'] or 0:,}",
               f"{r['loss']:.4f}"] for i, r in enumerate(complete, 1)]

@@ -152,13 +152,21 @@ class Space:
                              f"per token within {self.tolerance:.0%} of {self.flops_per_token:.3g}")
         return point
 
+    def first(self) -> dict[str, tuple[Theta, int, int]]:
+        """{name: (θ, experts, top_k)} of what comes first, with the fewest experts: structures with a name,
+        and BTT-MoE, whose experts have rank 1, where the sampler may choose between none and some."""
+        experts = sorted(self.experts)
+        found = {name: (theta, experts[0], self.top_ks[0]) for name, theta in NAMED.items()}
+        if experts[0] == 0 and experts[-1] > 0:
+            found["btt_moe"] = (NAMED["monarch"], min(filter(None, experts)), self.top_ks[0])
+        return found
+
     def named(self) -> dict[str, Point | str]:
-        """{name of a structure: its model with the fewest experts, or a sentence why it has none}."""
+        """{name: its model, or a sentence why it has none} of those that come first."""
         found: dict[str, Point | str] = {}
-        experts = min(self.experts)
-        for name, theta in NAMED.items():
+        for name, (theta, experts, top_k) in self.first().items():
             try:
-                found[name] = self.point(theta, experts, self.top_ks[0] if experts else 0)
+                found[name] = self.point(theta, experts, top_k if experts else 0)
             except ValueError as error:
                 found[name] = str(error)
         return found
@@ -199,13 +207,13 @@ class Space:
 
     def runs(self, point: Point, root: str) -> list[Run]:
         """A run of the point for each learning rate. Raises ValueError if train.py cannot make such a model.
-        Dense is train.py's own, without weight norm; all others are plain einsums, not aligned with heads."""
+        All have weight norm, dense too; all but dense are einsums, so that none is aligned with heads."""
         # all trials evaluate at the same shares of the budget
         flops_per_iter = point.flops_per_token * tokens_per_iter(self.settings)
         every = max(1, round(self.flops / (flops_per_iter * self.evals)))
         values = self.settings | dict(n_embd=point.width, max_iters=every * self.evals, eval_interval=every)
         if point.structure == "dense":
-            values |= dict(struct="dense")
+            values = dict(struct="dense", weight_norm=True) | values
         else:
             values |= dict(struct="einsum", theta=tuple(point.theta))
         if point.rank != max(1, round(point.width ** point.theta.rho)):

@@ -26,7 +26,7 @@ import filelock
 
 from configurator import fail, show
 from experiments import launcher
-from experiments.search.space import NAMED, Point, Space, indices_of
+from experiments.search.space import Point, Space, indices_of
 from lib.log import read_log
 
 try:
@@ -116,9 +116,9 @@ def begin(study: optuna.Study, space: Space, named: bool, first_rung: int) -> No
     Raises ValueError if it has begun with another one."""
     asked, stored = space.request(), study.user_attrs.get("request")
     if stored is None:
-        for name, theta in NAMED.items() if named else ():
-            options = dict(num_experts=sorted(space.experts), top_k=space.top_ks)
-            params = indices_of(theta) | {key: v[0] for key, v in options.items() if len(v) > 1}
+        for name, (theta, experts, top_k) in space.first().items() if named else ():
+            options = dict(num_experts=(space.experts, experts), top_k=(space.top_ks, top_k))
+            params = indices_of(theta) | {key: v for key, (choices, v) in options.items() if len(choices) > 1}
             study.enqueue_trial(params, user_attrs=dict(named=name), skip_if_exists=True)
         study.set_user_attr("first_rung", first_rung)
         study.set_user_attr("request", asked)

@@ -600,6 +600,12 @@ def test_a_dense_curve_from_elsewhere_must_measure_the_same_loss(tmp_path):
                           (dict(eval_iters=200), "block_size")):
         with pytest.raises(ValueError, match=f"do not measure the same loss: {key} is"):
             report.dense_curve(str(tmp_path / "fit.json"), [], "", settings)
+    # the baseline of that fit, if it is a dense one
+    for base, first in (("dense_normed", 2.8), ("btt", 3.0)):
+        fit["axes"]["flops"]["dense_normed"] = dict(x=[1e12, 2e12], loss=[2.8, 2.5])
+        (tmp_path / "fit.json").write_text(json.dumps(fit | dict(base=base)))
+        curve = report.dense_curve(str(tmp_path / "fit.json"), [], "", dict(block_size=64))
+        assert curve.losses[0] == first
     (tmp_path / "other.json").write_text("{}")
     for place in ("other.json", "nowhere"):
         with pytest.raises(ValueError, match="no dense curve"):

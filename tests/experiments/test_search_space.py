@@ -10,7 +10,7 @@ optuna = pytest.importorskip("optuna")
 
 from experiments.plans.paper import _thetas as PAPER
 from experiments.search import study as search_study
-from experiments.search.report import importances, rows_of
+from experiments.search.report import importances, plan_text, rows_of
 from experiments.search.space import LEVELS, Space, indices_of, swapped, theta_of
 from experiments.search.study import Search, begin, counted, make_pruner, make_sampler, open_study
 from structured import STRUCTURES, Theta
@@ -110,8 +110,9 @@ def test_a_point_has_a_run_of_the_requested_cost_for_each_rate(python_text, tmp_
         for run in runs:
             assert abs(run.flops / 1e13 - 1) < 0.05 and run.max_iters == 8 * run.settings["eval_interval"]
             assert run.settings["n_embd"] == point.width
-            if name == "dense":     # the model of config/dense.py, which others measure too
+            if name == "dense":     # with weight norm, which all others have: the better one
                 assert run.settings["struct"] == "dense" and "theta" not in run.settings
+                assert run.settings["weight_norm"] is True
             else:
                 assert run.settings["struct"] == "einsum" and run.settings["theta"] == tuple(NAMED[name])
 
@@ -216,6 +217,48 @@ def test_dense_with_experts_is_not_dense(tmp_path):
         study.enqueue_trial(indices_of(NAMED["dense"]) | dict(num_experts=experts))
     searched(study, space, 2, lambda *_: 1.0, tmp_path)
     assert [row["name"] for row in rows_of(study)] == ["dense", "dense, 4 experts, top 2"]
+
+
+def test_btt_moe_comes_after_the_named_structures_where_experts_are_a_choice(python_text, tmp_path):
+    """The model of config/btt_moe.py, not aligned with heads: the same sizes, experts and FLOPs per token."""
+    import torch
+    from model import GPT, GPTConfig
+    settings = SETTINGS | dict(dataset=str(python_text))
+    study, space = make_study(), make_space(experts=(16, 0, 8), top_ks=(2, 1), settings=settings)
+    begin(study, space, True, 2)
+    queued = [trial.user_attrs["named"] for trial in study.trials]
+    assert queued == [*NAMED, "btt_moe"] == list(space.named())
+    params = [trial.system_attrs["fixed_params"] for trial in study.trials]
+    assert [(p["num_experts"], p["top_k"]) for p in params] == [(0, 2)] * len(NAMED) + [(8, 2)]
+    point = space.named()["btt_moe"]
+    run, = space.runs(point, str(tmp_path))
+    configs = (dict(struct="btt", num_experts=8, top_k=2, head_aligned=False),
+               {key: run.settings[key] for key in ("struct", "theta", "num_experts", "top_k")})
+    with torch.device("meta"):
+        models = [GPT(GPTConfig(block_size=128, vocab_size=96, n_layer=3, n_head=4, n_embd=point.width,
+                                **config)) for config in configs]
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in models]
+    assert shapes[0] == shapes[1] and 3 * models[0].flops_per_token() == point.flops_per_token
+    for experts in ((0,), (8,)):
+        assert list(make_space(experts=experts).named()) == list(NAMED)
+
+
+def test_btt_moe_and_dense_with_weight_norm_are_in_the_plan_of_the_best(tmp_path):
+    study, space = make_study(), make_space(experts=(0, 8))
+    begin(study, space, True, 2)
+    searched(study, space, 12, lambda trial, point: 9.0 if point.num_experts else 1.0 + trial.number / 99,
+             tmp_path)
+    rows = rows_of(study)
+    settings = {row["trial"]: dict(struct=row["structure"], batch_size=16, n_embd=row["width"])
+                for row in rows}
+    plan = {}
+    exec(plan_text(rows, settings, space.request(), 3, (1, 2), 4.0), plan)
+    best = [row["structure"] for row in rows if row["name"] != "dense"][:3]
+    btt_moe, = (row["structure"] for row in rows if row["named"] == "btt_moe")
+    assert list(plan["structures"]) == [*best, btt_moe, "dense"]
+    assert plan["structures"][btt_moe] == dict(struct=btt_moe, n_embd=space.named()["btt_moe"].width)
+    assert plan["structures"]["dense"] == dict(n_embd=96, weight_norm=True, learning_rate=[3e-3])
+    assert plan["flops"] == 4e13 and plan["seed"] == [1, 2]
 
 
 # ---- Sampler, pruner and importances -----------------------------------------------------------------------
