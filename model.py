@@ -322,13 +322,8 @@ class GPT(nn.Module):
         return flops + head if output_layer else flops
 
     def num_params(self, active: bool = False) -> int:
-        """Number of parameters; `active`: those that one token meets, top_k of each set of experts."""
-        total = sum(p.numel() for p in self.parameters())
-        if active:
-            for moe in (m for m in self.modules() if isinstance(m, structured.MoE)):
-                experts = sum(p.numel() for p in moe.experts.parameters())
-                total -= experts * (moe.num_experts - moe.top_k) // moe.num_experts
-        return total
+        """See num_params."""
+        return num_params(self, active)
 
     @classmethod
     def count_params(cls, config: GPTConfig) -> int:
@@ -470,6 +465,15 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.wte.weight.dtype
+
+
+def num_params(module: nn.Module, active: bool = False) -> int:
+    """Parameters of any module; `active`: those that one token meets, top_k of each set of experts."""
+    total = sum(p.numel() for p in module.parameters())
+    for moe in (m for m in module.modules() if active and isinstance(m, structured.MoE)):
+        experts = sum(p.numel() for p in moe.experts.parameters())
+        total -= experts * (moe.num_experts - moe.top_k) // moe.num_experts
+    return total
 
 
 def lr_multipliers(module: nn.Module, base_width: int | None) -> dict[str, float]:

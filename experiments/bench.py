@@ -59,9 +59,9 @@ from torch import nn
 import structured
 from experiments.launcher import whole_numbers
 from experiments.scaling.plan import structures_of
-from experiments.scaling.report import markdown_table
 from lib import figure, kernels
 from lib.device import autocast, choose_compile, choose_device, choose_dtype, device_name, use_device
+from lib.table import markdown_table
 from model import GPT, GPTConfig
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_embd", "n_head")  # of a model, from the keys above

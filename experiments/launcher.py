@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import configurator
 from configurator import HERE, fail
+from lib.commands import key_of
 from lib.files import write_whole
 from lib.log import NO_EFFECT, read_log
 from lib.terminal import prepare_output
@@ -44,7 +45,7 @@ def split_arguments(script: str, doc: str, commands: tuple[str, ...]) -> tuple[s
         return command, [], rest, []
     files = [a for a in rest if a.strip() and not a.startswith("-")]
     keys = TRAIN_KEYS.keys() - set(configurator.read_keys(script))
-    of_train = [a for a in rest if a.partition("=")[0].removeprefix("--").replace("-", "_") in keys]
+    of_train = [a for a in rest if key_of(a) in keys]
     return command, files, [a for a in rest if a not in files + of_train], of_train
 
 

@@ -6,6 +6,7 @@ rates.
 import math
 import sys
 
+from lib.table import markdown_table
 from lib.terminal import prepare_output
 from structured import STRUCTURES, Dyad, linear
 
@@ -15,8 +16,8 @@ HEAD = ("structure", "θ (α β γ δ ε φ ρ)", "sizes", "parameters", "of den
 
 def structures_table(d_in: int, d_out: int, base_width: int = 128) -> str:
     """The table for maps d_in -> d_out; lr × is the factor on the learning rate at this base width."""
-    rows = [row_of(name, d_in, d_out, base_width) for name in STRUCTURES if name != "einsum"]
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *rows)])
+    return markdown_table(HEAD, [row_of(name, d_in, d_out, base_width) for name in STRUCTURES
+                                 if name != "einsum"])
 
 
 def row_of(name: str, d_in: int, d_out: int, base_width: int) -> list[str]:

@@ -47,7 +47,7 @@ from experiments.launcher import run_program, whole_numbers
 from experiments.plans import paper
 from lib.files import replace_file, write_temporary, write_whole
 from lib.log import read_log
-from model import lr_multipliers
+from model import lr_multipliers, num_params
 
 D_IN, TEACHER_LAYERS, HIDDEN_LAYERS = 8, 6, 3
 BLOCK = 16_384       # examples are made in blocks; one more is the test set
@@ -129,13 +129,6 @@ class Student(nn.Module):
         ends = 2 * (self.first.weight.numel() + self.last.weight.numel())
         return 3 * (ends + sum(layer.flops_per_token() for layer in self.inner))
 
-    def params(self) -> tuple[int, int]:
-        """(all parameters, those that an example uses)."""
-        count = sum(p.numel() for p in self.parameters())
-        idle = sum(sum(p.numel() for p in layer.experts.parameters()) * (1 - layer.top_k / layer.num_experts)
-                   for layer in self.inner if isinstance(layer, structured.MoE))
-        return count, count - round(idle)
-
 # ---- Runs --------------------------------------------------------------------------------------------------
 
 
@@ -155,9 +148,9 @@ def train(folder: str, label: str, options: dict, width: int, rate: float, seed:
     settings = dict(options, dataset="teacher", n_layer=HIDDEN_LAYERS, n_head=1, n_embd=width, block_size=1,
                   batch_size=batch_size, eval_iters=1, learning_rate=rate, seed=seed, max_iters=iterations,
                   decay_lr=False)
-    params, active_params = student.params()
-    lines = [dict(type="run", config=settings, params=params, active_params=active_params,
-                  tokens_per_iter=batch_size, flops_per_token=student.flops(),
+    lines = [dict(type="run", config=settings, params=num_params(student),
+                  active_params=num_params(student, active=True), tokens_per_iter=batch_size,
+                  flops_per_token=student.flops(),
                   flops_per_token_without_output_layer=student.flops(), loss="mean squared error")]
     spent = 0.0
     for iteration in range(1, iterations + 1):

@@ -21,6 +21,7 @@ import numpy as np
 from configurator import UnitFloat, configure, fail
 from lib.figure import figure, log_ticks, optional_figures, save, style
 from lib.log import NO_EFFECT, format_duration, read_log
+from lib.table import markdown_table
 from lib.terminal import prepare_output
 from tools.places import split_places
 
@@ -165,13 +166,6 @@ def remarks(runs: list[Run]) -> list[str]:
 
 # ---- Tables ------------------------------------------------------------------------------------------------
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A markdown table whose columns are aligned."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-
-
 def overview(runs: list[Run]) -> str:
     rows = []
     for run in runs:
@@ -185,7 +179,8 @@ def overview(runs: list[Run]) -> str:
                      f"{last['tokens']:,.0f}", f"{last['flops']:.3g}",
                      format_duration(last["seconds"]) if timed else "—",
                      f"{last['tokens'] / last['seconds']:,.0f}" if timed else "—"])
-    return table(["run", "last val loss", "best", "iterations", "tokens", "FLOPs", "time", "tokens/s"], rows)
+    head = ["run", "last val loss", "best", "iterations", "tokens", "FLOPs", "time", "tokens/s"]
+    return markdown_table(head, rows)
 
 
 def common_losses(runs: list[Run]) -> list[float]:
@@ -225,7 +220,7 @@ def crossings(runs: list[Run], levels: list[float]) -> str:
                 cells.append("—" if math.isnan(value) else show(value))
                 cells.append("—" if math.isnan(value) or not base > 0 else f"{value / base:.3f}")
             rows.append([f"{level:g}", run.label, *cells])
-    return table(["val loss", "run", "FLOPs", "÷ first run's", "time", "÷ first run's"], rows)
+    return markdown_table(["val loss", "run", "FLOPs", "÷ first run's", "time", "÷ first run's"], rows)
 
 
 # ---- Figure ------------------------------------------------------------------------------------------------

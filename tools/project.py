@@ -54,6 +54,7 @@ from lib.device import autocast, choose_device
 from lib.evaluation import evaluate
 from lib.log import read_log
 from lib.nearest import nearest_dyad, nearest_einsum, relative_error
+from lib.table import markdown_table
 from model import GPT, GPTConfig
 from structured import Dyad, Einsum, Structured
 
@@ -199,12 +200,12 @@ def show_table(rows: list[list]) -> str:
     head = ["projection", "sizes", "relative error", *["weighted error"] * weighted, "parameters", "of dense",
             "FLOPs/token", "of dense"]
     sums = [sum(row[i] for row in rows) for i in (3, 4, 5)]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, sizes, errors, params, dense, flops in [*rows, ["all", "", [], *sums]]:
         errors = [f"{error:.6f}" for error in errors] or [""] * (1 + weighted)
         lines.append([name, sizes, *errors, f"{params:,}", f"{params / dense:.3f}", f"{flops:,}",
                       f"{flops / (2 * dense):.3f}"])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(head, lines)
 
 # ---- The result, and its fine-tuning -----------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from experiments.scaling.fit import (
     AXES, COMPARABLE, PER_DECADE, Fit, MeasuredRun, alike, first_budget, fit_structure, interval,
     mean_of_seeds, measured_multipliers, multipliers, read_runs, robust_deviation, same_but_seed, seed_noise,
     share_seconds, take_seconds)
+from lib.table import markdown_table
 
 GAP = 10 ** (2.5 / PER_DECADE)  # a wider gap between two points of a frontier is remarked on
 
@@ -95,11 +96,6 @@ def number(value: float) -> str:
 def with_interval(value: str, values: list[float], level: float) -> str:
     """'<value> (<low> to <high>)', the value alone where there are no bootstrap values."""
     return "{} ({} to {})".format(value, *map(number, interval(values, level))) if values else value
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    first, *others = (f"| {' | '.join(row)} |" for row in [head, *rows])
-    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def laws_table(fits: dict[str, Fit], level: float, unit: str) -> str:

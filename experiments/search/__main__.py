@@ -72,6 +72,7 @@ from experiments.search import space as points
 from experiments.search import study as studies
 from experiments.search.space import LEVELS, Point, Space
 from experiments.search.study import TrialState, optuna
+from lib.commands import key_of
 
 
 def check_keys() -> None:
@@ -96,7 +97,7 @@ def shared_settings() -> dict:
     """Keys of train.py that all trials share: those that differ from its defaults, and the most important."""
     settings = configurator.configure({"__file__": launcher.TRAIN}, files + train_flags)
     defaults = launcher.TRAIN_DEFAULTS
-    flags = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in train_flags}
+    flags = set(map(key_of, train_flags))
     for key in points.CHOSEN:
         if key in flags or key in points.STRUCTURAL and settings[key] != defaults[key]:
             fail(f"{key} is what the search chooses: python -m experiments.search --help lists its keys")

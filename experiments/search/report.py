@@ -12,11 +12,12 @@ import numpy as np
 
 from experiments.launcher import TRAIN_DEFAULTS
 from experiments.scaling import fit as scaling_fit
-from experiments.scaling.report import markdown_table, number, round_all, write_csv
+from experiments.scaling.report import number, round_all, write_csv
 from experiments.search.space import LEVELS, theta_text
 from experiments.search.study import counted, optuna
 from lib.figure import figure, optional_figures, save, style
 from lib.log import read_log
+from lib.table import markdown_table
 from structured import Theta
 
 PANELS = dict(omega="ω, parameter sharing", psi="ψ, rank", nu="ν, compute intensity")

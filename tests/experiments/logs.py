@@ -1,4 +1,4 @@
-"""Logs as train.py writes them, of runs whose truth is known."""
+"""Logs as train.py writes them, of runs whose truth is known; and the cells of tables."""
 import json
 
 
@@ -20,3 +20,9 @@ def write_log(folder, label, config, per_token, tokens, losses, ms=10.0, skipped
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps,
                                                     lines)) + '\n{"type": "eval", "it')    # a half line
     (folder / "settings.json").write_text(json.dumps(dict(label=label)))
+
+
+def cells_of(text):
+    """The cells of the markdown tables in a text, a list for each line."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+            if line.startswith("|")]
