@@ -24,7 +24,8 @@ from structured import LayerConfig
 class GPTConfig(LayerConfig):
     """LayerConfig says which structure the projections have; the fields below are the transformer's.
 
-    Raises ValueError, in one sentence, for sizes that do not fit each other.
+    Checkpoints hold all fields, and a run that resumes may change none of them. Raises ValueError for sizes
+    that do not fit each other.
     """
     block_size: int = 1024
     vocab_size: int = 50257
@@ -41,7 +42,7 @@ class GPTConfig(LayerConfig):
     gelu: str = "exact"             # or its 'tanh' approximation
     norm_eps: float = 1e-5          # of every layer norm
     tie_embeddings: bool = False    # the output layer is the token embedding
-    branch_scale: float | None = None     # factor on every residual branch; None: µP's √(3 / n_layer)
+    branch_scale: float | None = None     # factor on every residual branch; None: √(3 / n_layer), docs/mup.md
     attention_scale: float | None = None  # factor on attention logits; None: µP's 8 / head size
 
     def __post_init__(self):
@@ -57,7 +58,7 @@ class GPTConfig(LayerConfig):
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
         if self.gelu not in ("exact", "tanh"):
             raise ValueError(f"gelu must be 'exact' or 'tanh'; got {self.gelu!r}")
-        if self.branch_scale is None:  # the sum of all branches does not grow with the depth; 1 at 3 layers
+        if self.branch_scale is None:  # a sum of independent branches keeps its size; 1 at 3 layers
             self.branch_scale = math.sqrt(3 / self.n_layer)
         if self.attention_scale is None:  # the usual 1 / √hs at hs = 64
             self.attention_scale = 8 / (self.n_embd // self.n_head)
@@ -148,21 +149,22 @@ class KVCache:
         shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens read
+        self.length = 0  # tokens read; GPT.forward advances it, after all layers
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the keys and values (B, nh, T, hs) of one layer's new tokens; returns those of all tokens so
-        far."""
+    def extend(self, block_index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the keys and values (B, nh, T, hs) of new tokens in one block; returns those of all tokens
+        so far."""
         stop = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:stop], self.v[layer, :, :, self.length:stop] = k, v
-        return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
+        for kept, new in ((self.k[block_index], k), (self.v[block_index], v)):
+            kept[:, :, self.length:stop] = new
+        return self.k[block_index, :, :, :stop], self.v[block_index, :, :, :stop]
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig, block_index: int):
         super().__init__()
         d = config.n_embd
-        self.n_head, self.layer, self.dropout = config.n_head, layer, config.dropout
+        self.n_head, self.block_index, self.dropout = config.n_head, block_index, config.dropout
         self.head_size, self.scale = d // config.n_head, config.attention_scale
         to_heads = dict(phi=config.n_head) if config.head_aligned else {}
         from_heads = dict(gamma=config.n_head) if config.head_aligned else {}
@@ -183,17 +185,18 @@ class CausalSelfAttention(nn.Module):
         v = apply_layer(self.v, x, aux, logits[2]).view(heads).transpose(1, 2)
         mask = None
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-            q, mask = q.to(k.dtype), _cache_mask(T, k.shape[2], x.device)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=cache is None or mask is None and T > 1, scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+            k, v = cache.extend(self.block_index, k, v)
+            q, mask = q.to(k.dtype), _cache_mask(T, k.shape[2], x.device)  # q: layer norms give float32
+        is_causal = cache is None or (mask is None and T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale,
+                                           dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, d)
         return self.resid_dropout(apply_layer(self.o, y, aux))
 
 
 def _cache_mask(T: int, S: int, device) -> Tensor | None:
-    """Which of S tokens the last T may see, (T, S); None where plain causal attention says the same."""
+    """Which of S tokens the last T may see, (T, S). None where no mask is needed: one token sees all, and
+    where T is S, attention is plainly causal."""
     if T == 1 or T == S:
         return None
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
@@ -235,10 +238,10 @@ class MLPExperts(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig, block_index: int):
         super().__init__()
         self.ln_1 = layer_norm(config, config.n_embd)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config, block_index)
         self.ln_2 = layer_norm(config, config.n_embd)
         if config.ffn_experts:
             self.mlp = structured.MoE(config.n_embd, MLPExperts(config), config.ffn_experts, config.top_k)
@@ -265,17 +268,16 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        # a large output layer is padded to a multiple of 64 rows; forward slices the logits back to
-        # vocab_size
-        V = config.vocab_size if config.vocab_size < 1024 else math.ceil(config.vocab_size / 64) * 64
-        self.wte = nn.Embedding(V if config.tie_embeddings else config.vocab_size, config.n_embd)
+        # a large output layer is padded to a multiple of 64 rows; forward slices the logits back to V
+        padded = config.vocab_size if config.vocab_size < 1024 else math.ceil(config.vocab_size / 64) * 64
+        self.wte = nn.Embedding(padded if config.tie_embeddings else config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = layer_norm(config, config.n_embd)
         # lm_head starts at zero: the first loss is ln(vocab_size)
         self.lm_head = (None if config.tie_embeddings else  # the weights of wte
-                        structured.linear("dense", config.n_embd, V, zero_init=True))
+                        structured.linear("dense", config.n_embd, padded, zero_init=True))
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.02)
 
@@ -313,7 +315,7 @@ class GPT(nn.Module):
         """Forward FLOPs per token at full block_size, 2 per multiply-add; the backward is twice it.
 
         Every product that is executed counts: routers and attention too (QKᵀ and AV over block_size keys,
-        causal or not); of the experts, the active ones.
+        causal or not); of the experts, the active ones. What a backward recomputes does not count.
         """
         layers = [m for b in self.blocks for m in (b.attn.q, b.attn.k, b.attn.v, b.attn.o, b.mlp)]
         flops = sum(m.flops_per_token() for m in layers)
@@ -322,7 +324,7 @@ class GPT(nn.Module):
         return flops + head if output_layer else flops
 
     def num_params(self, active: bool = False) -> int:
-        """See num_params."""
+        """Number of parameters; `active`: see num_params below."""
         return num_params(self, active)
 
     @classmethod
@@ -347,10 +349,11 @@ class GPT(nn.Module):
         return self.flops_per_token() / self.count_flops(dense)
 
     def routers(self) -> dict[str, structured.MoE]:
-        """{name: mixture} in the order in which a forward meets them: that of ModelAux."""
+        """{name: mixture} in the order of ModelAux, that in which a forward meets them: modules are to be
+        registered in the order in which they are called."""
         return {name: m for name, m in self.named_modules() if isinstance(m, structured.MoE)}
 
-    def rebalance(self, load: Tensor, variance: Tensor, rate: float) -> None:
+    def rebalance(self, load: Tensor, variance: Tensor, rate: float | Tensor) -> None:
         """Moves the biases of each router against its load: load (R, E) and variance (R,) as in ModelAux."""
         for router, *report in zip(self.routers().values(), load, variance):
             router.rebalance(*report, rate)
@@ -391,20 +394,16 @@ class GPT(nn.Module):
 
     # -- training --------------------------------------------------------------------------------------------
 
-    def lr_multipliers(self, base_width: int | None) -> dict[str, float]:
-        """{parameter name: factor on the learning rate} under µP for Adam; 1 if base_width is None."""
-        return lr_multipliers(self, base_width)
-
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                              device_type: str, base_width: int | None = 128) -> torch.optim.AdamW:
-        """AdamW with a group for each learning rate, of what is decayed and of what is not; a group keeps its
-        'lr_multiplier' for the schedule.
+        """AdamW with a group for each (multiplier, decayed or not); it keeps its 'lr_multiplier' for the
+        schedule.
 
         Cores, routers and embeddings are decayed; gains, biases and norms are not. The decay is divided by
         the multiplier: every matrix shrinks by learning_rate · weight_decay a step, whatever its structure
         and width.
         """
-        multipliers = self.lr_multipliers(base_width)
+        multipliers = lr_multipliers(self, base_width)
         groups: dict[tuple[float, bool], list] = {}
         for name, p in self.named_parameters():
             decays = p.dim() >= 2 and not name.endswith("bias")
@@ -427,7 +426,8 @@ class GPT(nn.Module):
         likeliest whose probabilities sum to top_p. known (B, N) are the first N tokens to come, -1 where one
         is to be drawn: the rest of prompts that are longer than T. A window slides past block_size: when it
         is full, its oldest quarter is forgotten and the rest read again (positions are learned, so that keys
-        of shifted tokens cannot be kept). With or without the cache the tokens are the same.
+        of shifted tokens cannot be kept). With or without the cache the tokens are the same. Dropout acts
+        unless eval() was called.
         """
         if idx.shape[1] < 1:
             raise ValueError("generation needs a prompt of at least one token")
@@ -438,12 +438,12 @@ class GPT(nn.Module):
 
     def _stream(self, idx: Tensor, max_new_tokens: int, sampling: tuple, use_cache: bool,
                 known: Tensor) -> Iterator[Tensor]:
-        block = self.config.block_size
-        window = idx[:, -block:]
+        block_size = self.config.block_size
+        window = idx[:, -block_size:]
         cache = None
         for i in range(max_new_tokens):
-            if window.shape[1] > block:
-                window, cache = window[:, -max(1, block - block // 4):], None
+            if window.shape[1] > block_size:
+                window, cache = window[:, -max(1, block_size - block_size // 4):], None
             if not use_cache:
                 logits, _ = self(window)
             elif cache is None:

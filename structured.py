@@ -213,7 +213,7 @@ class LayerConfig:
     theta: tuple | str | None = None  # seven exponents, for struct 'einsum' alone
     num_experts: int = 0            # 0, or E experts of the structure with a router
     top_k: int = 2                  # experts per token
-    weight_norm: bool | None = None  # normalize the cores, with gains; None: for every structure but dense
+    weight_norm: bool | None = None  # cap the cores' rms, with gains; None: for every structure but dense
     bias: bool = False
     dyad_blocks: int = 4            # D, for struct 'dyad' alone
     dyad_variant: str = "it"        # 'it', 'ot' or 'dt', for struct 'dyad' alone
@@ -232,7 +232,7 @@ class Structured(nn.Module):
     zero_core   the core that starts at zero; the others start normal, std = √min(fan_in, fan_out) / fan_in
 
     A subclass has forward(x, ends), to_dense() and flops_per_token(). With experts the rows of x are grouped
-    by expert, and ends (E,) says where: expert e has the rows ends[e - 1] to ends[e].
+    by expert, and ends (E,) says where: expert e has rows n with ends[e - 1] <= n < ends[e].
     With config.weight_norm a core M acts as gain · M / max(1, rms(M) / std), with a gain for each expert.
     """
     cores_multiply = True  # whether W is a product of the cores; otherwise it is their sum
@@ -325,7 +325,8 @@ class Einsum(Structured):
         return self.add_bias(y.view(*x.shape[:-1], self.d_out), ends)
 
     def mixture(self, x: Tensor, balance: Tensor, top_k: int, **routing) -> tuple[Tensor, ...]:
-        """By a router or its logits: x (T, d_in) -> y (T, d_out), logits (T, E), chosen experts (T, k)."""
+        """x (T, d_in) -> y (T, d_out), logits (T, E), chosen experts (T, k); routing: router=(E, d_in), or
+        logits=(T, E) that are known."""
         cores = (self.core(name) for name in self.order)
         y, logits, chosen = kernels.einsum(x, *cores, self.contraction, self.b_first, balance=balance,
                                            top_k=top_k, **routing)
@@ -341,6 +342,7 @@ class Einsum(Structured):
         leaves each term 1 / √u of the step that it would get alone; u = d^t, and u0 = d0^t (docs/mup.md).
         """
         multipliers = super().lr_multipliers(base_width)
+        # the first core is used again along d_in, for β, and the second along d_out, for δ
         for (name, uses), width in zip(self.sizes.uses().items(), (self.d_in, self.d_out)):
             if uses > 1:
                 t = math.log(uses, width)
@@ -433,7 +435,7 @@ class Dyad(Structured):
 class Aux(NamedTuple):
     """What a router reports of one batch."""
     switch: Tensor  # () load balance: E · Σ_e (mean probability of e) · load_e; 1 when balanced
-    z: Tensor       # () mean over tokens of logsumexp(logits)²
+    z: Tensor       # () mean over tokens of logsumexp(logits)²: ST-MoE, arXiv 2202.08906
     load: Tensor    # (E,) share of assignments to each expert, without gradient
     variance: Tensor  # () mean over tokens of the variance of a token's logits, without gradient
     loss = property(lambda self: self.switch + 0.1 * self.z)  # (), to be added to the model's
@@ -448,9 +450,10 @@ class MoE(nn.Module):
     chosen experts are computed, and no token is dropped. Logits are float32 under autocast too (TF32 on CUDA
     in train.py).
 
-    They are chosen by logits + balance, logits = router @ x. These biases are a buffer, which `rebalance`
-    moves against the load: they change which experts are chosen, not the gate weights (Wang et al., arXiv
-    2408.15664). Raises ValueError for less than 2 experts, and for a top_k that is not in 1 ... E.
+    Experts are chosen by logits + balance, logits = router @ x. `balance` is a buffer of biases, which
+    `rebalance` moves against the load: they change which experts are chosen, not the gate weights (after Wang
+    et al., arXiv 2408.15664, whose steps have one size; ours are proportional to what is amiss). Raises
+    ValueError for less than 2 experts, and for a top_k that is not in 1 ... E.
     """
 
     def __init__(self, d_in: int, experts: nn.Module, num_experts: int, top_k: int):
@@ -471,7 +474,7 @@ class MoE(nn.Module):
         """x (..., d_in) -> y (..., d_out), or (y, Aux). logits (T, E): the router's, where they are known."""
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
         router = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
-        if isinstance(self.experts, Einsum) and not self.experts.plain:  # not by Einsum.forward
+        if isinstance(self.experts, Einsum) and not self.experts.plain:  # one operator does all of it
             routing = dict(router=router) if logits is None else dict(logits=logits)
             y, logits, chosen = self.experts.mixture(rows, self.balance, self.top_k, **routing)
         else:
@@ -501,17 +504,16 @@ class MoE(nn.Module):
         return Aux(switch, z, load, variance)
 
     @torch.no_grad()
-    def rebalance(self, load: Tensor, variance: Tensor, rate: float) -> None:
-        """Adds rate · √variance · (1 - E · load) to the biases, for load (E,) and variance () of an Aux."""
+    def rebalance(self, load: Tensor, variance: Tensor, rate: float | Tensor) -> None:
+        """Adds rate · √variance · (1 - E · load) to the biases, 0 where that is not finite; load (E,),
+        variance ()."""
         self.balance += torch.nan_to_num(rate * variance.sqrt() * (1 - self.num_experts * load), 0, 0, 0)
 
     def fans(self) -> dict[str, tuple[int, int]]:
         """{parameter name: (fan_in, fan_out)} of the router and of one expert's cores."""
-        fans = {"router": (self.d_in, self.num_experts)}
-        for prefix, module in self.experts.named_modules(prefix="experts"):
-            if isinstance(module, Structured):
-                fans |= {f"{prefix}.{name}": fan for name, fan in module.fans().items()}
-        return fans
+        fans = {f"{name}.{core}": fans for name, module in self.experts.named_modules(prefix="experts")
+                if isinstance(module, Structured) for core, fans in module.fans().items()}
+        return {"router": (self.d_in, self.num_experts)} | fans
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
         """The factor on the learning rate of the router; the experts answer for themselves."""
@@ -527,8 +529,7 @@ class MoE(nn.Module):
 # ---- Making a layer: linear(), or make_layer() from a config -----------------------------------------------
 
 def linear(struct: str, d_in: int, d_out: int, *, sizes: tuple | None = None, gamma: int | None = None,
-           phi: int | None = None, norm_follows: bool = False, zero_init: bool = False,
-           **options) -> nn.Module:
+           phi: int | None = None, norm_follows=False, zero_init=False, **options) -> nn.Module:
     """A linear layer, x (..., d_in) -> (..., d_out), of a named structure: linear("btt", 768, 3072).
 
     struct, options   the fields of LayerConfig: rank, theta, num_experts, top_k, weight_norm, bias ...
@@ -591,10 +592,9 @@ def layer_sizes(config: LayerConfig, num_experts: int, d_in: int, d_out: int, *,
 
 
 def _checked_sizes(sizes, d_in: int, d_out: int) -> Sizes:
-    sizes = tuple(sizes)
     if len(sizes) != 7 or not all(isinstance(s, int) and s > 0 for s in sizes):
         raise ValueError(f"sizes must be seven positive integers ({', '.join(INDICES)}); got {sizes}")
-    checked = Sizes(*sizes)
-    if (checked.d_in, checked.d_out) != (d_in, d_out):
-        raise ValueError(f"sizes {sizes} make a map {checked.d_in} -> {checked.d_out}, not {d_in} -> {d_out}")
-    return checked
+    sizes = Sizes(*sizes)
+    if (sizes.d_in, sizes.d_out) != (d_in, d_out):
+        raise ValueError(f"sizes {sizes} make a map {sizes.d_in} -> {sizes.d_out}, not {d_in} -> {d_out}")
+    return sizes

@@ -17,7 +17,7 @@ from lib.terminal import prepare_output
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
-init_from: str = "scratch"              # scratch, resume, auto (if it can); for weights *.pt, gpt2, FOLDER
+init_from: str = "scratch"              # scratch, resume, auto (either); weights of *.pt, gpt2..., a FOLDER
 eval_interval: PositiveInt = 2000       # iterations between evaluations; each writes a checkpoint
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
 eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation, if eval_tokens is None
@@ -53,10 +53,10 @@ qk_norm: bool = True                    # layer norm of queries and keys, per he
 head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt without experts
 dyad_blocks: PositiveInt = 4            # of struct 'dyad': blocks of each of its two matrices
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # what it permutes: 'it' inputs, 'ot' outputs, 'dt' both
-# AdamW with µP: learning_rate is that of a dense layer of width mup_base_width, and scaled for all others
+# AdamW with µP: learning_rate is that of a dense layer of width mup_base_width; others have a factor
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
 mup_base_width: PositiveInt = 128       # d0: a dense layer of width d learns at learning_rate · d0 / d
-mup: bool = True                        # False, as from GPT-2: every parameter learns at learning_rate
+mup: bool = True                        # False, as from GPT-2: no factors; initialization and scales stay
 max_iters: NonNegativeInt = 600000      # iterations
 weight_decay: NonNegativeFloat = 0.1    # each iteration multiplies every matrix by 1 - lr · weight_decay
 beta1: UnitFloat = 0.9                  # decay of the first moment
@@ -75,7 +75,7 @@ dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16
 kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # for einsums; auto: c on CPUs, else torch
 compile: bool | None = None             # torch.compile the model; None: on GPUs
 prepare_output(keep_going=True)  # a closed terminal or a full disk behind it does not stop training
-given = set()  # the keys that are set by the command line or a config file
+given = set()  # filled by configure(): the keys that the command line or a config file sets
 config = configure(globals(), given=given)
 globals().update(config)
 
@@ -130,7 +130,7 @@ from model import GPT, GPTConfig
 # ---- Ranks and devices -------------------------------------------------------------------------------------
 
 ddp_rank, ddp_local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-ddp_world_size, machine_ranks = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+ddp_world_size, local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 ddp, master = ddp_world_size > 1, ddp_rank == 0
 signals = DeferredSignals()
 
@@ -159,9 +159,12 @@ compile = or_fail(choose_compile, compile, device)
 # ---- Settings that come with the weights -------------------------------------------------------------------
 
 checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
-known = or_fail(checkpoints.start_settings, init_from, GPTConfig, config, given)  # {} without a checkpoint
-gpt2_folder = None if known else or_fail(gpt2.find, init_from)
-globals().update(or_fail(gpt2.start_settings, gpt2_folder, config, given) if gpt2_folder else known)
+# keys of the model, mup's, and fields of GPTConfig that are not keys; {} from scratch
+start_settings = or_fail(checkpoints.start_settings, init_from, GPTConfig, config, given)
+gpt2_folder = None if start_settings else or_fail(gpt2.find, init_from)
+if gpt2_folder:
+    start_settings = or_fail(gpt2.start_settings, gpt2_folder, config, given)
+globals().update(start_settings)
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
@@ -172,14 +175,15 @@ val_windows = -(-eval_tokens // block_size) if eval_tokens else eval_iters * bat
 batches = or_fail(lambda: Batches(splits, block_size=block_size, batch_size=batch_size, seed=seed,
                                   sequences=sequences_per_iter, val_windows=val_windows, device=device))
 # every id of both files is read once; the processes of a machine share the work
-or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % machine_ranks, machine_ranks)
+or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_size)
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
-fields = dataclasses.fields(GPTConfig)  # those that are not keys have their default, or come with weights
-gpt_config = or_fail(lambda: GPTConfig(**{f.name: globals().get(f.name, f.default) for f in fields}))
+settings = config | start_settings | dict(vocab_size=vocab_size)
+fields = [f.name for f in dataclasses.fields(GPTConfig) if f.name in settings]
+gpt_config = or_fail(lambda: GPTConfig(**{name: settings[name] for name in fields}))
 model_args = dataclasses.asdict(gpt_config)
-# every key with the value that is used (rank and theta may stay None): logged and saved
+# every key with the value that is used, logged and saved (rank, theta and eval_tokens may stay None)
 config = {key: model_args.get(key, globals()[key]) for key in config}
 
 def make_model() -> GPT:
@@ -197,11 +201,11 @@ if gpt2_folder:
     or_fail(gpt2.load_weights, gpt2_folder, raw_model)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
-steps = FiniteSteps(optimizer)  # those that leave the weights finite
+steps = FiniteSteps(optimizer)  # takes those whose loss and gradient norm are finite
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-num_routers, router_experts = len(raw_model.routers()), num_experts or ffn_experts  # R routers of E experts
+num_routers, experts_per_router = len(raw_model.routers()), num_experts or ffn_experts  # R, E
 
-# ---- Checkpoints -------------------------------------------------------------------------------------------
+# ---- Checkpoints, torch.compile, DDP -----------------------------------------------------------------------
 
 def any_signal() -> int:
     """The number of a signal that any rank has received, or 0. A collective."""
@@ -209,7 +213,7 @@ def any_signal() -> int:
 
 
 def save_checkpoint(val_loss: float | None = None) -> int:
-    """Writes all that a run needs to go on, if the disk takes it; returns any_signal()."""
+    """Writes all that a run needs to go on, if the disk takes it; returns any_signal(). A collective."""
     if master:
         contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), model_args=model_args, config=config,
@@ -273,7 +277,7 @@ if not math.isclose(lr, lr_before):
 
 
 def balance_routers() -> None:
-    """Balances a new model's routers on 40 training batches of about 8,192 tokens, alike on every rank."""
+    """Balances a new model's routers on 40 training batches of at most 8,192 tokens, alike on every rank."""
     count = min(max(1, 8192 // block_size), sequences_per_iter)  # sequences of a step
     parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     with amp:
@@ -282,7 +286,7 @@ def balance_routers() -> None:
 
 def train_step() -> bool:
     """One iteration, without waiting for a GPU. If the loss or the gradient norm is not finite, weights,
-    optimizer and biases stay as they were. Returns False, and changes nothing, at a signal in between."""
+    optimizer and routers' biases stay as they were. Returns False, and changes nothing, at a signal."""
     # dropout is a function of seed, iteration and rank, so that a resumed run repeats it
     state = np.random.SeedSequence((seed, progress.iteration, ddp_rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))  # 63 bits
@@ -306,7 +310,7 @@ def train_step() -> bool:
     progress.tokens += tokens_per_iter
     progress.flops += float(tokens_per_iter * train_flops_per_token)
     finite = steps.step(all_reduce_mean(total), norm, learning_rate_at(progress.iteration),
-                        dataclasses.replace(progress))
+                        dataclasses.replace(progress))  # a copy: the result is read iterations later
     if num_routers and router_balance_rate:
         router_stats = all_reduce_mean(router_stats)
         raw_model.rebalance(router_stats[:, :-1], router_stats[:, -1], router_balance_rate * finite)
@@ -332,9 +336,9 @@ def log_point(kind: str, at: Progress = progress, **values) -> None:
 
 
 def evaluate_and_save() -> int:
-    """Evaluates, logs and writes a checkpoint, unless a signal comes before that; returns any_signal()."""
+    """Evaluates, logs and, if the loss is finite, saves; a signal ends it before. Returns any_signal()."""
     result = evaluate(model.module if ddp else model, batches,  # compiled, without DDP
-                      (num_routers, router_experts), amp, any_signal)
+                      (num_routers, experts_per_router), amp, any_signal)
     if result is None:
         return any_signal()
     val_loss, load = result
@@ -351,7 +355,7 @@ def evaluate_and_save() -> int:
 
 
 def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
-    """A line on the screen and one in the log for the iterations since the last report."""
+    """Prints and logs the last iteration's loss and norm, and mean times since the last report."""
     rate = iterations * tokens_per_iter / seconds  # tokens/s
     utilization = rate * train_flops_per_token / peak if peak else None  # MFU
     left = format_duration((max_iters - progress.iteration - 1) * seconds / iterations)

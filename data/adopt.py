@@ -10,7 +10,6 @@ that would run code is refused.
 import argparse
 import hashlib
 import json
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from data import common  # noqa: E402
 from data.tokenizer import TIKTOKEN, CharTokenizer, count_ids, from_name  # noqa: E402
-from lib.files import fsync_folder  # noqa: E402
+from lib.files import write_whole  # noqa: E402
 
 
 class DataUnpickler(pickle.Unpickler):
@@ -96,10 +95,8 @@ def main():
     described = describe_vocabulary(args, folder, largest)
     meta = {"tokenizer": described, "vocab_size": count_ids(described), "dtype": args.dtype, **counts,
             "source": source}
-    with common.work_folder(folder) as work:
-        common.write_file(work / "meta.json", [json.dumps(meta, indent=2).encode()])
-        os.replace(work / "meta.json", folder / "meta.json")
-    fsync_folder(folder)
+    with common.work_folder(folder):    # not beside a prepare.py
+        write_whole(str(folder / "meta.json"), json.dumps(meta, indent=2))
     print(f"{counts['train_tokens']:,} training and {counts['val_tokens']:,} validation tokens, largest id "
           f"{largest:,}, vocabulary {described['name']} of {meta['vocab_size']:,}")
     print(f"wrote {folder / 'meta.json'}")

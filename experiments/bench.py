@@ -61,6 +61,7 @@ from experiments.launcher import whole_numbers
 from experiments.scaling.plan import structures_of
 from lib import figure, kernels
 from lib.device import autocast, choose_compile, choose_device, choose_dtype, device_name, use_device
+from lib.files import write_whole
 from lib.table import markdown_table
 from model import GPT, GPTConfig
 
@@ -290,8 +291,7 @@ def draw(result: dict) -> None:
 
 
 def write(result: dict) -> None:
-    with open(os.path.join(out, "bench.json"), "w", encoding="utf-8") as f:
-        json.dump(result, f, indent=1)
+    write_whole(os.path.join(out, "bench.json"), json.dumps(result, indent=1))
 
 
 def main() -> None:
@@ -312,8 +312,7 @@ def main() -> None:
         result["steps"] = print_table(f"Training steps, n_embd {n_embd}, {n_layer} layers, {batch_size} x "
                                       f"{block_size} tokens", STEP_TABLE, bench_steps())
     write(result)
-    with open(os.path.join(out, "table.md"), "w", encoding="utf-8") as f:
-        print(summary(result), file=f)
+    write_whole(os.path.join(out, "table.md"), summary(result) + "\n")
     if result["layers"]:
         with figure.optional_figures():
             draw(result)

@@ -56,7 +56,8 @@ def measure(model: GPT, x, y) -> dict[str, float]:
         block.attn.k_norm.register_forward_hook(lambda _, inputs, output: keys.append(output))
     with torch.no_grad():
         logits, _ = model(x, y)
-    products = [torch.einsum("bthd,bshd->bhts", q, k) * 8 / q.shape[-1] for q, k in zip(queries, keys)]
+    products = [model.config.attention_scale * torch.einsum("bthd,bshd->bhts", q, k)
+                for q, k in zip(queries, keys)]
     return {f"block {i}": change for i, change in enumerate(changes)} | {
         "attention logits": mean_square(torch.stack(products)), "output logits": mean_square(logits)}
 

@@ -1,15 +1,19 @@
 """The taxonomy where it is cheap, and structured layers outside of GPT: MLPs that learn a random function.
 
     python -m experiments.teacher                               dense, BTT-MoE, the θ of plans/paper.py
-    python -m experiments.scaling fit --runs=out-teacher/runs   laws and figures, as for train.py's runs
+    python -m experiments.scaling fit --runs=out-teacher/runs --base=dense_normed
+                                                                laws and figures, as for train.py's runs
 
-The paper's second domain (its Figure 5, bottom). The teacher is a ReLU network of random weights on 8 normal
-numbers, its output standardized; a student has three hidden layers, whose inner maps are structured, and sees
-every example once. The loss is the mean squared error on a test set: 1 for a student that knows nothing.
+After the paper's second domain (its Figure 5, bottom). The teacher is a ReLU network of random weights on 8
+normal numbers, its output standardized; a student has three hidden layers, whose inner maps are structured,
+and sees every example once. The loss is the mean squared error on a test set: 1 for a student that knows
+nothing. The paper's students are residual blocks of two maps, with GELU, and its rate decays.
 
 Each structure has the same effort for its learning rate: all of `learning_rates` at `tuned_at`, for a part of
-the longest run; µP takes the best one to the other widths. The rate is constant, so that every evaluation is
-a point of the frontier. A finished run is never made again, and several processes may share a folder.
+the longest run, on examples held out for it; µP takes the best one to the other widths. The rate is constant,
+so that every evaluation is a point of the frontier. Routers have their losses as in train.py, but relative to
+the error, which falls far below 1. A finished run is never made again, and several processes may share a
+folder.
 """
 import itertools
 import json
@@ -47,13 +51,16 @@ from experiments.launcher import run_program, whole_numbers
 from experiments.plans import paper
 from lib.files import replace_file, write_temporary, write_whole
 from lib.log import read_log
-from model import lr_multipliers, num_params
+from model import apply_layer, lr_multipliers, num_params
 
-D_IN, TEACHER_LAYERS, HIDDEN_LAYERS = 8, 6, 3
+D_IN, TEACHER_HIDDEN_LAYERS, HIDDEN_LAYERS = 8, 6, 3
+AUX_LOSS_WEIGHT = 0.01  # as in train.py
 BLOCK = 16_384       # examples are made in blocks; one more is the test set
-STRUCTURES = {"dense": dict(struct="dense"), "btt_moe": dict(struct="btt", num_experts=8, top_k=2)}
+STRUCTURES = {"dense": dict(struct="dense"), "dense_normed": dict(struct="dense", weight_norm=True),
+              "btt_moe": dict(struct="btt", num_experts=8, top_k=2)}
 STRUCTURES |= {label: options for label, options in paper.structures.items() if label != "dense"}
-TEST_SEED = 2**32 - 1  # of the test set, beyond all blocks; the generator looks at 32 bits
+# of the test set and of the teacher, beyond those of all blocks; the generator looks at 32 bits
+TEST_SEED, TEACHER_SEED = 2**32 - 1, 2**32 - 2
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
@@ -64,11 +71,11 @@ def inputs(block: int) -> torch.Tensor:
 
 
 class Teacher:
-    """A ReLU network of TEACHER_LAYERS layers; weights are normal, std √(2 / fan_in): the scale stays."""
+    """A ReLU network of TEACHER_HIDDEN_LAYERS; weights are normal, std √(2 / fan_in): the scale stays."""
 
     def __init__(self):
-        random = torch.Generator().manual_seed(0)
-        sizes = [D_IN] + [teacher_width] * (TEACHER_LAYERS - 1) + [1]
+        random = torch.Generator().manual_seed(TEACHER_SEED)
+        sizes = [D_IN] + [teacher_width] * TEACHER_HIDDEN_LAYERS + [1]
         self.weights = [torch.randn(d_out, d_in, generator=random) * math.sqrt(2 / d_in)
                         for d_in, d_out in zip(sizes, sizes[1:])]
         answers = self.raw(inputs(TEST_SEED))
@@ -104,29 +111,32 @@ def make_data() -> tuple[tuple, tuple]:
 
 
 class Student(nn.Module):
-    """x (N, 8) -> y (N, 1), with HIDDEN_LAYERS hidden layers; options: those of structured.linear."""
+    """x (N, 8) -> y (N, 1), with HIDDEN_LAYERS hidden layers, each normalized; options: those of
+    structured.linear."""
 
     def __init__(self, width: int, options: dict):
         super().__init__()
         self.first = nn.Linear(D_IN, width)
         self.inner = nn.ModuleList(structured.linear(d_in=width, d_out=width, bias=True, **options)
                                    for _ in range(HIDDEN_LAYERS - 1))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(HIDDEN_LAYERS))
         self.last = nn.Linear(width, 1)
         nn.init.zeros_(self.last.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.first(x))
-        for layer in self.inner:
-            x = F.relu(layer(x))
+    def forward(self, x: torch.Tensor, aux: list | None = None) -> torch.Tensor:
+        """Where the layers have routers, their structured.Aux are appended to aux."""
+        x = self.norms[0](F.relu(self.first(x)))
+        for layer, norm in zip(self.inner, self.norms[1:]):
+            x = norm(F.relu(apply_layer(layer, x, aux)))
         return self.last(x)
 
     def lr_multipliers(self) -> dict[str, float]:
         """{parameter name: factor on the learning rate} under µP for Adam."""
         return lr_multipliers(self, base_width) | {"last.weight": base_width / self.last.in_features}
 
-    def flops(self) -> int:
+    def flops(self, output_layer: bool = True) -> int:
         """Training FLOPs of an example: 2 for each multiply-add, backward twice the forward."""
-        ends = 2 * (self.first.weight.numel() + self.last.weight.numel())
+        ends = 2 * (self.first.weight.numel() + output_layer * self.last.weight.numel())
         return 3 * (ends + sum(layer.flops_per_token() for layer in self.inner))
 
 # ---- Runs --------------------------------------------------------------------------------------------------
@@ -150,24 +160,28 @@ def train(folder: str, label: str, options: dict, width: int, rate: float, seed:
                   decay_lr=False)
     lines = [dict(type="run", config=settings, params=num_params(student),
                   active_params=num_params(student, active=True), tokens_per_iter=batch_size,
-                  flops_per_token=student.flops(),
-                  flops_per_token_without_output_layer=student.flops(), loss="mean squared error")]
-    spent = 0.0
+                  flops_per_token=student.flops(), loss="mean squared error",
+                  flops_per_token_without_output_layer=student.flops(output_layer=False))]
+    spent, timed = 0.0, 0   # since the last evaluation
     for iteration in range(1, iterations + 1):
         begin = time.perf_counter()
         place = (first + torch.arange((iteration - 1) * batch_size, iteration * batch_size)) % len(x)
-        loss = F.mse_loss(student(x[place]), y[place])
+        aux: list[structured.Aux] = []
+        error = F.mse_loss(student(x[place], aux), y[place])
+        router_loss = sum(report.loss for report in aux) / max(1, len(aux))
         optimizer.zero_grad()
-        loss.backward()
+        (error + AUX_LOSS_WEIGHT * error.detach() * router_loss).backward()
         optimizer.step()
-        spent += time.perf_counter() - begin
+        spent, timed = spent + time.perf_counter() - begin, timed + 1
         if iteration in steps:
             with torch.no_grad():
-                error = F.mse_loss(student(test_x), test_y).item()
-            error = error if math.isfinite(error) else None  # JSON has no other
-            lines.append(dict(type="train", iter=iteration, loss=loss.item(),
-                              ms_per_iter=1e3 * spent / iteration))
-            lines.append(dict(type="eval", iter=iteration, tokens=iteration * batch_size, val_loss=error))
+                test_error = F.mse_loss(student(test_x), test_y).item()
+            test_error = test_error if math.isfinite(test_error) else None  # JSON has no other
+            load = [report.load.tolist() for report in aux]
+            lines += [dict(type="train", iter=iteration, loss=error.item(), ms_per_iter=1e3 * spent / timed),
+                      dict(type="eval", iter=iteration, tokens=iteration * batch_size, val_loss=test_error,
+                           router_load=load)]
+            spent, timed = 0.0, 0
     write_whole(os.path.join(folder, "settings.json"), json.dumps(dict(label=label)))
     write_whole(os.path.join(folder, "log.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -202,9 +216,10 @@ def chosen_structures() -> dict[str, dict]:
 
 def check_settings() -> None:
     """Raises ValueError if the folder holds runs of other settings than these."""
-    names = ("examples", "flops", "batch_size", "evals", "tuned_at", "tune_share", "base_width",
-             "teacher_width")
+    names = ("examples", "flops", "batch_size", "evals", "learning_rates", "tuned_at", "tune_share",
+             "base_width", "teacher_width")
     settings, path = {name: config[name] for name in names}, os.path.join(out, "settings.json")
+    settings["learning_rates"] = list(learning_rates)
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             known = json.load(file)
@@ -229,16 +244,16 @@ def main() -> int:
     with filelock.FileLock(os.path.join(out, "settings.json.lock")):
         check_settings()
     (x, y), test = data = make_data()
-    few = int(tune_share * len(x))
-    tuning = (x[:few], y[:few]), test
+    few, held_out = int(tune_share * len(x)), slice(-max(1, len(x) // 64), None)
+    tuning = (x[:few], y[:few]), (x[held_out], y[held_out])
     errors: dict[str, dict[float, float | None]] = {label: {} for label in structures}
     for wait in (False, True):  # what another process is making comes last
         for label, options in structures.items():
             for rate in learning_rates:
                 errors[label][rate] = run("rates", label, options, tuned_at, rate, 0, tuning, wait)
     for wait in (False, True):
-        for seed in seeds:
-            for width in widths:
+        for seed in map(int, seeds):
+            for width in map(int, widths):
                 for label, options in structures.items():
                     best = min(learning_rates, key=errors[label].get)
                     run("runs", label, options, width, best, seed, data, wait)

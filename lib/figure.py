@@ -74,6 +74,7 @@ def save(fig, ax, folder: str, name: str) -> None:
     os.makedirs(folder, exist_ok=True)
     handles, labels = ax.get_legend_handles_labels()
     if handles:
+        fig.set_figheight(max(fig.get_figheight(), 0.3 + 0.2 * len(handles)))     # inches: all lines of it
         fig.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3.2)
     for kind in ("svg", "png"):
         metadata = {"Date": None} if kind == "svg" else None

@@ -12,6 +12,7 @@ from experiments.scaling.fit import (
     AXES, COMPARABLE, PER_DECADE, Fit, MeasuredRun, alike, first_budget, fit_structure, interval,
     mean_of_seeds, measured_multipliers, multipliers, read_runs, robust_deviation, same_but_seed, seed_noise,
     share_seconds, take_seconds)
+from lib.files import write_whole
 from lib.table import markdown_table
 
 GAP = 10 ** (2.5 / PER_DECADE)  # a wider gap between two points of a frontier is remarked on
@@ -242,8 +243,8 @@ def write_data(out: str, runs: list[MeasuredRun], fits: dict, base: str, level: 
     measure = {key: runs[0].config[key] for key in COMPARABLE if key in runs[0].config}
     write_csv(os.path.join(out, "runs.csv"), round_all(ends))
     write_csv(os.path.join(out, "frontier.csv"), round_all(rows))
-    with open(os.path.join(out, "fit.json"), "w", encoding="utf-8") as f:
-        json.dump(round_all(dict(axes=by_axis, base=base, measure=measure, runs=ends, curves=curves)), f)
+    found = round_all(dict(axes=by_axis, base=base, measure=measure, runs=ends, curves=curves))
+    write_whole(os.path.join(out, "fit.json"), json.dumps(found))
 
 
 def fit_all(runs: list[MeasuredRun], base: str, *, window: tuple, floor: float | None, samples: int,
@@ -309,6 +310,5 @@ def write_report(folders: list[str], out: str, *, base: str | None, floor: float
         if lines:
             text += [f"## {heading}", "\n".join(f"- {line}" for line in lines)]
     write_data(out, runs, fits, base, level)
-    with open(os.path.join(out, "table.md"), "w", encoding="utf-8") as f:
-        print(*text, sep="\n\n", file=f)
+    write_whole(os.path.join(out, "table.md"), "\n\n".join(text) + "\n")
     print(*text, sep="\n\n")

@@ -146,8 +146,7 @@ def describe(space: Space, draws: int = 300) -> None:
     for _ in range(draws):
         try:
             theta = points.theta_of(*(rng.randrange(len(levels)) for levels in LEVELS.values()))
-            chosen = rng.choice(space.experts)
-            space.point(theta, chosen, rng.choice(space.top_ks) if chosen else 0)
+            space.point(theta, rng.choice(space.experts), rng.choice(space.top_ks))
         except ValueError as error:
             reasons.append(str(error))
     intense = sum("has ν" in reason for reason in reasons)

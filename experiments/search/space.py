@@ -141,10 +141,14 @@ class Space:
         theta = theta_of(*(trial.suggest_int(name, 0, len(levels) - 1) for name, levels in LEVELS.items()))
         experts, top_k = (trial.suggest_categorical(name, list(options)) if len(options) > 1 else options[0]
                           for name, options in (("num_experts", self.experts), ("top_k", self.top_ks)))
-        return self.point(theta, experts, top_k if experts else 0)
+        return self.point(theta, experts, top_k)
 
     def point(self, theta: Theta, experts: int = 0, top_k: int = 0) -> Point:
-        """The model of θ at the requested FLOPs per token. Raises ValueError if there is none."""
+        """The model of θ at the requested FLOPs per token; top_k is not looked at without experts. Raises
+        ValueError if there is none."""
+        top_k = top_k if experts else 0
+        if experts and top_k > experts:
+            raise ValueError(f"top_k = {top_k} is more than {experts} experts")
         if theta.nu > self.max_nu + 1e-9:
             raise ValueError(f"θ = {theta_text(theta)} has ν = {theta.nu:.3g}, more than {self.max_nu:g}")
         if (point := self._nearest(theta, experts, top_k)) is None:
@@ -156,17 +160,18 @@ class Space:
         """{name: (θ, experts, top_k)} of what comes first, with the fewest experts: structures with a name,
         and BTT-MoE, whose experts have rank 1, where the sampler may choose between none and some."""
         experts = sorted(self.experts)
-        found = {name: (theta, experts[0], self.top_ks[0]) for name, theta in NAMED.items()}
+        found = {name: (theta, experts[0]) for name, theta in NAMED.items()}
         if experts[0] == 0 and experts[-1] > 0:
-            found["btt_moe"] = (NAMED["monarch"], min(filter(None, experts)), self.top_ks[0])
-        return found
+            found["btt_moe"] = NAMED["monarch"], min(filter(None, experts))
+        return {name: (theta, most, next((k for k in self.top_ks if k <= most), self.top_ks[0]))
+                for name, (theta, most) in found.items()}
 
     def named(self) -> dict[str, Point | str]:
         """{name: its model, or a sentence why it has none} of those that come first."""
         found: dict[str, Point | str] = {}
         for name, (theta, experts, top_k) in self.first().items():
             try:
-                found[name] = self.point(theta, experts, top_k if experts else 0)
+                found[name] = self.point(theta, experts, top_k)
             except ValueError as error:
                 found[name] = str(error)
         return found
@@ -180,8 +185,6 @@ class Space:
 
     @functools.cache
     def _nearest(self, theta: Theta, experts: int, top_k: int) -> Point | None:
-        if experts and top_k > experts:
-            return None
         found: list[tuple[float, float, Point]] = []
         for d in self.widths:
             share = self._real_flops(theta, d, experts, top_k) / self.flops_per_token
@@ -233,9 +236,7 @@ def _maps(d: int) -> tuple[tuple[int, int], ...]:
 
 
 def _ranks(theta: Theta, d: int) -> list[int]:
-    """ρ as θ says, and the other ranks within the slack."""
-    if theta.rho == 0:
-        return [1]
+    """ρ as θ says, 1 where θρ is 0, and the other ranks within the slack."""
     exact = d ** theta.rho
     low, high = math.ceil(exact / RANK_SLACK), math.floor(exact * RANK_SLACK)
     return sorted({max(1, round(exact)), *range(low, high + 1)})

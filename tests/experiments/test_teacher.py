@@ -35,8 +35,8 @@ def test_answers_are_those_of_a_relu_network_standardized(teacher):
     torch.testing.assert_close(test_y.mean().item(), 0.0, atol=1e-5, rtol=0)
     torch.testing.assert_close(test_y.std().item(), 1.0)
     weights = [weight.double().numpy() for weight in module.Teacher().weights]
-    assert [weight.shape for weight in weights] == [(16, 8), *[(16, 16)] * 4, (1, 16)]
-    np.testing.assert_allclose(np.std(weights[1:5]), (2 / 16) ** 0.5, rtol=0.1)
+    assert [weight.shape for weight in weights] == [(16, 8), *[(16, 16)] * 5, (1, 16)]
+    np.testing.assert_allclose(np.std(weights[1:6]), (2 / 16) ** 0.5, rtol=0.1)
 
     def network(rows):
         for weight in weights[:-1]:
@@ -46,6 +46,8 @@ def test_answers_are_those_of_a_relu_network_standardized(teacher):
     expected = (network(x.double().numpy()) - raw.mean()) / raw.std(ddof=1)
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-3, atol=1e-4)
     assert len(torch.cat([x, test_x]).unique(dim=0)) == 2560  # no example twice
+    ratios = x[:16].flatten() / torch.as_tensor(weights[0]).flatten()[:128]
+    assert ratios.std() > 0.1   # examples and weights are draws of their own
 
 
 def test_answers_that_are_known_are_not_made_again(teacher, monkeypatch):
@@ -73,6 +75,20 @@ def test_an_example_uses_top_k_of_the_experts(teacher):
     expert = sum(p[0].numel() for layer in student.inner for p in layer.experts.parameters())
     count = sum(p.numel() for p in student.parameters())
     assert (num_params(student), num_params(student, active=True)) == (count, count - 3 * expert)
+
+
+def test_routers_learn_to_balance_their_load(teacher, tmp_path):
+    """Their losses have a weight: with a large one experts end with a like share, without they do not."""
+    loads = {}
+    for weight in (0.0, 10.0):
+        module = teacher("--only=btt_moe")
+        module.AUX_LOSS_WEIGHT = weight
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        module.train(folder, "btt_moe", module.STRUCTURES["btt_moe"], 32, 1e-2, 1, module.make_data())
+        loads[weight] = torch.tensor(fit.read_log(str(folder))[-1]["router_load"])   # (routers, experts)
+    unevenness = {weight: (8 * load).std().item() for weight, load in loads.items()}
+    assert loads[0.0].shape == (2, 8) and 1.5 * unevenness[10.0] < unevenness[0.0], unevenness
 
 
 def test_runs_of_two_structures(teacher, tmp_path, capsys):
@@ -128,3 +144,5 @@ def test_a_folder_holds_runs_of_one_kind(teacher, tmp_path):
     teacher("--only=dense").check_settings()
     with pytest.raises(ValueError, match="have batch_size = 256, not 128: give another --out"):
         teacher("--batch_size=128").check_settings()
+    with pytest.raises(ValueError, match=r"have learning_rates = \[0.003, 0.01\], not \[0.1\]"):
+        teacher("--learning_rates=0.1,").check_settings()
