@@ -75,7 +75,7 @@ def structure_config(name: str) -> dict:
 
 
 def read_keys(path: str) -> dict[str, Key]:
-    """Return a script's keys, in order; raise TypeError or ValueError if a key's type or default is wrong."""
+    """Return a script's keys, its annotated globals above configure(); raise TypeError or ValueError."""
     source = Path(path).read_text(encoding="utf-8")
     lines, keys, heading = source.split("\n"), {}, ""
     for node in ast.parse(source, path).body:
@@ -93,7 +93,7 @@ def read_keys(path: str) -> dict[str, Key]:
 
 
 def read_type(annotation: str) -> tuple[type, bool, tuple, tuple]:
-    """Return (type, whether None is allowed, choices, limits), or raise TypeError."""
+    """Return (type, whether None is allowed, choices, limits), or raise TypeError or NameError."""
     hint = eval(annotation, globals())
     kind, *others = [kind for kind in get_args(hint | None) if kind is not type(None)]
     base = getattr(kind, "__origin__", kind)  # int of PositiveInt

@@ -17,7 +17,7 @@ from lib.terminal import prepare_output
 out_dir: str = "out"                    # a run's out_dir (its ckpt.pt), or a checkpoint file
 start: str = "\n"                       # the prompt; FILE:path reads it from a file, - from stdin
 prompts: str | None = None              # a file of prompts instead, one a line; *.jsonl: JSON texts
-batch_size: PositiveInt = 8             # prompts of that file at once; windows of eval at once
+batch_size: PositiveInt = 8             # samples at once with prompts; windows at once with eval
 num_samples: PositiveInt = 1            # how many texts of each prompt
 max_new_tokens: PositiveInt = 500       # most tokens of each
 temperature: NonNegativeFloat = 0.8     # below 1 is less random, 0 takes the likeliest token
@@ -33,7 +33,7 @@ stride: PositiveInt | None = None       # tokens by which windows slide; None: h
 # system
 device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: the best there is
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
-kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # what computes einsums; auto: the best one here
+kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # for einsums; auto: c on CPUs, else torch
 prepare_output()
 config = configure(globals())
 globals().update(config)
@@ -57,7 +57,7 @@ try:
     use_device(device)
     dtype = choose_dtype(dtype, device_type)
     kernels.use_kernel(kernel, device_type, dtype)
-    StopText(stop)
+    StopText(stop)  # only checks it
 except ValueError as e:
     fail(str(e))
 amp = autocast(device_type, dtype)
@@ -145,7 +145,8 @@ def evaluate_text() -> None:
 # ---- Samples -----------------------------------------------------------------------------------------------
 
 class Continuation:
-    """The text that follows a prompt, from the tokens of its row in a batch, whose first ones are its own."""
+    """Turns the tokens of one row of a batch, of which the first `unread` are the prompt's, into the text
+    that follows the prompt."""
 
     def __init__(self, prompt: list[int], unread: int):
         self.unread = unread  # tokens of the prompt that come before its continuation
@@ -171,7 +172,7 @@ def continuations(batch: list[list[int]]) -> Iterator[list[str]]:
     """Pieces of text, one for each prompt of the batch at a time, until all texts have ended.
 
     The model reads as many tokens as the shortest prompt has, then one of every row at a time: the prompt's
-    own, as long as there are some, or one that is drawn.
+    own, as long as there are some, or one that is drawn. Of a prompt the last block_size tokens count.
     """
     batch = [ids[-block_size:] for ids in batch]
     shortest, longest = min(map(len, batch)), max(map(len, batch))
