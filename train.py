@@ -84,7 +84,7 @@ globals().update(config)
 import os
 import sys
 
-from lib.commands import GPT2_NAMES, INIT_FROM, default_out_dir, next_commands
+from lib.commands import STARTS, default_out_dir, next_commands
 
 out_dir = default_out_dir(sys.argv[1:]) if out_dir is None else out_dir
 if decay_lr and lr_decay_iters is not None and lr_decay_iters < warmup_iters:
@@ -98,7 +98,6 @@ if sequences_per_iter > 2 ** 20:  # every micro-step draws the starts of all of 
     fail(f"gradient_accumulation_steps · batch_size = {sequences_per_iter} is more than {2 ** 20} sequences")
 if not out_dir.strip() or "\0" in out_dir or os.path.exists(out_dir) and not os.path.isdir(out_dir):
     fail(f"out_dir must be a folder, or a path where one can be made; got {out_dir!r}")
-STARTS = (*INIT_FROM, *GPT2_NAMES)
 if init_from not in STARTS and not init_from.endswith(".pt") and not os.path.isdir(init_from):
     fail(f"init_from must be {', '.join(STARTS)}, a GPT-2's folder, or a checkpoint, *.pt; got {init_from!r}")
 
@@ -246,8 +245,9 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
        f"{kernels.describe_body(device_type, dtype)}"
        + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
-# points that the run is about to make again are dropped; from scratch, all are
-logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master)
+# points that the run makes again are dropped, the evaluation here only if it is one of them
+logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master,
+                 progress.iteration % eval_interval == 0 or progress.iteration >= max_iters)
 if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
     logger.start_wandb(project=wandb_project, name=wandb_run_name, config=config, id=progress.wandb_id,

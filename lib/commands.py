@@ -10,6 +10,7 @@ STRUCTURE = ("struct", "rank", "theta", "layers", "num_experts", "top_k", "ffn_e
 # values of init_from; anything else is a checkpoint, *.pt, or a GPT-2's folder
 INIT_FROM = ("scratch", "resume", "auto")
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of the hub's openai-community/
+STARTS = (*INIT_FROM, *GPT2_NAMES)
 RUN = ("out_dir", "max_iters", "init_from")
 
 

@@ -38,18 +38,22 @@ def read_log(place: str) -> list[dict]:
 class RunLog:
     """log.jsonl: one JSON object a line, whole lines only, whatever happens to the disk and the process.
 
-    Opening it drops the points from `iteration` on: the run is about to make them again. Lines that a full
-    disk does not take wait in memory (`waiting`), in order. Raises OSError if the file cannot be written.
+    Opening it drops the points from `iteration` on: the run is about to make them again, the evaluation at
+    `iteration` only if it evaluates there. Lines that a full disk does not take wait in memory (`waiting`),
+    in order. Raises OSError if the file cannot be written.
     """
 
-    def __init__(self, path: str, iteration: int):
+    def __init__(self, path: str, iteration: int, evaluates: bool = True):
         kept = []
         if os.path.exists(path):
             with open(path, "rb") as f:
                 for line in f:
                     with contextlib.suppress(ValueError):  # a half line, or what a power cut left
                         point = json.loads(line)
-                        if isinstance(point, dict) and point.get("iter", -1) < iteration:
+                        if not isinstance(point, dict):
+                            continue
+                        at, is_eval = point.get("iter", -1), point.get("type") == "eval"
+                        if at < iteration or at == iteration and is_eval and not evaluates:
                             kept.append(line.rstrip(b"\n") + b"\n")
         write_temporary(path, lambda f: f.writelines(kept))
         replace_file(path)
@@ -136,11 +140,11 @@ class Logger:
     Raises ValueError if log.jsonl cannot be written.
     """
 
-    def __init__(self, out_dir: str, iteration: int, enabled: bool):
+    def __init__(self, out_dir: str, iteration: int, enabled: bool, evaluates: bool = True):
         self.path, self.run_log, self.wandb = os.path.join(out_dir, "log.jsonl"), None, None
         if enabled:
             try:
-                self.run_log = RunLog(self.path, iteration)
+                self.run_log = RunLog(self.path, iteration, evaluates)
             except OSError as e:
                 raise ValueError(f"{self.path} cannot be written: {e.strerror}") from None
 

@@ -1,5 +1,6 @@
 """--init_from=resume: from where a run stopped, with other settings, from old checkpoints, and from what is
 none."""
+import json
 import os
 import shutil
 
@@ -12,10 +13,13 @@ from tests.runs import (assert_one_sentence, assert_same_checkpoint, cross_entro
 
 
 def test_resume_from_between_two_evaluations(trained, train, tmp_path):
-    """A run that ended at 13 evaluated there; the resumed run keeps no trace of that evaluation."""
+    """A run that ended at 13 evaluated there; that evaluation stays in the log, and nothing else of it."""
     out = train(tmp_path / "out", max_iters=13, lr_decay_iters=20)
     train(out, init_from="resume")
-    assert untimed(out) == untimed(trained())
+    log = untimed(out)
+    [extra] = [point for point in log if "val_loss" in point and point["iter"] == 13]
+    log.remove(extra)
+    assert log == untimed(trained())
     assert_same_checkpoint(out, trained())
 
 
@@ -124,6 +128,15 @@ def test_best_val_loss_belongs_to_the_windows(run, flags, trained, tmp_path):
         assert ("starts anew" in done.stdout) == anew
         change = abs(load(out / "ckpt.pt")["best_val_loss"] - best)
         assert change > 1e-4 if anew else change < 1e-5  # the last evaluation is made again
+
+
+def test_a_longer_run_with_another_interval_keeps_the_last_evaluation(train, tmp_path):
+    """At the iteration that it goes on from, which it does not make again; there is one of each."""
+    train(tmp_path / "out", max_iters=10, eval_interval=5)
+    train(tmp_path / "out", max_iters=16, eval_interval=4, init_from="resume")
+    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    evals = [point["iter"] for point in map(json.loads, lines) if point["type"] == "eval"]
+    assert evals == [0, 5, 10, 12, 16]
 
 
 def test_a_jump_of_the_learning_rate_is_said(run, flags, train, tmp_path):

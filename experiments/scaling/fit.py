@@ -32,6 +32,7 @@ from lib.log import read_log
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
         "seconds": "training seconds"}
 PER_DECADE = 12     # budgets of a frontier
+REACHED = 0.99      # a run that comes to this share of a budget has reached it: iterations are whole
 SIZE = ("n_embd", "n_layer", "n_head")
 STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on
 # losses compare if these are equal
@@ -363,11 +364,12 @@ def first_budget(x: np.ndarray) -> float:
 
 
 def frontier_of(curves: list[tuple[np.ndarray, np.ndarray]]) -> Frontier:
-    """The lower envelope of curves (x, losses), each ascending in x; one point alone is a curve too."""
+    """The lower envelope of curves (x, losses), each ascending in x; one point alone is a curve too. A curve
+    that ends just short of a budget, by REACHED, has its last loss there."""
     points = []
     for i, (x, loss) in enumerate(curves):
         if len(x) > 1:
-            last_budget = np.floor(np.log10(x[-1]) * PER_DECADE + 1e-9)
+            last_budget = np.floor(np.log10(x[-1] / REACHED) * PER_DECADE)
             budgets = 10 ** (np.arange(first_budget(x), last_budget + 1) / PER_DECADE)
             x, loss = budgets, np.interp(np.log(budgets), np.log(x), loss)
         points.append((x, loss, np.full(len(x), i)))

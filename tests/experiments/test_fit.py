@@ -100,6 +100,12 @@ def test_frontier_is_the_least_of_all_curves():
             expected.append((x, min(there), int(np.argmin(there))))
     assert set(frontier.owners) == {0, 1} and len(expected) < 49
     assert [tuple(point) for point in zip(*frontier)] == [pytest.approx(point) for point in expected]
+    # iterations are whole: a run that ends 0.5 % before a budget is there with its last loss; 2 % before, not
+    for end, count in ((0.995e6, 25), (0.98e6, 24)):
+        x = np.geomspace(1e4, end, 30)
+        frontier = scaling_fit.frontier_of([(x, 1 + 3e2 * x ** -0.5)])
+        assert len(frontier.x) == count and frontier.losses[-1] >= 1 + 3e2 * end ** -0.5
+    assert scaling_fit.frontier_of([(np.array([1e5, 0.995e6]), np.array([3.0, 2.0]))]).losses[-1] == 2.0
     points = (1, 5), (2, 4), (3, 4.5), (4, 3), (4, 3.5), (5, 3)
     ends = scaling_fit.frontier_of([(np.array([x]), np.array([loss])) for x, loss in points])
     assert ends.x.tolist() == [1, 2, 4] and ends.losses.tolist() == [5, 4, 3]
