@@ -133,10 +133,10 @@ def multiplier_tables(fits: dict[str, Fit], base: str, budgets: list[float], lev
 
 
 def nearest(fit: Fit, budget: float) -> int | None:
-    """Index of the frontier's point nearest to a budget; None where that is further off than half of what
-    budgets are apart."""
+    """Index of the frontier's point nearest to a budget; None where that is off by three quarters of a step
+    between budgets, 15 %, or more."""
     off = np.abs(np.log10(fit.frontier.x / budget)) * PER_DECADE
-    return int(off.argmin()) if off.min() <= 0.5 else None
+    return int(off.argmin()) if off.min() < 0.75 else None
 
 
 def losses_table(fits: dict[str, Fit], unit: str) -> str:
