@@ -139,7 +139,7 @@ def evaluate_text() -> None:
           "after all that there are")
     if getattr(tok, "unknown", None) is not None and (unknown := (ids[1:] == tok.ids[tok.unknown]).sum()):
         print(f"{unknown:,} of them are the unknown mark: the loss does not tell those characters apart")
-    print(f"{nats / count:.4f} nats per token, perplexity {math.exp(min(700, nats / count)):.4f}, "
+    print(f"{nats / count:.4f} nats per token, perplexity {math.exp(min(nats / count, 700)):.4f}, "
           f"{nats / math.log(2) / size:.4f} bits per byte")
 
 # ---- Samples -----------------------------------------------------------------------------------------------

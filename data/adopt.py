@@ -89,6 +89,9 @@ def main():
             tokens = common.TokenFile(path, common.DTYPES[args.dtype])
         except ValueError as error:
             raise ValueError(f"{path} cannot be used ({error})") from error
+        if args.dtype == "uint16" and len(tokens) >= 64 and not tokens[1:1_000_000:2].any():
+            raise ValueError(f"{path} looks like ids of 32 bits, since every second one of 16 is 0: give "
+                             "--dtype=uint32")
         counts[f"{split}_tokens"], largest = len(tokens), max(largest, common.largest_id(tokens))
         with open(path, "rb") as file:
             source[f"{split}_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -85,7 +85,9 @@ def open_dataset(dataset: str) -> tuple[dict, dict[str, TokenFile]]:
     """
     folder = Path(find_dataset(dataset))
     script = folder / "prepare.py"
-    command = f"python {os.path.relpath(script)}" if script.is_file() else "a data/*/prepare.py"
+    with contextlib.suppress(ValueError):  # Windows has no way from one drive to another
+        script = Path(os.path.relpath(script))
+    command = f"python {script}" if script.is_file() else "a data/*/prepare.py"
     if (folder / "train.bin").exists() and not (folder / "meta.json").exists():
         command += f", or python data/adopt.py {folder} if nanoGPT made it"
     problem = f"there is no whole dataset in {folder} (run {command})"

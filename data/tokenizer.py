@@ -302,13 +302,16 @@ def count_ids(described: dict) -> int:
     """Returns the vocab_size of the tokenizer that an object of to_meta() describes, without a vocabulary or
     the library tokenizers. Raises ValueError, KeyError, TypeError or AttributeError if it describes none."""
     if described["name"] == "char":
-        return len(described["characters"])
+        return from_meta({"tokenizer": described}).vocab_size
     if described["name"] != "tokenizers":
         return TIKTOKEN[described["name"]]
     file = json.loads(described["json"])
     vocabulary = file["model"]["vocab"]  # {token: id}, or a list of [token, score]
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    return 1 + max([*ids, *(token["id"] for token in file.get("added_tokens") or ())])
+    count = 1 + max([*ids, *(token["id"] for token in file.get("added_tokens") or ())])
+    if not 0 <= described["end_of_text"] < count:
+        raise ValueError(f"its end of text, {described['end_of_text']}, is none of its {count} tokens")
+    return count
 
 
 def print_tokens(tokenizer: Tokenizer, tokens) -> None:

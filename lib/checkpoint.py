@@ -200,6 +200,7 @@ class Checkpoints:
                 best = read_checkpoint(self.best_path)
                 if best.get("measured_on") == measured_on:
                     best_loss = best.get("val_loss", best["best_val_loss"])
+                    best_loss = math.inf if best_loss is None else best_loss  # of no evaluation
                 else:
                     with contextlib.suppress(OSError):  # another node of a shared folder was first
                         suffix = unused_suffix(self.out_dir, ["ckpt_best.pt"])

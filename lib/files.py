@@ -135,11 +135,14 @@ def write_whole(path: str, text: str) -> None:
 
 def fsync_folder(folder: str) -> None:
     """Brings the names of a folder's files to the disk. Windows cannot open a folder, and needs no sync of
-    one."""
+    one; file systems that refuse it, such as shared folders of virtual machines, do without."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES):
+            raise
     finally:
         os.close(descriptor)

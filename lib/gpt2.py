@@ -4,6 +4,7 @@ There a Conv1D keeps its matrix as (d_in, d_out), and one Conv1D makes q, k and 
 matrix of its own, (1, d_out, d_in). Errors that a user can fix are ValueError, with one sentence.
 """
 import json
+import math
 import os
 
 import torch
@@ -106,7 +107,7 @@ def read_settings(folder: str) -> dict:
     fields = {}
     for key, (field, default) in FIELDS.items():
         value = there.get(key, default)
-        if type(value) is not type(default) or value <= 0 and value is not False:
+        if type(value) is not type(default) or value is not False and not 0 < value < math.inf:
             raise ValueError(f"{path} has {key} = {value!r}, which is not a valid value")
         fields[field] = value
     if fields["n_embd"] % fields["n_head"]:
@@ -118,7 +119,7 @@ def read_settings(folder: str) -> dict:
             raise ValueError(f"{path} has {key} = {there[key]!r}, which this model cannot express: it has "
                              f"{value!r}")
     activation = there.get("activation_function", "gelu_new")
-    if activation not in GELUS:
+    if not isinstance(activation, str) or activation not in GELUS:
         raise ValueError(f"{path} has activation_function = {activation!r}, which this model cannot express: "
                          f"it has {', '.join(GELUS)}")
     scaled = there.get("scale_attn_weights", True)
@@ -136,14 +137,16 @@ def load_weights(folder: str, model) -> None:
     def load():
         config = model.config
         tensors = read_tensors(folder)
-        rows = len(tensors["wte.weight"]) if "wte.weight" in tensors else config.vocab_size
+        wte = tensors.get("wte.weight")
+        rows = config.vocab_size if wte is None or wte.dim() != 2 else len(wte)
         if not config.vocab_size <= rows < config.vocab_size + 128:
             raise ValueError(f"{folder} has a vocabulary of {rows} tokens, and the data has one of "
                              f"{config.vocab_size}: prepare the data with the tokenizer of these weights")
         state = from_gpt2(tensors, config.n_layer, config.tie_embeddings)
         own = model.state_dict()
         for name in ("wte.weight", "wpe.weight", "lm_head.A"):
-            if name in state:  # to the rows that count, and zeros for those that only pad
+            if name in state and state[name].dim() == own[name].dim():
+                # to the rows that count, and zeros for those that only pad
                 count = config.block_size if name == "wpe.weight" else config.vocab_size
                 kept = state[name][..., :count, :]
                 state[name] = F.pad(kept, (0, 0, 0, max(0, own[name].shape[-2] - kept.shape[-2])))

@@ -30,7 +30,7 @@ def read_log(place: str) -> list[dict]:
     with contextlib.suppress(OSError):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     points.append(json.loads(line))
     return [point for point in points if isinstance(point, dict)]
 
@@ -48,11 +48,12 @@ class RunLog:
         if os.path.exists(path):
             with open(path, "rb") as f:
                 for line in f:
-                    with contextlib.suppress(ValueError):  # a half line, or what a power cut left
+                    with contextlib.suppress(ValueError, RecursionError):  # a half line, or worse
                         point = json.loads(line)
-                        if not isinstance(point, dict):
+                        at = point.get("iter", -1) if isinstance(point, dict) else None
+                        if not isinstance(at, int):
                             continue
-                        at, is_eval = point.get("iter", -1), point.get("type") == "eval"
+                        is_eval = point.get("type") == "eval"
                         if at < iteration or at == iteration and is_eval and not evaluates:
                             kept.append(line.rstrip(b"\n") + b"\n")
         write_temporary(path, lambda f: f.writelines(kept))

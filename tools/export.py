@@ -192,9 +192,15 @@ def write_tokenizer(folder: str, tok: tokenizer.Tokenizer, block_size: int) -> N
     names = {}
     if tok.end_of_text in special:  # else a name would become a special token, and change the ids of texts
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), special[tok.end_of_text].content)
-    transformers.PreTrainedTokenizerFast(
+    whole = transformers.PreTrainedTokenizerFast(
         tokenizer_object=fast, model_max_length=block_size, padding_side="left",
-        clean_up_tokenization_spaces=False, **names).save_pretrained(folder)
+        clean_up_tokenization_spaces=False, **names)
+    try:
+        whole.save_pretrained(folder)
+    except Exception as e:  # the library tokenizers has no class of its own for a full disk
+        if type(e) is not Exception:
+            raise
+        raise OSError(f"the tokenizer could not be written: {e}") from None
     transformers.GenerationConfig(bos_token_id=tok.start, eos_token_id=tok.end_of_text,
                                   pad_token_id=tok.end_of_text).save_pretrained(folder)
 
@@ -283,7 +289,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 prompt = tokenizer({prompt!r}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100, do_sample=True)[0]))
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new}, do_sample=True)[0]))
 ```
 
 A prompt and what follows it fit {block_size} tokens together.{more}
@@ -315,11 +321,22 @@ def model_card(name: str, model: GPT, tok: tokenizer.Tokenizer, checkpoint: dict
         "best validation loss of the run":
             f"{known['best_val_loss']:.4f} nats per token" if "best_val_loss" in known else None,
     }
+    prompt = example_prompt(tok)
     return CARD.format(
         name=name, struct=config.struct, rows="\n".join(f"| {k} | {v} |" for k, v in rows.items() if v),
-        projections="\n".join(model.describe()), prompt="The ", block_size=config.block_size,
+        projections="\n".join(model.describe()), prompt=prompt, block_size=config.block_size,
+        new=max(1, min(100, config.block_size - len(tok.encode(prompt)))),
         trust="" if is_gpt2(config) else ", trust_remote_code=True",
         more="" if is_gpt2(config) else " " + REMOTE_CODE)
+
+
+def example_prompt(tok: tokenizer.Tokenizer) -> str:
+    """'The', or a letter of the vocabulary where it lacks those of this word."""
+    try:
+        tok.encode("The")
+        return "The"
+    except ValueError:  # of characters
+        return next(filter(str.isalpha, tok.chars), tok.chars[0])
 
 
 def describe_structure(config: GPTConfig) -> str:

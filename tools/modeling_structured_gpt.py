@@ -225,15 +225,20 @@ class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep=0, past_key_values=None, return_dict=True,
+                labels=None, use_cache=None, logits_to_keep=0, past_key_values=None, return_dict=None,
                 output_hidden_states=None, output_attentions=None, **kwargs):
         """input_ids (B, T), attention_mask (B, S) of the tokens in the cache and the new ones, labels (B, T),
         which are shifted here (-100 is ignored) -> logits (B, T, V), or those of the last logits_to_keep.
 
-        Raises ValueError where more than block_size tokens are in sight: there are no positions for them.
+        Raises ValueError where more than block_size tokens are in sight, for which there are no positions,
+        and for an attention_mask of another number of tokens.
         """
         if output_attentions:
             raise ValueError("this model does not give its attention weights: leave out output_attentions")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, d)
         cache = past_key_values if cache is None else cache
         if use_cache is None:
@@ -244,6 +249,9 @@ class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens, padding included, do not fit this model, which has "
                              f"{self.config.block_size} positions: shorten the prompt, or generate fewer")
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] != past + T:
+            raise ValueError(f"attention_mask is of {attention_mask.shape[1]} tokens, and there are "
+                             f"{past + T}: {past} in the cache, and {T} new ones")
         if position_ids is None:
             position_ids = find_positions(attention_mask, past, T, x.device)
         mask = find_mask(attention_mask, past, T, x.device)
@@ -251,8 +259,9 @@ class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.dropout(x + self.wpe(position_ids))
         states = [x]
         for block in self.blocks:
-            x = block(x, mask, seen, cache)
-            states.append(x)
+            x = block(x, mask, seen, cache=cache)  # by name: gradient checkpointing leaves it out
+            if output_hidden_states:
+                states.append(x)
         x = states[-1] = self.ln_f(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0: all
         logits = self.lm_head(x[:, kept]).float()

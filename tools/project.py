@@ -52,6 +52,7 @@ from data.common import check_token_ids, open_dataset
 from lib.checkpoint import read_checkpoint, save_checkpoint
 from lib.device import autocast, choose_device
 from lib.evaluation import evaluate
+from lib.files import lock_out_dir
 from lib.log import read_log
 from lib.nearest import nearest_dyad, nearest_einsum, relative_error
 from lib.table import markdown_table
@@ -73,6 +74,8 @@ def read_dense(path: str) -> tuple[dict, GPT]:
                              "experts can be projected")
         model = GPT(config)
         model.load_state_dict(checkpoint["model"])
+        if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+            raise ValueError(f"{broken[0]} has values that are not finite")
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} cannot be projected: {e}") from None
     return checkpoint, model.eval()
@@ -241,14 +244,18 @@ def finetune(flags: list[str], out: str) -> float | None:
     return [point["val_loss"] for point in read_log(out) if point["type"] == "eval"][-1]
 
 
+def check_absent(path: str) -> None:
+    if os.path.exists(path):
+        raise ValueError(f"{path} exists: give another --out_dir, or remove it")
+
+
 def run(place: str) -> None:
     """Projects the checkpoint at place, and prints and writes what comes of it. Raises ValueError or OSError
     where it cannot."""
     path = os.path.join(place, "ckpt.pt") if os.path.isdir(place) else place
     out = out_dir or f"{os.path.dirname(path) or 'out'}-{struct}"
     new = os.path.join(out, "ckpt.pt")
-    if os.path.exists(new):
-        raise ValueError(f"{new} exists: give another --out_dir, or remove it")
+    check_absent(new)
     where, device_type = choose_device(device)
     amp = autocast(device_type, "float32")
     checkpoint, dense = read_dense(path)
@@ -259,7 +266,8 @@ def run(place: str) -> None:
     keys = read_keys(os.path.join(HERE, "train.py"))
     changed = {key: value for key, value in dataclasses.asdict(model.config).items() if key in keys}
     config = checkpoint["config"] | changed
-    os.makedirs(out, exist_ok=True)
+    lock_out_dir(out)
+    check_absent(new)  # another one may have made it in the meantime
     save_checkpoint(new, contents(checkpoint, model, config), None)
     print(show_table(rows))
     print(f"\nparameters of the whole model: {dense.num_params():,} before, {model.num_params():,} after\n"

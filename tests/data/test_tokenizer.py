@@ -349,7 +349,21 @@ def test_a_missing_library_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(OSError, match="pip install -r requirements-transformers.txt"):
         tokenizer.FileTokenizer(text)
-    assert tokenizer.count_ids({"name": "tokenizers", "json": text}) == 3 + 256 + 13  # a run needs no more
+    described = {"name": "tokenizers", "json": text, "end_of_text": 2}
+    assert tokenizer.count_ids(described) == 3 + 256 + 13  # a run needs no more
+
+
+@pytest.mark.parametrize("described", [
+    {"name": "char", "characters": ["a", "b"]}, {"name": "char", "characters": "aab"},
+    {"name": "char", "characters": "ab", "unknown": "c"}, {"name": "tokenizers"},
+    {"name": "tokenizers", "end_of_text": 272},
+    {"name": "tokenizers", "end_of_text": -1}, {"name": "tokenizers", "end_of_text": "</s>"}])
+def test_what_sampling_would_refuse_is_refused_before_training(described):
+    """meta.json may be another program's: what makes no tokenizer has no number of ids either."""
+    if described["name"] == "tokenizers":
+        described = described | {"json": llama().to_str()}
+    with pytest.raises((ValueError, KeyError, TypeError)):     # open_dataset makes one sentence of each
+        tokenizer.count_ids(described)
 
 
 # What meta.json and checkpoints hold

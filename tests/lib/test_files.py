@@ -1,5 +1,7 @@
 """lib/files.py: the lock of an out_dir, and files that are whole or absent."""
 import atexit
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -141,3 +143,13 @@ def test_a_file_is_replaced_whole(tmp_path):
     replace_file(str(tmp_path / "a"))
     assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"new", b"old"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("number, raised", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_syncs_no_folders(number, raised, tmp_path, monkeypatch):
+    """Shared folders of virtual machines refuse it; a broken disk is an error all the same."""
+    def refuse(_):
+        raise OSError(number, "no")
+    monkeypatch.setattr(lib.files.os, "fsync", refuse)
+    with pytest.raises(OSError) if raised else contextlib.nullcontext():
+        lib.files.fsync_folder(str(tmp_path))

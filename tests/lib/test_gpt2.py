@@ -1,5 +1,6 @@
 """lib/gpt2.py and init_from: GPT-2s that transformers has saved, in this model, trained, and back."""
 import json
+import math
 import os
 import shutil
 
@@ -164,6 +165,7 @@ def test_compiled_it_computes_the_same(saved):
     ("reorder_and_upcast_attn", True), ("add_cross_attention", True), ("n_inner", 100),
     ("model_type", "llama"), ("pruned_heads", {"0": [1]}), ("quantization_config", {"bits": 4}),
     ("n_layer", "three"), ("n_head", 5), ("n_embd", 0), ("layer_norm_epsilon", None),
+    ("layer_norm_epsilon", math.nan), ("activation_function", ["gelu"]),
     ("tie_word_embeddings", 1)])
 def test_a_config_that_this_model_cannot_express(copied, key, value):
     folder = copied(**{key: value})
@@ -193,6 +195,7 @@ def test_broken_weights_are_one_sentence(copied):
             (weights | {"score.weight": torch.ones(2)}, "hold score.weight"),
             (weights | {name: weights[name].T.contiguous()}, "blocks.1.mlp.up.A does not have the shape"),
             (weights | {name: weights[name][0].clone()}, "h.1.mlp.c_fc.weight is a tensor"),
+            (weights | {"transformer.wte.weight": torch.tensor(1.0)}, "wte.weight is a tensor of"),
             (weights | {name: weights[name].to(torch.int8)}, "int8")):
         save_file(changed, path)
         with pytest.raises(ValueError, match=words) as error:

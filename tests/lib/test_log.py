@@ -53,7 +53,8 @@ def test_only_the_first_line_that_waits_raises(tmp_path):
 
 
 @pytest.mark.parametrize("tail", [b'{"type": "train", "it', b'{"type": "train", "iter": 3', b"\0\0\0\0",
-                                  b"\xff\xfe\n", b"3\n", b"[1]\n", b"\n"])
+                                  b"\xff\xfe\n", b"3\n", b"[1]\n", b"\n", b'{"iter": null}\n',
+                                  b"[" * 100_000])
 def test_opening_drops_half_lines_and_points_to_be_made_again(tail, tmp_path):
     """A power cut may have left such a tail; a run that resumes at 2 makes the points from there on again."""
     path = tmp_path / "log.jsonl"

@@ -224,6 +224,38 @@ def test_hidden_states_are_given_and_attention_weights_refused(pair):
     assert torch.allclose(there.lm_head(states[-1]), output.logits, atol=1e-5)
     with pytest.raises(ValueError, match="output_attentions"):
         there(ids, output_attentions=True)
+    with torch.no_grad():
+        assert there(ids).hidden_states is None
+        for key, value in (("output_hidden_states", True), ("return_dict", False)):
+            before = getattr(there.config, key)
+            setattr(there.config, key, value)   # what a call does not say, the config says
+            output = there(ids)
+            setattr(there.config, key, before)
+            assert isinstance(output, tuple) if key == "return_dict" else len(output.hidden_states) == 3
+
+
+def test_a_mask_of_the_new_tokens_alone_is_refused(pair):
+    """Their positions would begin at 0 again."""
+    _, there = pair
+    with torch.no_grad():
+        cache = there(random_ids(1, 10), use_cache=True).cache
+        with pytest.raises(ValueError, match="attention_mask is of 1 tokens, and there are 11"):
+            there(random_ids(1, 1), cache=cache, attention_mask=torch.ones(1, 1, dtype=torch.long))
+
+
+def test_gradient_checkpointing_leaves_the_cache_out(exported):
+    """With it, the second forward of each block would read keys that have no gradient."""
+    gpt = make_model(**CASES["btt"] | dict(weight_norm=False))
+    there, ids, gradients = exported(gpt).train(), random_ids(2, 12), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            there.gradient_checkpointing_enable(dict(use_reentrant=True))
+            there.enable_input_require_grads()
+        there.zero_grad()
+        there(ids, labels=ids, use_cache=True).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in there.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("case, checkpointing", [("dense", False), ("btt", True), ("btt_moe", False)])
@@ -277,6 +309,10 @@ def test_the_folder(tmp_path, exported, capsys):
                   'AutoModelForCausalLM.from_pretrained("hf", trust_remote_code=True)', "24 tokens"):
         assert words in card, words
     assert "\nlicense:" not in card
+    # its own lines run, within the 24 tokens
+    snippet = card.split("```python\n")[1].split("```")[0].replace('"hf"', repr(str(tmp_path / "hf")))
+    exec(snippet, {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_card_of_a_checkpoint_that_knows_nothing(tmp_path, exported):

@@ -198,6 +198,30 @@ def test_bad_input_is_one_sentence_and_writes_nothing(dense, options, words, cap
     assert stop.value.code == 1 and line.startswith("error: ") and words in line and not out.exists()
 
 
+def test_weights_that_are_not_finite_are_one_sentence(dense, capsys):
+    checkpoint = load(dense / "ckpt.pt")
+    checkpoint["model"]["blocks.0.attn.v.A"].view(-1)[0] = float("nan")
+    torch.save(checkpoint, dense / "ckpt.pt")
+    with pytest.raises(SystemExit):
+        project.main([str(dense), f"--out_dir={dense.parent / 'new'}", "--struct=btt", "--eval_tokens=0"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert "blocks.0.attn.v.A has values that are not finite" in line and not (dense.parent / "new").exists()
+
+
+def test_of_two_at_once_the_first_to_end_is_kept(dense, capsys, monkeypatch):
+    """The other has computed its own by then."""
+    out, compute = dense.parent / "new", project.project
+    def slow(*arguments):
+        monkeypatch.setattr(project, "project", compute)
+        project.main([str(dense), f"--out_dir={out}", "--struct=btt", "--rank=2", "--eval_tokens=0"])
+        return compute(*arguments)
+    monkeypatch.setattr(project, "project", slow)
+    with pytest.raises(SystemExit):
+        project.main([str(dense), f"--out_dir={out}", "--struct=btt", "--rank=1", "--eval_tokens=0"])
+    assert "exists: give another --out_dir" in capsys.readouterr().err
+    assert load(out / "ckpt.pt")["model_args"]["rank"] == 2
+
+
 def test_no_checkpoint_and_another_vocabulary(dense, capsys, tmp_path):
     torch.save(load(dense / "ckpt.pt") | dict(tokenizer=dict(kind="other")), dense / "ckpt.pt")
     for place, options in ((tmp_path / "nowhere", []), (dense, ["--eval_tokens=9"]), ("", [])):
