@@ -19,9 +19,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# all of the project's own: a user's virtual environment may lie in the root
+SOURCES = sorted([*ROOT.glob("*.py"), *(
+    path for room in ("config", "data", "experiments", "lib", "results", "tests", "tools")
+    for path in (ROOT / room).rglob("*.py"))])
 sys.path.insert(0, str(ROOT))
 THREADS = os.environ.get("TEST_THREADS", "1")  # the tests are small, and two workers run beside each other
 os.environ["OMP_NUM_THREADS"] = THREADS
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # programs whose test names no device run on the CPU
+if sys.platform == "linux":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve is a warning
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on CPU tensors; read when triton is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; else names that are not there are asked for, and retried
 
@@ -138,7 +145,7 @@ class ForkedProgram:
 
     def __init__(self, folder, arguments, before=None, **environment):
         self.out, self.err = folder / f"stdout{time.monotonic_ns()}", folder / f"stderr{time.monotonic_ns()}"
-        self.process = PROCESSES.Process(target=run_script, args=(
+        self.process = PROCESSES.Process(daemon=True, target=run_script, args=(
             "train.py", [str(a) for a in arguments], environment, str(self.out), str(self.err), before))
         self.process.start()
 

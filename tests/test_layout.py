@@ -3,7 +3,7 @@ import ast
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SOURCES
 
 ROOMS = ("configurator", "data", "experiments", "lib", "model", "sample", "structured", "tests", "tools",
          "train")
@@ -20,7 +20,7 @@ def room_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if room_of(path) in ALLOWED]
+FILES = [path for path in SOURCES if room_of(path) in ALLOWED]
 
 
 def imported_rooms(path):
@@ -76,9 +76,7 @@ def test_no_program_writes_into_results_by_default():
 
 
 def test_lines_end_within_110_characters():
-    files = [path for path in sorted(ROOT.rglob("*.py"))
-             if room_of(path) in {*ALLOWED, "config", "results", "tests"}]
-    lines = [(path.relative_to(ROOT), number, line) for path in files
+    lines = [(path.relative_to(ROOT), number, line) for path in SOURCES
              for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
     long = [f"{path}:{number}" for path, number, line in lines if len(line) > 110]
     assert not long

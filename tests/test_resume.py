@@ -114,6 +114,15 @@ def test_best_val_loss_belongs_to_the_data(trained, train, noise, tmp_path):
     assert (out / "ckpt_best.pt.old").read_bytes() == before
 
 
+def test_a_best_checkpoint_without_a_loss_is_replaced(trained, train, tmp_path):
+    """A user may have put a periodic checkpoint in its place, whose val_loss is None."""
+    out = tmp_path / "out"
+    shutil.copytree(trained(), out)
+    torch.save(load(out / "ckpt.pt") | dict(val_loss=None), out / "ckpt_best.pt")
+    train(out, max_iters=25, init_from="resume")
+    assert load(out / "ckpt_best.pt")["val_loss"] == min(losses(out)[1][i] for i in (20, 25))
+
+
 def test_best_val_loss_belongs_to_the_windows(run, flags, trained, tmp_path):
     """Their number, not how they are batched."""
     for name, settings, anew in (("a", dict(eval_tokens=16 * 32, batch_size=8,

@@ -239,8 +239,9 @@ def test_openwebtext_with_a_tokenizers_file(prepare_here, tmp_path, num_proc):
     made.save(str(tmp_path / "words.json"), pretty=False)
     texts = ["漢 w7\tκόσμε", "w65535 <end>\r\nnothing"]
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
-    prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", num_proc,
-                 "--tokenizer", tmp_path / "words.json", "--end-of-text", "<end>")
+    run = prepared if num_proc == 2 else prepare_here   # pytest has threads: nothing forks from it
+    run("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", num_proc,
+        "--tokenizer", tmp_path / "words.json", "--end-of-text", "<end>")
     meta, splits = read(tmp_path / "out")
     assert (meta["vocab_size"], meta["dtype"]) == (70_001, "uint32")
     assert meta["tokenizer"] == {"name": "tokenizers", "end_of_text": 70_000,
@@ -348,7 +349,8 @@ def test_any_text_is_kept_whole_in_its_own_alphabet(prepare_here, tmp_path, name
         (tmp_path / "text" / file).write_bytes(text.encode())
     write_jsonl(tmp_path / "text" / "rows.jsonl", ["é\r\n", "ascii"])
     num_proc = 2 if name == "chars" else 1
-    prepare_here(name, "--source", tmp_path / "text", "--out-dir", tmp_path / "out", "--num-proc", num_proc)
+    run = prepared if num_proc == 2 else prepare_here   # pytest has threads: nothing forks from it
+    run(name, "--source", tmp_path / "text", "--out-dir", tmp_path / "out", "--num-proc", num_proc)
     # .txt files have Python's line ends, and all texts are in the form NFC
     expected = [unicodedata.normalize("NFC", text.replace("\r\n", "\n")) for text in ANY.values()]
     expected += ["é\r\n", "ascii"]

@@ -44,7 +44,9 @@ def test_triples_are_all_the_nearest(exponents, d):
 @pytest.mark.parametrize("last", [1, 2, 12, 48])
 def test_a_size_that_is_given_leaves_the_others_their_ratio(last):
     """α = d^1/4 and β = d^1/2 share d / γ: α is its cube root."""
-    for i, j, k in nearest_triples(96, (0.25, 0.5, 0.25), last):
+    found = nearest_triples(96, (0.25, 0.5, 0.25), last)
+    assert found
+    for i, j, k in found:
         assert k == last and i * j * k == 96
         assert (i, j, 1) in nearest_by_brute_force(96 // last, (1 / 3, 2 / 3, 0))
 

@@ -21,12 +21,13 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="PyTorch has hooks of its own")
 def test_on_fake_cuda(tmp_path):
     """tests/fake_cuda/checks.py, in a process that loads hooks.cpp before PyTorch."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:xdist", "-p",
                "no:cacheprovider", "tests/fake_cuda/checks.py"]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ, FAKE_CUDA=str(fake_cuda.build(tmp_path))),
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
 

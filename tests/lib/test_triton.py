@@ -13,6 +13,12 @@ SIZES = [(12, 1, 3, 1, 12, 2, 1), (3, 2, 2, 2, 5, 1, 2), (17, 1, 1, 1, 16, 3, 1)
          (4, 2, 1, 2, 70, 2, 3), (24, 1, 2, 1, 25, 2, 1), (40, 1, 2, 1, 48, 1, 1), (64, 1, 1, 1, 64, 1, 2)]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Experts are chosen in float32 and in float64: the same draws in every run, none of them near a tie."""
+    torch.manual_seed(0)
+
+
 def tensors(sizes, T, E, kind, dtype):
     """x, first, second, router, balance, experts, dy, dlogits: what a call of each kind has, else None."""
     a, b, g, d, e, f, r = sizes
@@ -280,7 +286,7 @@ def test_compiles_without_spills(capability, tmp_path):
     """Everything that the body launches at widths of 768 to 16,384, in at most 99 KB of shared memory."""
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     done = subprocess.run([sys.executable, "-c", COMPILE, str(capability)], env=environment,
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("usage")]
     assert {name for name, *_ in lines} == {name for name in dir(triton_body) if name.endswith("_kernel")}
