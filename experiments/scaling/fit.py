@@ -111,6 +111,16 @@ def label_of(folder: str, config: dict) -> str:
     return label + "".join(f"-{key}={value}" for key, value in own.items() if value is not None)
 
 
+def theta_of(config: dict):
+    """structured.Theta of a run's projections, of one expert where there are experts in them; None for those
+    that are no einsum, and for settings that do not say."""
+    from structured import STRUCTURES, Theta    # only here, since it imports torch
+    theta = Theta.parse(config["theta"]) if config.get("theta") else STRUCTURES.get(config.get("struct"))
+    if theta and config.get("num_experts") and config.get("rank") is None and config["struct"] != "einsum":
+        theta = Theta(*theta[:6], 0 if config["struct"] != "low_rank" else theta.rho)   # experts have rank 1
+    return theta
+
+
 def comparable_config(start: dict) -> dict:
     """The settings by which runs are compared, from a log's first line, where old ones hold None for what
     train.py found out later. Raises KeyError where one is missing. Device, backend and kernel change nothing

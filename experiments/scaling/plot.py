@@ -11,7 +11,8 @@ from lib.figure import LOSS, figure, log_ticks, save, style
 
 AXIS_FIGURES = {"frontier": "flops", "frontier_without_output_layer": "flops_without_output_layer",
                 "wall_clock": "seconds"}
-FIGURES = (*AXIS_FIGURES, "multiplier", "params")
+TAXONOMY = {"omega": "ω, parameter sharing", "psi": "ψ, rank", "nu": "ν, compute intensity"}
+FIGURES = (*AXIS_FIGURES, "multiplier", "taxonomy", "params")
 
 
 def draw_frontier(ax, fitted: dict, looks: dict, curves: list[dict], axis: str) -> None:
@@ -70,6 +71,25 @@ def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
     log_ticks(ax, "y")
 
 
+def draw_taxonomy(row, rows: list[dict]) -> None:
+    """Loss over ω, ψ and ν: filled where ω = 0 and ψ = 1, with a mark of its own for mixtures."""
+    kinds = {"ω = 0 and ψ = 1": (lambda r: not r["experts"] and r["omega"] < 1e-6 and r["psi"] > 1 - 1e-6,
+                                 dict(marker="o", color="#0072B2")),
+             "other θ": (lambda r: not r["experts"] and (r["omega"] >= 1e-6 or r["psi"] <= 1 - 1e-6),
+                         dict(marker="o", color="#D55E00", markerfacecolor="none")),
+             "experts": (lambda r: r["experts"], dict(marker="*", color="#000000", markersize=9))}
+    for ax, (axis, what) in zip(row, TAXONOMY.items()):
+        for label, (belongs, look) in kinds.items():
+            if mine := [r for r in rows if belongs(r)]:
+                x, y = zip(*((r[axis], r["loss"]) for r in mine))
+                ax.plot(x, y, label=label, linestyle="none", **look)
+        ax.set_xlabel(what)
+        log_ticks(ax, "y")
+    for r in rows if len(rows) <= 12 else ():   # more names would lie upon each other
+        row[-1].annotate(r["structure"], (r["nu"], r["loss"]), xytext=(5, 0), textcoords="offset points",
+                         fontsize=7, verticalalignment="center")
+
+
 def draw(found: dict) -> dict[str, tuple]:
     """{name: (figure, the axes that have its legend)} of those FIGURES that fit.json has data for."""
     by_axis, base, drawn = found["axes"], found["base"], {}
@@ -93,6 +113,12 @@ def draw(found: dict) -> dict[str, tuple]:
         row[0].set(ylabel="multiplier", ylim=(min(gains) / 1.5, max(gains) * 1.5))  # not all of intervals
         log_ticks(row[0], "y")
         drawn["multiplier"] = fig, row[0]
+    taxonomy = found.get("taxonomy", dict(rows=[]))
+    if len(taxonomy["rows"]) > 1:
+        fig, [row] = figure(len(TAXONOMY), sharey=True)
+        draw_taxonomy(row, taxonomy["rows"])
+        row[0].set_ylabel(f"{loss},\nat {taxonomy['budget']:.2g} FLOPs")
+        drawn["taxonomy"] = fig, row[0]
     fig, [row] = figure(2, sharey=True)
     for ax, (key, what) in zip(row, (("params", "parameters"), ("active_params", "active parameters"))):
         draw_params(ax, found["runs"], looks, key)

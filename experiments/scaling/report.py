@@ -11,10 +11,11 @@ import numpy as np
 from experiments.scaling.fit import (
     AXES, COMPARABLE, PER_DECADE, Fit, MeasuredRun, alike, first_budget, fit_structure, interval,
     mean_of_seeds, measured_multipliers, multipliers, read_runs, robust_deviation, same_but_seed, seed_noise,
-    share_seconds, take_seconds)
+    share_seconds, take_seconds, theta_of)
 from lib.files import write_whole
 from lib.table import markdown_table
 
+TAXONOMY = ("omega", "psi", "nu")
 GAP = 10 ** (2.5 / PER_DECADE)  # a wider gap between two points of a frontier is remarked on
 
 
@@ -152,6 +153,34 @@ def losses_table(fits: dict[str, Fit], unit: str) -> str:
     return markdown_table([f"{unit} until a loss of", *map(number, losses)], rows)
 
 
+def taxonomy_of(fits: dict[str, Fit], base: str) -> dict:
+    """{"budget": the largest that nine tenths of the structures reach, "rows": ω, ψ and ν of each einsum that
+    does, its loss there, and the multiplier from its point to the base's frontier}, the best first."""
+    budget = float(np.quantile([fit.frontier.x[-1] for fit in fits.values()], 0.1, method="lower"))
+    rows = []
+    for label, fit in fits.items():
+        theta, x, config = theta_of(fit.runs[0].config), fit.frontier.x, fit.runs[0].config
+        if theta is not None and x[0] <= budget <= x[-1]:
+            loss = float(np.interp(np.log(budget), np.log(x), fit.frontier.losses))
+            gain = float(fits[base].frontier.x_for(loss)) / budget if base in fits else math.nan
+            rows.append(dict(structure=label, omega=theta.omega, psi=theta.psi, nu=theta.nu,
+                             experts=config.get("num_experts") or config.get("ffn_experts") or 0, loss=loss,
+                             multiplier=None if math.isnan(gain) else gain))
+    return dict(budget=budget, rows=sorted(rows, key=lambda row: row["loss"]))
+
+
+def taxonomy_table(found: dict) -> list[str]:
+    """The same as text; nothing where there are not two structures."""
+    if len(found["rows"]) < 2:
+        return []
+    rows = [[row["structure"], str(row["experts"] or ""), *(f"{row[axis]:.3g}" for axis in TAXONOMY),
+             f"{row['loss']:.4g}", "—" if row["multiplier"] is None else number(row["multiplier"])]
+            for row in found["rows"]]
+    budget = number(found["budget"])
+    return [f"By ω (parameter sharing), ψ (rank) and ν (compute intensity), at {budget} FLOPs:",
+            markdown_table(["structure", "experts", "ω", "ψ", "ν", "loss", "multiplier"], rows)]
+
+
 def sizes_table(fits: dict[str, Fit], budgets: list[float]) -> str:
     """At each budget: the run that has the lowest loss, and whether it is at the edge of the sizes tried."""
     rows = []
@@ -185,6 +214,7 @@ def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[s
     text += ["What each frontier needs for a loss (—: before its first point, or not reached):",
              losses_table(fits, unit)]
     if axis == "flops":
+        text += taxonomy_table(taxonomy_of(fits, base))
         text += ["The best size at each budget:", sizes_table(fits, budgets)]
     return text
 
@@ -244,7 +274,8 @@ def write_data(out: str, runs: list[MeasuredRun], fits: dict, base: str, level: 
     measure = {key: runs[0].config[key] for key in COMPARABLE if key in runs[0].config}
     write_csv(os.path.join(out, "runs.csv"), round_all(ends))
     write_csv(os.path.join(out, "frontier.csv"), round_all(rows))
-    found = round_all(dict(axes=by_axis, base=base, measure=measure, runs=ends, curves=curves))
+    found = round_all(dict(axes=by_axis, base=base, measure=measure, runs=ends, curves=curves,
+                           taxonomy=taxonomy_of(fits["flops"], base)))
     write_whole(os.path.join(out, "fit.json"), json.dumps(found))
 
 

@@ -256,6 +256,27 @@ def test_fit_names_what_it_leaves_out(fitted):
     assert "dense0: " not in text
 
 
+def test_structures_are_ordered_by_their_loss_at_a_budget_beside_their_taxonomy(tmp_path):
+    """ω, ψ and ν by hand: of monarch, Kronecker, low rank, and of BTT's experts, which have rank 1."""
+    tokens = np.arange(1, 31) * 1e6
+    for label, settings, factor in (
+            ("dense", dict(), 1.0), ("monarch", dict(struct="monarch"), 0.9),
+            ("kron", dict(struct="einsum", theta=[0.5, 0.5, 0, 0.5, 0.5, 0, 0]), 1.1),
+            ("low_rank", dict(struct="low_rank"), 1.2), ("dyad", dict(struct="dyad"), 1.3),
+            ("btt_moe", dict(struct="btt", num_experts=8, top_k=2), 0.8)):
+        write_log(tmp_path / "runs" / label, label, dict(n_embd=8) | settings, 6e5, tokens,
+                  factor * (2 + 4 * (tokens / 1e6) ** -0.5))
+    text = report(tmp_path)
+    part = text.split("By ω (parameter sharing)")[1].split("The best size")[0]
+    rows = [cells for cells in cells_of(part)[2:] if len(cells) == 7]
+    assert [row[:5] for row in rows] == [
+        ["btt_moe", "8", "0", "1", "0.5"], ["monarch", "", "0", "1", "0.5"], ["dense", "", "0", "1", "1"],
+        ["kron", "", "0.5", "1", "0.5"], ["low_rank", "", "0", "0.5", "0.5"]]
+    assert "dyad" not in part and rows[2][-1] == "1"
+    scaling_plot.plot(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "taxonomy.svg").exists()
+
+
 def test_figures(fitted, run):
     folder, _ = fitted
     names = [f"{name}.{kind}" for name in scaling_plot.FIGURES for kind in ("png", "svg")]
