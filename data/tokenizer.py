@@ -302,7 +302,9 @@ def count_ids(described: dict) -> int:
     """Returns the vocab_size of the tokenizer that an object of to_meta() describes, without a vocabulary or
     the library tokenizers. Raises ValueError, KeyError, TypeError or AttributeError if it describes none."""
     if described["name"] == "char":
-        return from_meta({"tokenizer": described}).vocab_size
+        if not isinstance(characters := described["characters"], str):
+            raise TypeError(f"characters must be a text; got {str(characters)[:200]}")
+        return CharTokenizer(characters, described.get("unknown"), described.get("normalization")).vocab_size
     if described["name"] != "tokenizers":
         return TIKTOKEN[described["name"]]
     file = json.loads(described["json"])

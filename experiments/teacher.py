@@ -244,8 +244,9 @@ def main() -> int:
     with filelock.FileLock(os.path.join(out, "settings.json.lock")):
         check_settings()
     (x, y), test = data = make_data()
-    few, held_out = int(tune_share * len(x)), slice(-max(1, len(x) // 64), None)
-    tuning = (x[:few], y[:few]), (x[held_out], y[held_out])
+    held_out = max(1, len(x) // 64)
+    few = min(int(tune_share * len(x)), len(x) - held_out)
+    tuning = (x[:few], y[:few]), (x[-held_out:], y[-held_out:])
     errors: dict[str, dict[float, float | None]] = {label: {} for label in structures}
     for wait in (False, True):  # what another process is making comes last
         for label, options in structures.items():

@@ -177,12 +177,12 @@ def test_a_signal_to_one_of_two_processes_ends_both(run, flags, trained, tmp_pat
     """
     settings = dict(config="btt_moe", gradient_accumulation_steps=4, batch_size=2, n_layer=1,
                     lr_decay_iters=20)
-    done = run("train.py", *flags(max_iters=4, **settings), before=in_float64)
+    done = run("train.py", *flags(max_iters=5, **settings), before=in_float64)
     assert done.returncode == 0, done.stderr
     done = run("train.py", *flags(init_from="auto", **settings), processes=2,
                before=functools.partial(signal_in_an_iteration, "SIGTERM", to="1"))
     assert done.returncode == 128 + 15 and not done.stderr, done.stderr
-    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 4 + 7
+    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 5 + 7
     done = run("train.py", *flags(init_from="auto", **settings), before=in_float64)
     assert done.returncode == 0, done.stderr
     assert_same_course(tmp_path / "out", trained(**settings, before=in_float64))

@@ -115,9 +115,13 @@ def theta_of(config: dict):
     """structured.Theta of a run's projections, of one expert where there are experts in them; None for those
     that are no einsum, and for settings that do not say."""
     from structured import STRUCTURES, Theta    # only here, since it imports torch
-    theta = Theta.parse(config["theta"]) if config.get("theta") else STRUCTURES.get(config.get("struct"))
-    if theta and config.get("num_experts") and config.get("rank") is None and config["struct"] != "einsum":
-        theta = Theta(*theta[:6], 0 if config["struct"] != "low_rank" else theta.rho)   # experts have rank 1
+    if config.get("theta"):
+        return Theta.parse(config["theta"])
+    theta = STRUCTURES.get(config.get("struct"))
+    if theta and (config.get("num_experts") or config.get("rank")):
+        # experts have rank 1, those of low rank d / E; and a rank that is set does not grow
+        grows = config["struct"] == "low_rank" and not config.get("rank")
+        theta = Theta(*theta[:6], 1 if grows else 0)
     return theta
 
 
@@ -373,14 +377,18 @@ def first_budget(x: np.ndarray) -> float:
     return np.ceil(np.log10(x[0]) * PER_DECADE - 1e-9)
 
 
+def last_budget(x: np.ndarray) -> float:
+    """Number of the last budget that a curve reaches."""
+    return np.floor(np.log10(x[-1] / REACHED) * PER_DECADE)
+
+
 def frontier_of(curves: list[tuple[np.ndarray, np.ndarray]]) -> Frontier:
     """The lower envelope of curves (x, losses), each ascending in x; one point alone is a curve too. A curve
     that ends just short of a budget, by REACHED, has its last loss there."""
     points = []
     for i, (x, loss) in enumerate(curves):
         if len(x) > 1:
-            last_budget = np.floor(np.log10(x[-1] / REACHED) * PER_DECADE)
-            budgets = 10 ** (np.arange(first_budget(x), last_budget + 1) / PER_DECADE)
+            budgets = 10 ** (np.arange(first_budget(x), last_budget(x) + 1) / PER_DECADE)
             x, loss = budgets, np.interp(np.log(budgets), np.log(x), loss)
         points.append((x, loss, np.full(len(x), i)))
     xs, losses, owners = map(np.concatenate, zip(*points))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from experiments.scaling.fit import (
-    AXES, COMPARABLE, PER_DECADE, Fit, MeasuredRun, alike, first_budget, fit_structure, interval,
+    AXES, COMPARABLE, PER_DECADE, Fit, MeasuredRun, alike, first_budget, fit_structure, interval, last_budget,
     mean_of_seeds, measured_multipliers, multipliers, read_runs, robust_deviation, same_but_seed, seed_noise,
     share_seconds, take_seconds, theta_of)
 from lib.files import write_whole
@@ -155,14 +155,18 @@ def losses_table(fits: dict[str, Fit], unit: str) -> str:
 
 def taxonomy_of(fits: dict[str, Fit], base: str) -> dict:
     """{"budget": the largest that nine tenths of the structures reach, "rows": ω, ψ and ν of each einsum that
-    does, its loss there, and the multiplier from its point to the base's frontier}, the best first."""
-    budget = float(np.quantile([fit.frontier.x[-1] for fit in fits.values()], 0.1, method="lower"))
-    rows = []
+    does, the lowest loss that its runs have reached by then, and the FLOPs that the base needs for that loss ÷
+    those at which it was reached}, the best first."""
+    reached = {label: max(last_budget(run.curve(fit.axis)[0]) for run in fit.runs)
+               for label, fit in fits.items()}
+    last = sorted(reached.values())[len(reached) // 10]
+    budget, rows = float(10 ** (last / PER_DECADE)), []
     for label, fit in fits.items():
-        theta, x, config = theta_of(fit.runs[0].config), fit.frontier.x, fit.runs[0].config
-        if theta is not None and x[0] <= budget <= x[-1]:
-            loss = float(np.interp(np.log(budget), np.log(x), fit.frontier.losses))
-            gain = float(fits[base].frontier.x_for(loss)) / budget if base in fits else math.nan
+        config, before = fit.runs[0].config, fit.frontier.x <= budget * 1.001
+        theta = theta_of(config)
+        if theta is not None and reached[label] >= last and before.any():
+            at, loss = float(fit.frontier.x[before][-1]), float(fit.frontier.losses[before][-1])
+            gain = float(fits[base].frontier.x_for(loss)) / at if base in fits else math.nan
             rows.append(dict(structure=label, omega=theta.omega, psi=theta.psi, nu=theta.nu,
                              experts=config.get("num_experts") or config.get("ffn_experts") or 0, loss=loss,
                              multiplier=None if math.isnan(gain) else gain))

@@ -155,10 +155,10 @@ def plan_text(rows: list[dict], settings: dict, request: dict, top: int, seeds: 
     best += [r for r in rows if r["named"] == "btt_moe" and r["trial"] in settings and r not in best]
     structures = {r["structure"]: {k: v for k, v in settings[r["trial"]].items() if k in OWN_KEYS}
                   for r in best}
-    rates = [r["learning_rate"] for r in rows if r["name"] == "dense" and r["run"]]
-    structures["dense"] = dict(n_embd=request["dense_width"],
-                               weight_norm=request["settings"].get("weight_norm", True),
-                               learning_rate=rates[0] if rates else request["learning_rates"])
+    dense = next((settings[r["trial"]] for r in rows if r["name"] == "dense" and r["trial"] in settings),
+                 dict(weight_norm=True, learning_rate=request["learning_rates"]))
+    structures["dense"] = dict(n_embd=request["dense_width"]) | {
+        key: dense[key] for key in ("weight_norm", "learning_rate") if key in dense}
     shared = dict(flops=times * request["flops"], seed=[int(s) for s in seeds], evals=4 * request["evals"])
     shared |= {k: v for k, v in request["settings"].items() if k != "seed"}
     text = pprint.pformat(structures, width=90, compact=True, sort_dicts=False)
@@ -172,12 +172,14 @@ def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, early:
     request, attempts = study.user_attrs["request"], study.get_trials(deepcopy=False)
     complete, pruned, failed = ([r for r in rows if r["state"] == s] for s in ("complete", "pruned", "fail"))
     rejected, same = (sum(key in t.user_attrs for t in attempts) for key in ("rejected", "same_as"))
+    normed = all(t.user_attrs["run"]["settings"].get("weight_norm") for t in attempts if "run" in t.user_attrs
+                 and t.user_attrs["run"]["settings"].get("struct") == "dense")
     text = [f"{len(complete)} trials with the full budget of {number(request['flops'])} training FLOPs, "
             f"{number(request['flops_per_token'])} per token (within {request['tolerance']:.0%}), "
             f"{len(pruned)} pruned, {len(failed)} failed. The sampler asked for {rejected} θ that were not "
             f"trained, having no model or too large a ν, and for {same} whose matrices another trial has. "
             "Losses are validation cross-entropy in nats per token. Sizes are of the maps d → d, d → 4d, "
-            "4d → d. All have weight norm, dense too, and none is aligned with heads."]
+            f"4d → d. Dense is with{'' if normed else 'out'} weight norm; none is aligned with heads."]
     head = ["", "structure, θ (α β γ δ ε φ ρ)", "width", "sizes", "ω", "ψ", "ν", "parameters", "loss"]
     cells = [[str(i), r["structure"], str(r["width"]), r["sizes"], *taxonomy(r), f"{r['params'] or 0:,}",
               f"{r['loss']:.4f}"] for i, r in enumerate(complete, 1)]

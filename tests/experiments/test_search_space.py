@@ -249,14 +249,20 @@ def test_btt_moe_and_dense_with_weight_norm_are_in_the_plan_of_the_best(tmp_path
     searched(study, space, 12, lambda trial, point: 9.0 if point.num_experts else 1.0 + trial.number / 99,
              tmp_path)
     rows = rows_of(study)
-    settings = {row["trial"]: dict(struct=row["structure"], batch_size=16, n_embd=row["width"])
-                for row in rows}
+    settings = {row["trial"]: dict(struct=row["structure"], batch_size=16, n_embd=row["width"],
+                                   learning_rate=1e-3) for row in rows}
+    dense, = (row["trial"] for row in rows if row["name"] == "dense")
+    settings[dense]["weight_norm"] = True
     plan = {}
     exec(plan_text(rows, settings, space.request(), 3, (1, 2), 4.0), plan)
     best = [row["structure"] for row in rows if row["name"] != "dense"][:3]
     btt_moe, = (row["structure"] for row in rows if row["named"] == "btt_moe")
     assert list(plan["structures"]) == [*best, btt_moe, "dense"]
-    assert plan["structures"][btt_moe] == dict(struct=btt_moe, n_embd=space.named()["btt_moe"].width)
+    width = space.named()["btt_moe"].width
+    assert plan["structures"][btt_moe] == dict(struct=btt_moe, n_embd=width, learning_rate=1e-3)
+    assert plan["structures"]["dense"] == dict(n_embd=96, weight_norm=True, learning_rate=1e-3)
+    del settings[dense]     # without its trial
+    exec(plan_text(rows, settings, space.request(), 3, (1, 2), 4.0), plan)
     assert plan["structures"]["dense"] == dict(n_embd=96, weight_norm=True, learning_rate=[3e-3])
     assert plan["flops"] == 4e13 and plan["seed"] == [1, 2]
 
