@@ -155,8 +155,8 @@ def losses_table(fits: dict[str, Fit], unit: str) -> str:
 
 def taxonomy_of(fits: dict[str, Fit], base: str) -> dict:
     """{"budget": the largest that nine tenths of the structures reach, "rows": ω, ψ and ν of each einsum that
-    does, the lowest loss that its runs have reached by then, and the FLOPs that the base needs for that loss ÷
-    those at which it was reached}, the best first."""
+    does, the lowest loss that its runs have reached by then, and the FLOPs that the base needs for it ÷ those
+    at which it was reached}, the best first."""
     reached = {label: max(last_budget(run.curve(fit.axis)[0]) for run in fit.runs)
                for label, fit in fits.items()}
     last = sorted(reached.values())[len(reached) // 10]
