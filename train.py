@@ -246,8 +246,8 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
        + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
 # points that the run makes again are dropped, the evaluation here only if it is one of them
-logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master,
-                 progress.iteration % eval_interval == 0 or progress.iteration >= max_iters)
+is_due = lambda i: i % eval_interval == 0 or i >= max_iters  # the evaluation before iteration i
+logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master, is_due(progress.iteration))
 if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
     logger.start_wandb(project=wandb_project, name=wandb_run_name, config=config, id=progress.wandb_id,
@@ -388,7 +388,7 @@ signals.deferring = True
 training_started = last_report = time.perf_counter()
 iterations_since_report = 0
 while not (stop_signal := any_signal()):
-    evaluates = progress.iteration % eval_interval == 0 or progress.iteration >= max_iters
+    evaluates = is_due(progress.iteration)
     if evaluates or progress.iteration % checkpoint_interval == 0:
         read_results()
     pause = time.perf_counter()

@@ -32,6 +32,7 @@ from lib.log import read_log
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
         "seconds": "training seconds"}
 PER_DECADE = 12     # budgets of a frontier
+TAXONOMY = {"omega": "ω, parameter sharing", "psi": "ψ, rank", "nu": "ν, compute intensity"}
 REACHED = 0.99      # a run that comes to this share of a budget has reached it: iterations are whole
 SIZE = ("n_embd", "n_layer", "n_head")
 STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on
@@ -119,7 +120,7 @@ def theta_of(config: dict):
         return Theta.parse(config["theta"])
     theta = STRUCTURES.get(config.get("struct"))
     if theta and (config.get("num_experts") or config.get("rank")):
-        # experts have rank 1, those of low rank d / E; and a rank that is set does not grow
+        # structured.layer_sizes: experts have rank 1, of low rank d / E; and a rank that is set does not grow
         grows = config["struct"] == "low_rank" and not config.get("rank")
         theta = Theta(*theta[:6], 1 if grows else 0)
     return theta

@@ -6,12 +6,11 @@ import os
 
 import numpy as np
 
-from experiments.scaling.fit import AXES, Law
+from experiments.scaling.fit import AXES, TAXONOMY, Law
 from lib.figure import LOSS, figure, log_ticks, save, style
 
 AXIS_FIGURES = {"frontier": "flops", "frontier_without_output_layer": "flops_without_output_layer",
                 "wall_clock": "seconds"}
-TAXONOMY = {"omega": "ω, parameter sharing", "psi": "ψ, rank", "nu": "ν, compute intensity"}
 FIGURES = (*AXIS_FIGURES, "multiplier", "taxonomy", "params")
 
 
@@ -73,14 +72,17 @@ def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
 
 def draw_taxonomy(row, rows: list[dict]) -> None:
     """Loss over ω, ψ and ν: filled where ω = 0 and ψ = 1, with a mark of its own for mixtures."""
-    kinds = {"ω = 0 and ψ = 1": (lambda r: not r["experts"] and r["omega"] < 1e-6 and r["psi"] > 1 - 1e-6,
-                                 dict(marker="o", color="#0072B2")),
-             "other θ": (lambda r: not r["experts"] and (r["omega"] >= 1e-6 or r["psi"] <= 1 - 1e-6),
-                         dict(marker="o", color="#D55E00", markerfacecolor="none")),
-             "experts": (lambda r: r["experts"], dict(marker="*", color="#000000", markersize=9))}
+    looks = {"ω = 0 and ψ = 1": dict(marker="o", color="#0072B2"),
+             "other θ": dict(marker="o", color="#D55E00", markerfacecolor="none"),
+             "experts": dict(marker="*", color="#000000", markersize=9)}
+
+    def kind(r: dict) -> str:
+        is_best = r["omega"] < 1e-6 and r["psi"] > 1 - 1e-6     # as the paper has it
+        return "experts" if r["experts"] else "ω = 0 and ψ = 1" if is_best else "other θ"
+
     for ax, (axis, what) in zip(row, TAXONOMY.items()):
-        for label, (belongs, look) in kinds.items():
-            if mine := [r for r in rows if belongs(r)]:
+        for label, look in looks.items():
+            if mine := [r for r in rows if kind(r) == label]:
                 x, y = zip(*((r[axis], r["loss"]) for r in mine))
                 ax.plot(x, y, label=label, linestyle="none", **look)
         ax.set_xlabel(what)

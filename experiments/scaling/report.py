@@ -9,13 +9,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from experiments.scaling.fit import (
-    AXES, COMPARABLE, PER_DECADE, Fit, MeasuredRun, alike, first_budget, fit_structure, interval, last_budget,
-    mean_of_seeds, measured_multipliers, multipliers, read_runs, robust_deviation, same_but_seed, seed_noise,
-    share_seconds, take_seconds, theta_of)
+    AXES, COMPARABLE, PER_DECADE, TAXONOMY, Fit, MeasuredRun, alike, first_budget, fit_structure, interval,
+    last_budget, mean_of_seeds, measured_multipliers, multipliers, read_runs, robust_deviation,
+    same_but_seed, seed_noise, share_seconds, take_seconds, theta_of)
 from lib.files import write_whole
 from lib.table import markdown_table
 
-TAXONOMY = ("omega", "psi", "nu")
 GAP = 10 ** (2.5 / PER_DECADE)  # a wider gap between two points of a frontier is remarked on
 
 

@@ -20,7 +20,6 @@ from lib.log import read_log
 from lib.table import markdown_table
 from structured import Theta
 
-PANELS = dict(omega="ω, parameter sharing", psi="ψ, rank", nu="ν, compute intensity")
 STATES = ("complete", "pruned", "running", "waiting", "fail")
 # what a structure of follow.py sets itself
 OWN_KEYS = ("struct", "weight_norm", "theta", "rank", "n_embd", "num_experts", "top_k", "learning_rate")
@@ -214,7 +213,7 @@ def page(study: optuna.Study, rows: list[dict], curve: DenseCurve | None, early:
 
 
 def taxonomy(row: dict) -> list[str]:
-    return [f"{row[axis]:.3g}" for axis in PANELS]
+    return [f"{row[axis]:.3g}" for axis in scaling_fit.TAXONOMY]
 
 
 def importances(study: optuna.Study, losses: dict[int, float]) -> dict[str, float]:
@@ -238,17 +237,17 @@ def draw(rows: list[dict], early: str, folder: str) -> None:
     at_first_rung = [r for r in rows if math.isfinite(r["first_loss"])]
     if any(r["state"] != "complete" for r in at_first_rung):
         parts.append(("first_loss", at_first_rung, early))
-    fig, grid = figure(len(PANELS), rows=len(parts), sharey="row", sharex="col")
+    fig, grid = figure(len(scaling_fit.TAXONOMY), rows=len(parts), sharey="row", sharex="col")
     names = sorted({r["name"] for r in rows} - {""}, key=lambda name: (name != "dense", name))
     looks = {name: style(i) for i, name in enumerate(names)}
     looks = {"": dict(color="#bbbbbb", marker=".")} | looks
     for axes, (key, shown, budget) in zip(grid, parts):
-        for ax, axis in zip(axes, PANELS):
+        for ax, axis in zip(axes, scaling_fit.TAXONOMY):
             for name, look in looks.items():
                 mine = [r for r in shown if r["name"] == name]
                 ax.plot([r[axis] for r in mine], [r[key] for r in mine], label=name or "no name",
                         **look | dict(linestyle="none", markersize=6))
         axes[0].set_ylabel(f"validation loss, nats per token\n({budget})")
-    for ax, label in zip(grid[-1], PANELS.values()):
+    for ax, label in zip(grid[-1], scaling_fit.TAXONOMY.values()):
         ax.set_xlabel(label)
     save(fig, grid[0][0], folder, "taxonomy")

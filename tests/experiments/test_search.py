@@ -22,6 +22,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna")
 
+from experiments.scaling.fit import TAXONOMY
 from experiments.search import report, study
 from experiments.search.space import Space
 from structured import STRUCTURES, Theta
@@ -519,7 +520,7 @@ def test_a_report_has_a_table_a_csv_file_and_a_figure(search):
     assert all((r["structure"] in parts[0]) == (r["state"] == "complete") for r in rows)
     assert "PED-ANOVA" in text and (results / "taxonomy.png").read_bytes().startswith(b"\x89PNG")
     svg = (results / "taxonomy.svg").read_text()
-    assert all(word in svg for word in (*report.PANELS.values(), ">dense<", "full budget", "38% of"))
+    assert all(word in svg for word in (*TAXONOMY.values(), ">dense<", "full budget", "38% of"))
     again = search(command="report")
     assert again.out == done.out and (results / "taxonomy.svg").read_text() == svg
 
