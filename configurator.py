@@ -175,7 +175,7 @@ def print_help(namespace: dict, keys: dict[str, Key], config: dict) -> None:
     for key in keys.values():
         if "\n" + key.heading not in lines:
             lines.append("\n" + key.heading)
-        limits = "".join(f" {words} {limit}" for words, limit in key.limits if abs(limit) <= 1)
+        limits = "".join(f" {words} {limit}" for words, limit in key.limits if abs(limit) <= 1)  # not 2**31
         kind = (" | ".join(key.choices) or key.type.__name__ + limits) + " | None" * key.optional
         lines.append(f"  --{key.name + '=' + show(config[key.name]):36} {kind:23} {key.help}".rstrip())
     print_once("\n".join(lines), sys.stdout)

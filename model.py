@@ -63,7 +63,10 @@ class GPTConfig(LayerConfig):
         if self.attention_scale is None:  # the usual 1 / √hs at hs = 64
             self.attention_scale = 8 / (self.n_embd // self.n_head)
         self._resolve_head_aligned()
-        self._check_experts()
+        self.check_experts("ffn_experts")
+        if self.num_experts and self.ffn_experts:
+            raise ValueError("num_experts (experts in every projection) and ffn_experts (experts that are "
+                             "MLPs) exclude each other: set one to 0")
 
     def _resolve_head_aligned(self) -> None:
         if self.head_aligned is None:
@@ -76,17 +79,6 @@ class GPTConfig(LayerConfig):
         if self.head_aligned and not has_both and self.struct != "einsum":
             raise ValueError("head_aligned needs a structure with γ and φ: monarch, btt, or an einsum that "
                              f"has both; struct is {self.struct!r}")
-
-    def _check_experts(self) -> None:
-        if self.num_experts and self.ffn_experts:
-            raise ValueError("num_experts (experts in every projection) and ffn_experts (experts that are "
-                             "MLPs) exclude each other: set one to 0")
-        for name in ("num_experts", "ffn_experts"):
-            experts = getattr(self, name)
-            if experts < 0 or experts == 1:
-                raise ValueError(f"{name} must be 0, for none, or at least 2; got {experts}")
-            if experts and not 1 <= self.top_k <= experts:
-                raise ValueError(f"top_k must be between 1 and {name} = {experts}; got {self.top_k}")
 
 
 def projection(config: GPTConfig, part: str, d_in: int, d_out: int, **role) -> nn.Module:
@@ -120,8 +112,8 @@ def apply_layer(layer: nn.Module, x: Tensor, aux: list | None, logits: Tensor | 
 
 
 def shared_logits(layers: list[nn.Module], x: Tensor) -> list[Tensor | None]:
-    """The logits (rows of x, E) of routers that all read x (..., d), by one product; None for each where the
-    layers have no routers, or a kernel computes the logits beside its other work."""
+    """The logits (T, E) for each router, all of which read x (..., d) of T rows, by one product; None for each
+    where the layers have no routers, or a kernel computes the logits beside its other work."""
     if not all(isinstance(layer, structured.MoE) for layer in layers) or kernels.computes_logits(x):
         return [None] * len(layers)
     routers = torch.cat([layer.router for layer in layers])  # (layers · E, d)
@@ -396,7 +388,7 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                              device_type: str, base_width: int | None = 128) -> torch.optim.AdamW:
-        """AdamW with a group for each (multiplier, decayed or not); it keeps its 'lr_multiplier' for the
+        """AdamW with a group for each (multiplier, decayed or not); a group keeps its 'lr_multiplier' for the
         schedule.
 
         Cores, routers and embeddings are decayed; gains, biases and norms are not. The decay is divided by
@@ -468,11 +460,11 @@ class GPT(nn.Module):
 
 
 def num_params(module: nn.Module, active: bool = False) -> int:
-    """Parameters of any module; `active`: those that one token meets, top_k of each set of experts."""
+    """Parameters of any module; `active`: without those of the experts that a token does not use."""
     total = sum(p.numel() for p in module.parameters())
-    for moe in (m for m in module.modules() if active and isinstance(m, structured.MoE)):
+    for moe in (m for m in module.modules() if isinstance(m, structured.MoE)):
         experts = sum(p.numel() for p in moe.experts.parameters())
-        total -= experts * (moe.num_experts - moe.top_k) // moe.num_experts
+        total -= experts * (moe.num_experts - moe.top_k) // moe.num_experts if active else 0
     return total
 
 
@@ -480,7 +472,9 @@ def lr_multipliers(module: nn.Module, base_width: int | None) -> dict[str, float
     """{parameter name: factor on the learning rate} of any module with structured layers, under µP for Adam:
     1 for parameters outside of them, and for all if base_width is None."""
     multipliers = dict.fromkeys((name for name, _ in module.named_parameters()), 1.0)
-    for prefix, layer in module.named_modules() if base_width is not None else ():
+    if base_width is None:
+        return multipliers
+    for prefix, layer in module.named_modules():
         if isinstance(layer, (structured.Structured, structured.MoE)):
             own = layer.lr_multipliers(base_width)
             multipliers |= {f"{prefix}.{name}".removeprefix("."): factor for name, factor in own.items()}

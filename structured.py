@@ -9,12 +9,12 @@ with α·β·γ = d_in and δ·ε·φ = d_out. In code each index, and its size,
     a  α alpha    input index of A alone            d  δ delta    output index of A alone
     b  β beta     input index of B alone            e  ε epsilon  output index of B alone
     g  γ gamma    input index of both cores         f  φ phi      output index of both cores
-    r  ρ rho      inner rank, summed over           T  rows: tokens;  E, k  experts, chosen per token
+    r  ρ rho      inner rank, summed over           T  rows: tokens;  E experts, k chosen per token
 
 The sizes come from exponents θ in [0, 1]^7 that do not depend on the width: size_α = d_in^θα, ..., size_φ =
 d_out^θφ, size_ρ = min(d_in, d_out)^θρ. Dense, low-rank, Kronecker, Monarch, Tensor-Train and Block
-Tensor-Train matrices are points of this space (STRUCTURES), and one class, Einsum, serves it all. Read on in
-this order: Theta, Sizes, the layers (Structured, Einsum, Dyad), the mixture of experts (MoE), and linear().
+Tensor-Train matrices are points of this space (STRUCTURES), and one class, Einsum, serves it all. Read on:
+Theta, Sizes, the layers (Structured, Einsum, Dyad), the mixture of experts (MoE), and linear().
 
 Source: Potapczynski et al., "Searching for Efficient Linear Layers over a Continuous Space of Structured
 Matrices" (NeurIPS 2024, arXiv 2410.02117); DYAD: Chandy et al., arXiv 2312.06881. FLOPs count 2 per
@@ -38,7 +38,7 @@ INDICES = ("alpha", "beta", "gamma", "delta", "epsilon", "phi", "rho")
 
 
 class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
-    """Exponents of the seven indices; ω, ψ, ν are exact in them at d_in = d_out = d (paper, section 3).
+    """Exponents of the seven indices; they give ω, ψ and ν, exactly where d_in = d_out (paper, section 3).
 
     Raises ValueError unless all are in [0, 1], θα + θβ + θγ = 1 and θδ + θε + θφ = 1.
     """
@@ -56,10 +56,9 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
 
     @classmethod
     def parse(cls, value) -> "Theta":
-        """A Theta from seven numbers, or from their text '0.5, 0, 0.5, 0, 0.5, 0.5, 0'. Raises ValueError."""
+        """A Theta from seven numbers in any sequence. Raises ValueError."""
         try:
-            text = value.strip(" ()[],").split(",") if isinstance(value, str) else value
-            numbers = [float(n) for n in text]
+            numbers = [float(n) for n in value]
         except (ValueError, TypeError):
             numbers = []
         if len(numbers) != 7:
@@ -103,10 +102,8 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
         Raises ValueError where a width is not positive or does not factor near the targets, where the rank is
         not in 1 ... min(d_in, d_out), and where a fixed index has no exponent or does not divide its width.
         """
-        for name, width in (("d_in", d_in), ("d_out", d_out)):
-            if width < 1:
-                raise ValueError(f"{name} must be at least 1; got {width}")
-        least = min(d_in, d_out)
+        if (least := min(d_in, d_out)) < 1:
+            raise ValueError(f"widths must be at least 1; got {d_in} -> {d_out}")
         if rank is None:
             rank = max(1, round(least ** self.rho))
         if not 1 <= rank <= least:
@@ -160,9 +157,8 @@ class Sizes(NamedTuple("Sizes", [(name, int) for name in INDICES])):
 
     def fans(self) -> dict[str, tuple[int, int]]:
         """(fan_in, fan_out) of each core: those of the matrix product that it takes part in."""
-        order = self.order()
         a, b, g, d, e, f, r = self.contraction()
-        return dict(zip(order, [(a, d * f * r), (b * g * r, e)]))
+        return dict(zip(self.order(), [(a, d * f * r), (b * g * r, e)]))
 
     def uses(self) -> dict[str, int]:
         """How often one token uses each entry of a core: the rows per token of its product."""
@@ -210,7 +206,7 @@ class LayerConfig:
     """What a config file can say of a layer. model.GPTConfig inherits it, and train.py has a key for each."""
     struct: str = "dense"           # a name in STRUCTURES
     rank: int | None = None         # ρ; None: d^θρ, but 1 in experts of a named structure (low_rank: d / E)
-    theta: tuple | str | None = None  # seven exponents, for struct 'einsum' alone
+    theta: tuple | None = None      # seven exponents, for struct 'einsum' alone
     num_experts: int = 0            # 0, or E experts of the structure with a router
     top_k: int = 2                  # experts per token
     weight_norm: bool | None = None  # cap the cores' rms, with gains; None: for every structure but dense
@@ -221,12 +217,21 @@ class LayerConfig:
     def __post_init__(self):
         if self.weight_norm is None:
             self.weight_norm = self.struct != "dense"
+        self.check_experts("num_experts")
+
+    def check_experts(self, name: str) -> None:
+        """Raises ValueError for a number of experts, the field `name`, or a top_k that make no mixture."""
+        experts = getattr(self, name)
+        if experts < 0 or experts == 1:
+            raise ValueError(f"{name} must be 0, for none, or at least 2; got {experts}")
+        if experts and not 1 <= self.top_k <= experts:
+            raise ValueError(f"top_k must be between 1 and {name} = {experts}; got {self.top_k}")
 
 
 class Structured(nn.Module):
     """Cores of a structured matrix: their initialization, normalization, gains and bias (paper, section 4).
 
-    cores       {name: shape (batch, out, in)}: each acts as x @ coreᵀ, batched; with experts, a leading E
+    shapes      {name of a core: (batch, out, in)}: it acts as x @ coreᵀ, batched; with experts, a leading E
     fans        {name: (fan_in, fan_out)} of those products
     norm_follows  a norm follows and undoes the output's scale: no gains, and only relative changes count
     zero_core   the core that starts at zero; the others start normal, std = √min(fan_in, fan_out) / fan_in
@@ -237,13 +242,13 @@ class Structured(nn.Module):
     """
     cores_multiply = True  # whether W is a product of the cores; otherwise it is their sum
 
-    def __init__(self, d_in: int, d_out: int, cores: dict, fans: dict, config: LayerConfig, *,
+    def __init__(self, d_in: int, d_out: int, shapes: dict, fans: dict, config: LayerConfig, *,
                  num_experts: int = 0, norm_follows: bool = False, zero_core: str | None = None):
         super().__init__()
         self.d_in, self.d_out, self.num_experts = d_in, d_out, num_experts
         self.weight_norm, self.norm_follows, self._fans = config.weight_norm, norm_follows, fans
         lead = (num_experts,) if num_experts else ()
-        for name, shape in cores.items():
+        for name, shape in shapes.items():
             core = torch.zeros(*lead, *shape)
             if name != zero_core:
                 nn.init.normal_(core, std=self.init_std(name))
@@ -267,21 +272,20 @@ class Structured(nn.Module):
         Where a norm follows, times the initial rms of the output: changes count relative to it (docs/mup.md).
         """
         growth = [math.sqrt(min(fan_in, fan_out) / fan_in) for fan_in, fan_out in self._fans.values()]
-        cores, rms = (len(growth), math.prod(growth)) if self.cores_multiply else (1, growth[0])
+        count, rms = (len(growth), math.prod(growth)) if self.cores_multiply else (1, growth[0])
         multipliers = dict.fromkeys(dict(self.named_parameters()), 1.0)
         for name, (fan_in, _) in self._fans.items():
-            multipliers[name] = (rms if self.norm_follows else 1.0) * base_width / (cores * fan_in)
+            multipliers[name] = (rms if self.norm_follows else 1.0) * base_width / (count * fan_in)
         return multipliers
 
     def core(self, name: str) -> Tensor:
         """The core as it acts, normalized and scaled: (batch, out, in), with experts (E, batch, out, in)."""
         core = self.fixed.get(name, getattr(self, name))
-        if not self.weight_norm or name in self.fixed:
-            return core
-        gain = getattr(self, f"gain_{name}", None)
-        if gain is not None:
-            gain = gain.view(*core.shape[:-3], 1, 1, 1)
-        return kernels.normalize_core(core, gain, self.init_std(name))
+        if self.weight_norm and name not in self.fixed:
+            gain = getattr(self, f"gain_{name}", None)
+            gain = None if gain is None else gain.view(*core.shape[:-3], 1, 1, 1)
+            core = kernels.normalize_core(core, gain, self.init_std(name))
+        return core
 
     def add_bias(self, y: Tensor, ends: Tensor | None) -> Tensor:
         if self.bias is None:
@@ -297,7 +301,7 @@ class Einsum(Structured):
 
     forward: x (..., d_in) -> (..., d_out); with experts, x (N, d_in) and ends (E,) -> (N, d_out). Each core
     is one batched product (where B goes first, A and B exchange their letters): the first over γ, (Tβ, α) x
-    (α, ρφδ), and the second over φ, (δT, γρβ) x (γρβ, ε).
+    (α, ρφδ), and the second over φ, (Tδ, γρβ) x (γρβ, ε).
     """
 
     def __init__(self, sizes: Sizes, config: LayerConfig, *, zero_init: bool = False, **kwargs):
@@ -349,7 +353,7 @@ class Einsum(Structured):
                 multipliers[name] *= (width / base_width) ** (t / 2)
         return multipliers
 
-    def cores(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """A[γ, α, δ, φ, ρ], B[γ, β, ε, φ, ρ] as they act, a 1 if left out; with experts, a leading E."""
         a, b, g, d, e, f, r = self.contraction
         first = self.core(self.order[0])  # (..., γ, ρφδ, α)
@@ -363,7 +367,7 @@ class Einsum(Structured):
 
     def to_dense(self) -> Tensor:
         """The matrix that the layer applies: (d_out, d_in); with experts, (E, d_out, d_in)."""
-        W = torch.einsum("...gadfr,...gbefr->...fedgba", *self.cores())
+        W = torch.einsum("...gadfr,...gbefr->...fedgba", *self.factors())
         return W.reshape(*W.shape[:-6], self.d_out, self.d_in)
 
     def flops_per_token(self) -> int:
@@ -411,16 +415,18 @@ class Dyad(Structured):
             y = lower.transpose(0, 1).reshape(T, self.d_out) + upper.permute(1, 2, 0).reshape(T, self.d_out)
         return self.add_bias(y.view(*lead, self.d_out), ends)
 
+    def places(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(rows, columns) in the matrix of the entries of wl, and of wu: each (D, o, i)."""
+        D, o, i = self.blocks, *self.wl.shape[-2:]
+        b, p, j = torch.meshgrid(*map(torch.arange, (D, o, i)), indexing="ij")
+        rows = b * o + p if self.variant == "it" else p * D + b
+        return (b * o + p, b * i + j), (rows, b * i + j if self.variant == "ot" else j * D + b)
+
     def to_dense(self) -> Tensor:
         """The matrix that the layer applies: (d_out, d_in); with experts, (E, d_out, d_in)."""
-        D, wl, wu = self.blocks, self.core("wl"), self.core("wu")
-        o, i = wl.shape[-2:]
-        b, p, j = (n.to(wl.device) for n in torch.meshgrid(*map(torch.arange, (D, o, i)), indexing="ij"))
-        W = wl.new_zeros(*wl.shape[:-3], self.d_out, self.d_in)
-        W[..., b * o + p, b * i + j] += wl
-        rows = b * o + p if self.variant == "it" else p * D + b
-        cols = b * i + j if self.variant == "ot" else j * D + b
-        W[..., rows, cols] += wu
+        W = self.wl.new_zeros(*self.wl.shape[:-3], self.d_out, self.d_in)
+        for name, (rows, columns) in zip(("wl", "wu"), self.places()):
+            W[..., rows.to(W.device), columns.to(W.device)] += self.core(name)
         return W
 
     def flops_per_token(self) -> int:
@@ -428,7 +434,8 @@ class Dyad(Structured):
         return 4 * self.d_in * self.d_out // self.blocks
 
     def extra_repr(self) -> str:
-        return f"{self.d_in} -> {self.d_out}, {self.variant}, {self.blocks} blocks"
+        experts = f", {self.num_experts} experts" if self.num_experts else ""
+        return f"{self.d_in} -> {self.d_out}, {self.variant}, {self.blocks} blocks{experts}"
 
 # ---- Mixture of experts ------------------------------------------------------------------------------------
 
@@ -452,16 +459,11 @@ class MoE(nn.Module):
 
     Experts are chosen by logits + balance, logits = router @ x. `balance` is a buffer of biases, which
     `rebalance` moves against the load: they change which experts are chosen, not the gate weights (after Wang
-    et al., arXiv 2408.15664, whose steps have one size; ours are proportional to what is amiss). Raises
-    ValueError for less than 2 experts, and for a top_k that is not in 1 ... E.
+    et al., arXiv 2408.15664, whose steps have one size; ours are proportional to what is amiss).
     """
 
     def __init__(self, d_in: int, experts: nn.Module, num_experts: int, top_k: int):
         super().__init__()
-        if num_experts < 2:
-            raise ValueError(f"a mixture needs at least 2 experts; got {num_experts}")
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must be between 1 and the {num_experts} experts; got {top_k}")
         self.d_in, self.experts, self.num_experts, self.top_k = d_in, experts, num_experts, top_k
         # random, since a zero router ties all logits and sends every token to the same experts; its rows sum
         # to zero, so that an offset common to all features of x, as a GELU leaves, favors no expert
@@ -505,15 +507,8 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def rebalance(self, load: Tensor, variance: Tensor, rate: float | Tensor) -> None:
-        """Adds rate · √variance · (1 - E · load) to the biases, 0 where that is not finite; load (E,),
-        variance ()."""
+        """biases += rate · √variance · (1 - E · load), or 0 where not finite; load (E,), variance ()."""
         self.balance += torch.nan_to_num(rate * variance.sqrt() * (1 - self.num_experts * load), 0, 0, 0)
-
-    def fans(self) -> dict[str, tuple[int, int]]:
-        """{parameter name: (fan_in, fan_out)} of the router and of one expert's cores."""
-        fans = {f"{name}.{core}": fans for name, module in self.experts.named_modules(prefix="experts")
-                if isinstance(module, Structured) for core, fans in module.fans().items()}
-        return {"router": (self.d_in, self.num_experts)} | fans
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
         """The factor on the learning rate of the router; the experts answer for themselves."""
@@ -551,19 +546,18 @@ def make_layer(config: LayerConfig, d_in: int, d_out: int, **role) -> nn.Module:
 
 
 def make_experts(config: LayerConfig, num_experts: int, d_in: int, d_out: int, *, sizes=None, gamma=None,
-                 phi=None, **options) -> Structured:
-    """num_experts experts or, for 0, one matrix, without a router; config.num_experts is not looked at.
-    Raises ValueError as layer_sizes does, for sizes of other widths, and for a rank, theta, gamma or phi
-    beside sizes, or any of these with DYAD."""
+                 phi=None, **role) -> Structured:
+    """num_experts experts or, for 0, one matrix, without a router, whatever config.num_experts is. Raises
+    ValueError as layer_sizes does, for sizes of other widths, and for arguments that exclude each other."""
     if config.struct == "dyad":
         if (config.rank, config.theta, sizes, gamma, phi) != (None,) * 5:
             raise ValueError("struct 'dyad' takes dyad_blocks and dyad_variant, not a rank, theta, sizes ...")
-        return Dyad(d_in, d_out, config, num_experts=num_experts, **options)
+        return Dyad(d_in, d_out, config, num_experts=num_experts, **role)
     if sizes is None:
         sizes = layer_sizes(config, num_experts, d_in, d_out, gamma=gamma, phi=phi)
     elif (config.rank, config.theta, gamma, phi) != (None,) * 4:
         raise ValueError("sizes say the rank and the structure: give no rank, theta, gamma or phi with them")
-    return Einsum(_checked_sizes(sizes, d_in, d_out), config, num_experts=num_experts, **options)
+    return Einsum(_checked_sizes(sizes, d_in, d_out), config, num_experts=num_experts, **role)
 
 
 def layer_sizes(config: LayerConfig, num_experts: int, d_in: int, d_out: int, *, gamma: int | None = None,

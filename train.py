@@ -17,7 +17,7 @@ from lib.terminal import prepare_output
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
-init_from: str = "scratch"              # scratch, resume, auto (either); weights of *.pt, gpt2..., a FOLDER
+init_from: str = "scratch"              # scratch, resume, auto (one or the other); or *.pt, gpt2, a FOLDER
 eval_interval: PositiveInt = 2000       # iterations between evaluations; each writes a checkpoint
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
 eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation, if eval_tokens is None
@@ -48,7 +48,7 @@ top_k: PositiveInt = 2                  # experts that each token uses
 ffn_experts: NonNegativeInt = 0         # standard MoE: experts that are whole MLPs; 0: none
 aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 · z loss), mean over routers
 router_balance_rate: NonNegativeFloat = 0.0  # step of biases that even out the experts' load; 0: none
-weight_norm: bool | None = None         # cap the rms of each core at its initial value; None: all but dense
+weight_norm: bool | None = None         # cap each core at its initial rms, with a gain; None: all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
 head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt without experts
 dyad_blocks: PositiveInt = 4            # of struct 'dyad': blocks of each of its two matrices
@@ -158,12 +158,12 @@ compile = or_fail(choose_compile, compile, device)
 # ---- Settings that come with the weights -------------------------------------------------------------------
 
 checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
-# keys of the model, mup's, and fields of GPTConfig that are not keys; {} from scratch
+# GPTConfig's fields and mup's keys of a checkpoint or, below, of a GPT-2; {} from scratch
 start_settings = or_fail(checkpoints.start_settings, init_from, GPTConfig, config, given)
 gpt2_folder = None if start_settings else or_fail(gpt2.find, init_from)
 if gpt2_folder:
     start_settings = or_fail(gpt2.start_settings, gpt2_folder, config, given)
-globals().update(start_settings)
+globals().update(start_settings)  # n_embd, block_size ... are those of the weights from here on
 
 # ---- Data --------------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ if gpt2_folder:
     or_fail(gpt2.load_weights, gpt2_folder, raw_model)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
-steps = FiniteSteps(optimizer)  # takes those whose loss and gradient norm are finite
+steps = FiniteSteps(optimizer)  # its step() sets the rates, and steps where loss and norm are finite
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 num_routers, experts_per_router = len(raw_model.routers()), num_experts or ffn_experts  # R, E
 
@@ -245,7 +245,7 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
        f"{kernels.describe_body(device_type, dtype)}"
        + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
-# points that the run makes again are dropped, the evaluation here only if it is one of them
+# a resumed run drops the points from here on, but for the evaluation here if it does not make it again
 is_due = lambda i: i % eval_interval == 0 or i >= max_iters  # the evaluation before iteration i
 logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master, is_due(progress.iteration))
 if wandb_log:
@@ -271,13 +271,15 @@ def learning_rate_at(iteration: int, c: dict = config) -> float:
     return c["min_lr"] + 0.5 * (1 + math.cos(math.pi * done)) * (c["learning_rate"] - c["min_lr"])
 
 
+if warmup_iters > max_iters:
+    print0(f"  the warmup does not end: warmup_iters = {warmup_iters} is more than max_iters = {max_iters}")
 lr, lr_before = (learning_rate_at(progress.iteration, c) for c in (config, config | checkpoints.settings))
 if not math.isclose(lr, lr_before):
     print0(f"  the learning rate jumps to {lr:.3g}; by the checkpoint's settings it would be {lr_before:.3g}")
 
 
 def balance_routers() -> None:
-    """Balances a new model's routers on 40 training batches of at most 8,192 tokens, alike on every rank."""
+    """Balances a new model's routers on 40 training batches of some 8,192 tokens, alike on every rank."""
     count = min(max(1, 8192 // block_size), sequences_per_iter)  # sequences of a step
     parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     with amp:
@@ -301,7 +303,7 @@ def train_step() -> bool:
         # gradients are reduced over the ranks once, at the last micro-step
         with model.no_sync() if ddp and micro_step < micro_steps - 1 else contextlib.nullcontext():
             with amp:
-                _, loss, aux = model(X, Y, return_aux=True)
+                loss, aux = model(X, Y, return_aux=True)[1:]  # the logits, gigabytes, are let go
             scaler.scale((loss + aux_loss_weight * aux.loss) / micro_steps).backward()
         total += loss.detach() / micro_steps
         router_stats += torch.cat([aux.load, aux.variance[:, None]], dim=1) / micro_steps  # (R, E + 1)
@@ -349,8 +351,7 @@ def evaluate_and_save() -> int:
     for line in raw_model.describe_load(load, entropy):
         print0("  " + line)
     log_point("eval", val_loss=val_loss, best_val_loss=progress.best_val_loss, router_load=load.tolist(),
-              router_entropy=entropy.tolist(), router_max_load=[max(l) * len(l) for l in load.tolist()],
-              seconds=time.perf_counter() - training_started)
+              router_entropy=entropy.tolist(), router_max_load=[max(l) * len(l) for l in load.tolist()])
     return save_checkpoint(val_loss) if math.isfinite(val_loss) else any_signal()
 
 
@@ -391,12 +392,12 @@ while not (stop_signal := any_signal()):
     evaluates = is_due(progress.iteration)
     if evaluates or progress.iteration % checkpoint_interval == 0:
         read_results()
-    pause = time.perf_counter()
+    paused_at = time.perf_counter()
     if evaluates:
         stop_signal = evaluate_and_save()
     elif progress.iteration % checkpoint_interval == 0 and next_loss_is_finite():
         stop_signal = save_checkpoint()
-    last_report += time.perf_counter() - pause  # the time of an iteration does not include these
+    last_report += time.perf_counter() - paused_at  # the time of an iteration does not include these
     if stop_signal or progress.iteration >= max_iters:
         break
     if not train_step():
@@ -422,21 +423,17 @@ if stop_signal:
 
 # ---- A sample, and how to get more -------------------------------------------------------------------------
 
-def print_sample() -> None:
-    raw_model.eval()
-    torch.manual_seed(seed)
-    tok = tokenizer.from_meta(meta)
-    start = torch.tensor([[tok.start]], device=device)
-    with amp:
-        tokenizer.print_tokens(tok, raw_model.stream(start, sample_tokens, temperature=0.8))
-
-
 print0(f"done: {progress.iteration} iterations, {progress.tokens:,} tokens, {progress.flops:.3g} FLOPs, best "
        f"val loss {progress.best_val_loss:.4f}, {format_duration(time.perf_counter() - training_started)}")
 if master and sample_tokens:
     print0(f"---- a sample of {sample_tokens} tokens")
+    raw_model.eval()
+    torch.manual_seed(seed)
     try:
-        print_sample()
+        tok = tokenizer.from_meta(meta)
+        start = torch.tensor([[tok.start]], device=device)
+        with amp:
+            tokenizer.print_tokens(tok, raw_model.stream(start, sample_tokens, temperature=0.8))
     except (OSError, ValueError) as e:  # GPT-2's vocabulary cannot be downloaded
         print0(f"no sample: {e}")
     print0("----")

@@ -47,18 +47,17 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Iterable
 
 os.environ["KINETO_LOG_LEVEL"] = "99"   # else torch's profiler writes lines between those of the table
 
-import numpy as np
 import torch
 from torch import nn
 
 import structured
 from experiments.launcher import whole_numbers
 from experiments.scaling.plan import structures_of
+from experiments.timing import ratios, take_turns
 from lib import figure, kernels
 from lib.device import autocast, choose_compile, choose_device, choose_dtype, device_name, use_device
 from lib.files import write_whole
@@ -90,29 +89,6 @@ try:
 except ValueError as e:
     fail(str(e))
 amp = autocast(device_type, dtype)
-
-
-def milliseconds(run) -> float:
-    """Time of one call, to the end of its work on the device."""
-    started = time.perf_counter()
-    run()
-    getattr(torch, device_type).synchronize()   # torch.cuda, torch.mps; nothing to wait for in torch.cpu
-    return (time.perf_counter() - started) * 1e3
-
-
-def take_turns(runs: dict, count: int) -> dict[str, list[float]]:
-    """{name: milliseconds of each of `count` turns}; two more come first."""
-    times = {name: [] for name in runs}
-    for _ in range(count + 2):
-        for name, run in runs.items():
-            times[name].append(milliseconds(run))
-    return {name: ms[2:] for name, ms in times.items()}
-
-
-def ratios(times: list[float], base: list[float]) -> tuple[float, list[float]]:
-    """(median, quartiles) of the ratios, turn by turn."""
-    low, median, high = np.quantile(np.divide(times, base), [0.25, 0.5, 0.75]).tolist()
-    return median, [low, high]
 
 
 def memory(run) -> tuple[int, int] | tuple[None, None]:
@@ -177,7 +153,7 @@ def bench_layers(d: int) -> list[dict]:
 
     made = {name: layer.to(device) for name, layer in layers(d).items()}
     calls = {name: calls_of(layer) for name, layer in made.items()}
-    times = take_turns({name: run for name, (_, run) in calls.items()}, turns)
+    times = take_turns({name: run for name, (_, run) in calls.items()}, turns, device_type)
     rows = []
     for name, (forward, run) in calls.items():
         ratio, quartiles = ratios(times[name], times["nn.Linear"])
@@ -212,7 +188,7 @@ def bench_steps() -> list[dict]:
         return run
 
     models = {name: GPT(gpt_config(options)).to(device) for name, options in structures.items()}
-    times = take_turns({name: training_step(model) for name, model in models.items()}, steps)
+    times = take_turns({name: training_step(model) for name, model in models.items()}, steps, device_type)
     dense_flops = models["dense"].flops_per_token()
     rows = []
     for name, model in models.items():

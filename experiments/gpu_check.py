@@ -25,6 +25,7 @@ prepare_output(keep_going=True)
 config = configure(globals())
 globals().update(config)
 
+import functools
 import itertools
 import json
 import os
@@ -39,14 +40,16 @@ import traceback
 
 import numpy as np
 import torch
-import torch._functorch.config
 from torch import nn
 
 import structured
 from experiments.launcher import whole_numbers
+from experiments.timing import ratios, take_turns
 from lib import kernels
-from lib.device import autocast, choose_device, device_name
+from lib.device import autocast, choose_compile, choose_device, device_name, use_device
+from lib.files import write_whole
 from lib.kernels import grouped, operators
+from lib.log import read_log
 
 try:
     device, device_type = choose_device(device)
@@ -59,8 +62,7 @@ on_gpu = device_type == "cuda"
 if widths is None:
     widths = (256, 512, 768, 1024, 1600, 2048, 4096) if on_gpu else (64,)
 tokens = tokens or (4096 if on_gpu else 128)
-if on_gpu:
-    torch.cuda.set_device(device)
+use_device(device)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if on_gpu else [torch.float32, torch.bfloat16]
 if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
     DTYPES.remove(torch.bfloat16)
@@ -90,14 +92,13 @@ def attempt(name: str, check, *args) -> None:
         traceback.print_exc()
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def bodies(dtype: torch.dtype) -> list[str]:
     """The names of the bodies that compute einsums of this type here."""
     return [name for name in kernels.KERNELS[1:] if operators.is_available(name, device_type, dtype)]
-
-
-def wait() -> None:
-    if on_gpu:
-        torch.cuda.synchronize()
 
 
 # ---- Einsums against float64 -------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def run_mixture(body: str, sizes, b_first, inputs, balance, dy):
 
 
 def check_mixture(body: str, width: int, experts: int, dtype: torch.dtype) -> None:
-    name = f"{body} btt_moe {width} x {experts} {str(dtype).removeprefix('torch.')}"
+    name = f"{body} btt_moe {width} x {experts} {name_of(dtype)}"
     sizes, b_first, inputs, balance = exact_mixture(width, experts, dtype)
     dy = torch.randn(tokens, width, device=device).to(dtype)
     truth, choices = run_mixture("torch", sizes, b_first, inputs, balance, dy.double())
@@ -173,9 +174,9 @@ def make_layer(name: str, width: int):
 
 def check_layer(name: str, body: str, dtype: torch.dtype) -> None:
     """A compiled layer is one graph and agrees with the eager one; the host waits for neither."""
-    title = f"{body} {name} {widths[0]} {str(dtype).removeprefix('torch.')}"
-    kernels.use_kernel(body, device_type, str(dtype).removeprefix("torch."))
-    amp = autocast(device_type, str(dtype).removeprefix("torch."))
+    title = f"{body} {name} {widths[0]} {name_of(dtype)}"
+    kernels.use_kernel(body, device_type, name_of(dtype))
+    amp = autocast(device_type, name_of(dtype))
     layer, x, dy = make_layer(name, widths[0])
     # as one vector: the gradient of a gain is one number, a sum whose terms cancel
     eager, compiled = (torch.cat([t.flatten().float() for t in step(module, x, dy, amp)])
@@ -194,26 +195,23 @@ def check_layer(name: str, body: str, dtype: torch.dtype) -> None:
 
 def time_layers(width: int, dtype: torch.dtype) -> None:
     """Forward and backward beside nn.Linear's, in turns: medians of ratios, and GB/s of what has to move."""
-    runs = {"nn.Linear": (nn.Linear(width, width, bias=False).to(device), "torch")}
+    layers = {"nn.Linear": (nn.Linear(width, width, bias=False, device=device), "torch")}
     names = ("btt", "kronecker", "btt_moe")
     for name, body in itertools.product(names, bodies(dtype)):
-        runs[f"{name} {body}"] = (make_layer(name, width)[0], body)
+        layers[f"{name} {body}"] = (make_layer(name, width)[0], body)
     _, x, dy = make_layer("dense", width)
-    amp, times = autocast(device_type, str(dtype).removeprefix("torch.")), {name: [] for name in runs}
-    for turn in range(12):
-        for name, (layer, body) in runs.items():
-            kernels.use_kernel(body, device_type, str(dtype).removeprefix("torch."))
-            wait()
-            started = time.perf_counter()
-            step(layer, x, dy, amp)
-            wait()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - started)
-    moved = tokens * width * 5 * torch.finfo(dtype).bits / 8  # reads of x, x and dy, writes of y and dx
-    for name, seconds in times.items():
-        ratio = statistics.median(s / base for s, base in zip(seconds, times["nn.Linear"]))
-        record(f"time of {name} {width} {str(dtype).removeprefix('torch.')}", True, ms=1e3 * min(seconds),
-               ratio_to_linear=ratio, gigabytes_per_s=moved / min(seconds) / 1e9)
+    amp = autocast(device_type, name_of(dtype))
+
+    def run(layer, body):
+        kernels.use_kernel(body, device_type, name_of(dtype))
+        step(layer, x, dy, amp)
+
+    runs = {name: functools.partial(run, *made) for name, made in layers.items()}
+    times = take_turns(runs, 10, device_type)
+    moved = tokens * width * 5 * dtype.itemsize  # reads of x, x and dy, writes of y and dx
+    for name, ms in times.items():
+        record(f"time of {name} {width} {name_of(dtype)}", True, ms=min(ms),
+               ratio_to_linear=ratios(ms, times["nn.Linear"])[0], gigabytes_per_s=moved / min(ms) / 1e6)
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -242,8 +240,7 @@ def check_training(name: str, options: list[str], folder: str, launcher: list[st
         capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1])
-    with open(os.path.join(run, "log.jsonl")) as f:
-        points = [p for p in map(json.loads, f) if p["type"] == "train"]
+    points = [p for p in read_log(run) if p["type"] == "train"]
     losses = [p["loss"] for p in points]
     last = points[len(points) // 2:]
     shutil.rmtree(run)  # checkpoints take gigabytes
@@ -274,7 +271,7 @@ def check_training_runs() -> None:
 print(", ".join(f"{key} {value}" for key, value in SYSTEM.items()), flush=True)
 started = time.perf_counter()
 torch.manual_seed(0)
-torch._functorch.config.backward_pass_autocast = "off"  # as train.py has it: lib.device.choose_compile
+choose_compile(False, device)  # a compiled backward computes in the types that train.py's does
 torch.backends.cuda.matmul.fp32_precision = "ieee"  # float32 is checked as float32, and not as TF32
 for width, experts, dtype in itertools.product(widths, (8, 16), DTYPES):
     for body in bodies(dtype):
@@ -290,9 +287,8 @@ if training:
     check_training_runs()
 
 path = os.path.join(out, "gpu_check.json")
-with open(path, "w") as f:
-    json.dump(dict(system=SYSTEM, config=config, seconds=time.perf_counter() - started, checks=results), f,
-              indent=1)
+write_whole(path, json.dumps(dict(system=SYSTEM, config=config, seconds=time.perf_counter() - started,
+                                  checks=results), indent=1))
 print(f"Written to {path}. Please open an issue with this file, whatever it says: few cards are known here.")
 failed = sum(not result["passed"] for result in results)
 print(f"{len(results)} checks, {failed} failed")

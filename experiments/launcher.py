@@ -16,8 +16,8 @@ from typing import NoReturn
 
 import configurator
 from configurator import HERE, fail
-from lib.commands import key_of
-from lib.files import write_whole
+from lib.commands import flag_of, key_of
+from lib.files import is_locked, write_whole
 from lib.log import NO_EFFECT, read_log
 from lib.terminal import prepare_output
 
@@ -167,6 +167,12 @@ def last_words(run: Run) -> str:
     return "it said nothing"
 
 
+def why_ended(run: Run, status: int) -> str:
+    """How a train.py has ended that has not come to the end of its run."""
+    how = f"with status {status}" if status else f"before iteration {run.max_iters}"
+    return f"ended {how}: {last_words(run)}"
+
+
 def visible_gpus() -> list[str]:
     """The GPUs that jobs share: those that CUDA_VISIBLE_DEVICES names, else all of this machine."""
     import torch
@@ -191,10 +197,8 @@ def launch(run: Run, job: int, *, jobs: int, gpus: int, program: str) -> subproc
     if gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     command.append(os.path.join(HERE, program))
-    for key, value in run.settings.items():
-        text = ",".join(map(repr, value)) + "," if isinstance(value, tuple) else value
-        command.append(f"--{key}={text}")
-    command += [f"--out_dir={run.folder}", "--init_from=auto"]
+    settings = run.settings | dict(out_dir=run.folder, init_from="auto")
+    command += [flag_of(key, value) for key, value in settings.items()]
     write_whole(os.path.join(run.folder, "settings.json"),
                 json.dumps(dict(label=run.label, settings=run.settings), indent=1))
     with open(os.path.join(run.folder, "output.txt"), "a") as output:
@@ -202,16 +206,8 @@ def launch(run: Run, job: int, *, jobs: int, gpus: int, program: str) -> subproc
 
 
 def is_training(folder: str) -> bool:
-    """Whether a train.py, on any machine, holds the lock of this out_dir. False where there are no record
-    locks, on Windows and some file systems: train.py takes none there."""
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-        with open(os.path.join(folder, "lock"), "r+b") as f:
-            try:
-                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                return True
-    return False
+    """Whether a train.py, on any machine, holds the lock of this out_dir."""
+    return is_locked(os.path.join(folder, "lock"))
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -25,6 +25,12 @@ def key_of(word: str) -> str | None:
     return word.partition("=")[0].removeprefix("--").replace("-", "_") if word.startswith("-") else None
 
 
+def flag_of(key: str, value) -> str:
+    """The word of a command line that sets a key; a tuple's may stand without quotes."""
+    text = ",".join(map(repr, value)) + "," if isinstance(value, tuple) else value
+    return f"--{key}={text}"
+
+
 def sets_structure(path: str) -> bool:
     """Whether a config file, found as configurator finds it, sets `struct`."""
     path = path if os.path.isfile(path) else os.path.join(os.path.dirname(__file__), os.pardir, path)

@@ -24,7 +24,7 @@ def evaluate(model, batches, shape: tuple[int, int], amp, stopped) -> tuple[floa
         if i < batches.val_batches:
             X, Y = batches.val(i)
             with amp:
-                _, loss, aux = model(X, Y, return_aux=True)
+                loss, aux = model(X, Y, return_aux=True)[1:]
             total += loss * len(X)
             load += aux.load * len(X)
     model.train()
@@ -54,6 +54,6 @@ def score_text(model, ids: torch.Tensor, window: int, stride: int, batch_size: i
         for row, count in zip(Y, fresh[i:]):
             row[:window - count] = -1
         with amp:
-            _, loss = model(X, Y)
+            loss = model(X, Y)[1]
         nats += loss.cpu().double() * (Y >= 0).sum().cpu()
     return nats.item()

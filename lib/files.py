@@ -70,6 +70,18 @@ def lock_file(path: str, owner_writes: str, flag: str) -> None:
     atexit.register(lambda: remove(path) if os.getpid() == owner else None)
 
 
+def is_locked(path: str) -> bool:
+    """Whether a process, on any machine, holds lock_file's lock on a file, which is not made; False where
+    there are no record locks. Not for a process that holds it: it would lose it."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError), open(path, "r+b") as f:
+            try:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return True
+    return False
+
+
 def unused_suffix(out_dir: str, names: list[str]) -> str:
     """'.old', '.old2', '.old3' ...: the first for which out_dir has none of the names with it."""
     suffixes = (".old" if i == 1 else f".old{i}" for i in itertools.count(1))

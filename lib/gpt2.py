@@ -226,6 +226,12 @@ def _read_json(path: str) -> dict:
 
 # ---- GPT-2 out ---------------------------------------------------------------------------------------------
 
+def differences(config) -> list[str]:
+    """What keeps a model of this GPTConfig from being a GPT-2, as 'key = value'; [] where it is one."""
+    keys = ("struct", "qk_norm", "num_experts", "ffn_experts")
+    return [f"{key} = {getattr(config, key)!r}" for key in keys if getattr(config, key) != FIXED[key]]
+
+
 @torch.no_grad()
 def to_gpt2(model) -> tuple[dict, dict[str, Tensor]]:
     """(config, state): what GPT2LMHeadModel's config.json says, and its parameters, of a model.GPT.
@@ -234,8 +240,7 @@ def to_gpt2(model) -> tuple[dict, dict[str, Tensor]]:
     the model does not have are zeros. Raises ValueError, with what differs, for a model that is no GPT-2.
     """
     config = model.config
-    fits = dict(struct="dense", qk_norm=False, num_experts=0, ffn_experts=0)
-    if wrong := [f"{key} = {getattr(config, key)!r}" for key in fits if getattr(config, key) != fits[key]]:
+    if wrong := differences(config):
         raise ValueError(f"a GPT-2 has dense projections, no QK norm and no experts; this model has "
                          f"{', '.join(wrong)}")
     theirs = {key: getattr(config, field) for key, (field, _) in FIELDS.items()}

@@ -129,29 +129,22 @@ def _solve(H: Tensor, slope: Tensor) -> Tensor:
 
 # ---- DYAD --------------------------------------------------------------------------------------------------
 
-def nearest_dyad(W: Tensor, blocks: int, variant: str, C: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """wl and wu (D, d_out / D, d_in / D) of the nearest matrix, exact: DYAD says which entries of a row may
-    differ from 0, and where both terms have an entry, each takes half of it."""
-    W, D = W.double(), blocks
-    o, i = W.shape[0] // D, W.shape[1] // D
-    n, j = torch.arange(len(W)), torch.arange(i)
-    lower, upper = n // o, n // o if variant == "it" else n % D  # the block of each row
-    def columns(block, term):
-        return j * D + block if term == "upper" and variant != "ot" else block * i + j
-    M, count = torch.zeros_like(W), torch.zeros_like(W)
-    for l, u in sorted(set(zip(lower.tolist(), upper.tolist()))):
-        rows = n[(lower == l) & (upper == u)][:, None]
-        for term, block in (("lower", l), ("upper", u)):
-            count[rows, columns(block, term)] += 1
-        free = count[rows[0, 0]] > 0
-        here = free.nonzero()[:, 0]
-        M[rows, here] = W[rows, here]
+def nearest_sum(W: Tensor, places, C: Tensor | None = None) -> list[Tensor]:
+    """Cores of the nearest matrix that is the sum of what they put at these places, exact: the places say
+    which entries may differ from 0, and where several cores have one, they share it equally.
+
+    places: for each core, the (rows, columns) of its entries, tensors of the core's shape (structured.Dyad).
+    """
+    W, count = W.double(), torch.zeros_like(W, dtype=torch.float64)
+    for rows, columns in places:
+        count[rows, columns] += 1
+    M = torch.where(count > 0, W, 0)
+    patterns, pattern_of = (count > 0).unique(dim=0, return_inverse=True)
+    for n, free in enumerate(patterns):
         if C is not None and not free.all():  # what the free entries can do for those that must be 0
-            seen = C.double()[here]
-            rest = seen[:, ~free] @ W[rows[:, 0]][:, ~free].T
-            M[rows, here] += torch.linalg.lstsq(seen[:, here], rest, driver="gelsd").solution.T
-    M = torch.where(count > 0, M / count, 0)
-    block, p, j = torch.meshgrid(torch.arange(D), torch.arange(o), torch.arange(i), indexing="ij")
-    rows = block * o + p if variant == "it" else p * D + block
-    cols = block * i + j if variant == "ot" else j * D + block
-    return M[block * o + p, block * i + j], M[rows, cols]
+            seen, alike = C.double()[free], pattern_of == n
+            rest = seen[:, ~free] @ W[alike][:, ~free].T
+            M[alike.nonzero(), free.nonzero().T] += torch.linalg.lstsq(
+                seen[:, free], rest, driver="gelsd").solution.T
+    M /= count.clamp(min=1)
+    return [M[rows, columns] for rows, columns in places]

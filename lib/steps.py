@@ -31,7 +31,7 @@ class FiniteSteps:
             group["lr"] = learning_rate * group["lr_multiplier"]
         self.waiting.append((note, [group["lr"] for group in groups], torch.stack([loss, norm])))
         finite = loss.isfinite() & norm.isfinite()
-        if self.optimizer.defaults["fused"]:
+        if self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = (~finite).to(torch.float32)  # its kernel then does nothing
             self.optimizer.step()
             del self.optimizer.found_inf

@@ -30,6 +30,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # programs whose test names no device r
 if sys.platform == "linux":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve is a warning
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on CPU tensors; read when triton is imported
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else every process that compiles starts helpers
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; else names that are not there are asked for, and retried
 
 # Long files first: one that starts last would keep one worker busy alone.
@@ -178,7 +179,26 @@ def flags(python_text, tmp_path):
     return flags
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def refused(capfd, monkeypatch):
+    """refused("train.py", "--n_layer=0", ...) -> the one sentence with which the program ends, in this
+    process: it spares the imports."""
+    def refused(script, *arguments):
+        is_script = script.endswith(".py")
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            if is_script:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
+        out, sentence = capfd.readouterr()
+        assert stop.value.code == 1 and sentence.startswith("error: ") and sentence.count("\n") == 1, sentence
+        assert out == ""
+        return sentence
+    return refused
+
+
+@pytest.fixture(scope="session")
 def train(run, python_text):
     """train(out, "btt", max_iters=30, ...) -> the folder out, after a run that ended with the exit status
     `code`."""
@@ -191,7 +211,7 @@ def train(run, python_text):
     return train
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(train, tmp_path_factory):
     """trained("btt", max_iters=30, ...) -> the folder of such a run, made once for each choice of settings.
 

@@ -1,17 +1,19 @@
-"""train.py given what a user may get wrong: one sentence on stderr, exit status 1, and no out_dir."""
+"""train.py given flags, config files and datasets that are wrong: one sentence on stderr, exit status 1, and
+no out_dir."""
 import contextlib
 import io
 import json
 import os
 import random
-import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import configurator
 from tests.conftest import PROCESSES, ROOT, write_ids
+from tests.runs import assert_one_sentence
 
 KEYS = configurator.read_keys(str(ROOT / "train.py"))
 WRONG_VALUES = {
@@ -76,11 +78,71 @@ FILES = ["n_layer = 'two'", "n_layer = 1.5", "n_layer = None", "n_layr = 2", "n_
          "struct = 'btt'\nrank = 'all'", '{"n_layer": 2}', "n_layer: 2", "n_layer == 2", "dict(n_layer=2)",
          "n_layer"]
 FILES_WITH_BAD_PATHS = ["out_dir = ''", "out_dir = 'a\\0b'", "out_dir = '\\ud800'",
-"out_dir = 'new/' + 'y' * 300",
-                        "out_dir = 'y' * 5000"]
+                        "out_dir = 'new/' + 'y' * 300", "out_dir = 'y' * 5000"]
+
+# a command line, and what its sentence says: what is wrong, and what to do
+WORDS = [
+    ("--learning_rte=1", "learning_rte", "learning_rate"),
+    ("--n_layer=two", "n_layer", "two"),
+    (f"{ROOT}/config/bt.py", "config/bt.py", "config/btt.py"),
+    ("--dataset=tolstoy", "tolstoy", "data/*/prepare.py"),
+    ("--n_head=5", "n_head = 5", "n_embd = 32"),
+    ("--num_experts=4 --top_k=5", "top_k", "num_experts = 4", "got 5"),
+    ("--ffn_experts=4 --num_experts=4", "num_experts", "ffn_experts"),
+    ("--init_from=resume", "ckpt.pt", "scratch"),
+    ("--init_from=gpt3", "gpt3", "resume"),
+    (f"{ROOT}/config/monarch.py --n_embd=97 --n_head=1", "97"),
+    ("--struct=btx", "btx", "btt"),
+    ("--struct=btt --theta=(1,0,0,1,0,0,0)", "theta", "einsum"),
+    ("--struct=einsum", "theta", "einsum"),
+    ("--struct=monarch --rank=2", "rank", "monarch"),
+    ("--layers=some", "layers", "some"),
+    ("--learning_rate=-1e-3", "learning_rate", "-0.001"),
+    ("--batch_size=0", "batch_size", "0"),
+    ("--beta2=1", "beta2", "1.0"),
+    ("--dropout=1", "dropout", "1.0"),
+    ("--dtype=float8", "dtype", "float8"),
+    ("--device=abacus", "abacus"),
+    ("--block_size=4000", "val.bin", "4000"),
+]
+if not (ROOT / "data" / "python_char" / "meta.json").exists():
+    WORDS.append(("--dataset=python_char", "python_char", "data/python_char/prepare.py"))
 
 
-def list_mistakes() -> list[tuple[list[str], str]]:
+def change_meta(folder, **changes):
+    """Sets keys of meta.json; None removes one."""
+    meta = json.loads((folder / "meta.json").read_text()) | changes
+    (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+
+
+DAMAGES = {
+    "not JSON": lambda folder: (folder / "meta.json").write_text('{"dtype": "uint8",'),
+    "not an object": lambda folder: (folder / "meta.json").write_text("[1, 2]"),
+    "empty": lambda folder: (folder / "meta.json").write_text("{}"),
+    "no dtype": lambda folder: change_meta(folder, dtype=None),
+    "unknown dtype": lambda folder: change_meta(folder, dtype="float32"),
+    "no count": lambda folder: change_meta(folder, train_tokens=None),
+    "count of text": lambda folder: change_meta(folder, val_tokens="many"),
+    "vocabulary of text": lambda folder: change_meta(folder, vocab_size="96"),
+    "unknown tokenizer": lambda folder: change_meta(folder, tokenizer={"name": "runes"}),
+    "no tokenizer": lambda folder: change_meta(folder, tokenizer=None),
+    "short train.bin": lambda folder: os.truncate(folder / "train.bin", 500),
+    "no val.bin": lambda folder: os.remove(folder / "val.bin"),
+    "empty train.bin": lambda folder: os.truncate(folder / "train.bin", 0),
+    "one byte more of val.bin": lambda folder: (folder / "val.bin").write_bytes(b"\1" * 301),
+    "a folder as val.bin": lambda folder: (os.remove(folder / "val.bin"), os.mkdir(folder / "val.bin")),
+    "uint16": lambda folder: change_meta(folder, dtype="uint16"),
+    "another vocabulary": lambda folder: change_meta(folder, vocab_size=97),
+    "fraction of a count": lambda folder: change_meta(folder, train_tokens=600.0),
+    "infinite count": lambda folder: change_meta(folder, train_tokens=float("inf")),
+    "not UTF-8": lambda folder: (folder / "meta.json").write_bytes(b"\xff{}"),
+    "nested": lambda folder: (folder / "meta.json").write_text("[" * 100_000),
+    "no meta.json": lambda folder: os.remove(folder / "meta.json"),
+}
+BEYOND = [("train", 0), ("train", -1), ("train", 300), ("val", 0), ("val", -1)]  # (split, where an id is 96)
+
+
+def list_mistakes() -> list[tuple[list[str], tuple[str, ...]]]:
     """Returns (arguments, what the sentence must contain) of each mistake: the same at every call."""
     pick = random.Random(0)
     mistakes = []
@@ -96,29 +158,42 @@ def list_mistakes() -> list[tuple[list[str], str]]:
     mistakes += [([f"--{flag}" for flag in flags.split()], "") for flags in CONTRADICTIONS]
     mistakes += [([argument], "") for argument in NO_FLAG]
     mistakes += [([f"bad{i}.py"], f"bad{i}.py") for i in range(len(FILES))]
-    return mistakes + [([f"bad{len(FILES) + i}.py"], "out_dir") for i in range(len(FILES_WITH_BAD_PATHS))]
+    mistakes += [([f"bad{len(FILES) + i}.py"], "out_dir") for i in range(len(FILES_WITH_BAD_PATHS))]
+    mistakes = [(arguments, (word,)) for arguments, word in mistakes]
+    mistakes += [(arguments.split(), words) for arguments, *words in WORDS]
+    for damage in DAMAGES:
+        file = ".bin" if ".bin" in damage or damage == "uint16" else "meta.json"
+        mistakes.append(([f"--dataset={damage}"], (damage, file)))
+    return mistakes + [([f"--dataset={split} {place}"], (f"{split}.bin", "96", "95"))
+                       for split, place in BEYOND]
 
 
 MISTAKES = list_mistakes()
 
 
 def make_mistakes(folder, answers):
-    """In a process of its own: writes [exit status or exception, stderr,
-    new files in the folder] of each mistake."""
+    """In a process of its own: writes [exit status or exception, stderr, new files in the folder] of each
+    mistake."""
     import torch
     torch.set_num_threads(1)
     os.chdir(folder)
+    for damage in DAMAGES:
+        DAMAGES[damage](write_ids(Path(damage), [1, 2, 3] * 200, [1, 2, 3] * 100))
+    for split, place in BEYOND:
+        ids = {"train": [1, 2, 3] * 200, "val": [1, 2, 3] * 100}
+        ids[split][place] = 96
+        write_ids(Path(f"{split} {place}"), ids["train"], ids["val"])
     for i, text in enumerate(FILES + FILES_WITH_BAD_PATHS):
         with open(f"bad{i}.py", "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(text + "\n")
     before = set(os.listdir())
-    found = []
+    found, code = [], compile((ROOT / "train.py").read_text(encoding="utf-8"), ROOT / "train.py", "exec")
     for arguments, _ in MISTAKES:
         sys.argv = [str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in SMALL_RUN.items()), *arguments]
         stderr, status = io.StringIO(), 0
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
             try:
-                runpy.run_path(sys.argv[0], run_name="__main__")
+                exec(code, dict(__name__="__main__", __file__=sys.argv[0]))
             except SystemExit as stop:
                 status = stop.code
             except BaseException as error:
@@ -147,8 +222,28 @@ def test_a_mistake_is_one_sentence_and_leaves_no_out_dir(outcomes, number):
     status, stderr, left = outcomes[number]
     assert status == 1, stderr
     assert stderr.startswith("error: ") and len(stderr.splitlines()) == 1 and len(stderr) < 2000, stderr
-    assert MISTAKES[number][1] in stderr and "Traceback" not in stderr
+    assert all(word in stderr for word in MISTAKES[number][1]) and "Traceback" not in stderr
     assert left == []
+
+
+def test_accumulation_that_processes_do_not_divide(run, flags, tmp_path):
+    done = run("train.py", *flags(gradient_accumulation_steps=3), WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    assert_one_sentence(done, "gradient_accumulation_steps = 3", "2 processes")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_at_a_real_start(python_text, tmp_path):
+    """Also when torch is imported afresh, with all that it may print."""
+    command = [sys.executable, ROOT / "train.py", f"--dataset={python_text}", "--n_head=5",
+               f"--out_dir={tmp_path / 'out'}"]
+    assert_one_sentence(subprocess.run(command, capture_output=True, text=True, timeout=600), "n_head = 5")
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_dir_that_is_a_file(run, flags, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert_one_sentence(run("train.py", *flags()), str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_bad_flag_is_reported_without_torch(tmp_path):
@@ -170,7 +265,6 @@ def test_a_bad_flag_is_reported_without_torch(tmp_path):
              "--seed=99999999999999999999",
              "--backend=pigeon", "config/bt.py", "--batch_size=9e6", "--lr_decay_iters=1999"]
     done = subprocess.run([sys.executable, "-c", program, *flags], cwd=tmp_path, capture_output=True,
-    text=True,
-                          timeout=20 * len(flags))
+                          text=True, timeout=20 * len(flags))
     assert done.stdout.split() == [str(len(flags))], done.stderr
     assert len(done.stderr.splitlines()) == len(flags) and os.listdir(tmp_path) == ["data"]

@@ -32,14 +32,14 @@ def test_theta_outside_its_simplices_is_refused(theta, message):
 
 
 @pytest.mark.parametrize("value", [
-    "0.5, 0, 0.5, 0, 0.5, 0.5, 0", "(0.5,0,0.5,0,0.5,0.5,0)", (0.5, 0, 0.5, 0, 0.5, 0.5, 0),
+    (0.5, 0, 0.5, 0, 0.5, 0.5, 0), ("0.5", "0", "0.5", "0", "0.5", "0.5", "0"),
     [0.5, 0, 0.5, 0, 0.5, 0.5, 0], Theta(0.5, 0, 0.5, 0, 0.5, 0.5, 0)])
 def test_theta_is_parsed(value):
     assert Theta.parse(value) == STRUCTURES["monarch"]
     assert linear("einsum", 64, 96, theta=value).sizes == linear("monarch", 64, 96).sizes
 
 
-@pytest.mark.parametrize("value", ["", "1, 0, 0", "a, b", "1, 0, 0, 1, 0, 0, x", None, 3, "__import__('os')",
+@pytest.mark.parametrize("value", ["", "1, 0, 0, 1, 0, 0, 0", (1, 0, 0), (1, 0, 0, 1, 0, 0, "x"), None, 3,
                                    (1,) * 8])
 def test_parse_refuses_what_is_not_seven_numbers(value):
     with pytest.raises(ValueError, match="seven numbers"):
@@ -197,7 +197,7 @@ def test_swapped_cores_make_the_same_matrix(sizes):
     randomize(one)
     if len(one.order) == 2:
         with torch.no_grad():
-            for mine, its in zip(two.cores(), reversed(one.cores())):
+            for mine, its in zip(two.factors(), reversed(one.factors())):
                 mine.copy_(its)
         a, b, g, d, e, f, r = sizes
         expected = one.to_dense().view(f, e, d, g, b, a).permute(0, 2, 1, 3, 5, 4)

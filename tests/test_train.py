@@ -28,7 +28,7 @@ def test_loss_falls_from_uniform(config, trained):
     assert max(list(steps.values())[-5:]) < 0.85 * UNIFORM and evals[20] < 0.85 * UNIFORM
 
 
-@pytest.mark.parametrize("config", STRUCTURES)
+@pytest.mark.parametrize("config", ["dense", "btt", "dyad", "btt_moe", "moe"])  # one of each class of layers
 def test_stopped_and_resumed_is_bitwise_one_run(config, trained, train, tmp_path):
     out = train(tmp_path / "out", config, dropout=0.1, max_iters=10, lr_decay_iters=20)
     train(out, config, dropout=0.1, init_from="resume")
@@ -191,10 +191,10 @@ def test_router_losses_even_out_the_load(config, trained):
     """With a heavy weight the tokens are spread more evenly over the experts than with none."""
     def unevenness(out):
         load = np.array(read_log(out)[2][20]["router_load"])
-        assert np.allclose(load.sum(-1), 1, atol=1e-5) and load.shape == (12 if config == "btt_moe" else 2, 8)
+        assert np.allclose(load.sum(-1), 1, atol=1e-5) and load.shape == (6 if config == "btt_moe" else 1, 8)
         return load.std(-1).mean()
 
-    even, uneven = (trained(config, aux_loss_weight=weight, before=in_float64)
+    even, uneven = (trained(config, aux_loss_weight=weight, n_layer=1, before=in_float64)
                     for weight in (3.0, 0.0))
     assert unevenness(even) < 0.8 * unevenness(uneven)
 

@@ -95,17 +95,12 @@ def import_transformers():
 # ---- Model -------------------------------------------------------------------------------------------------
 
 
-def is_gpt2(config: GPTConfig) -> bool:
-    """Whether transformers has the model: then it is exported without code of its own."""
-    return config.struct == "dense" and not (config.qk_norm or config.num_experts or config.ffn_experts)
-
-
 def write_model(folder: str, model: GPT) -> None:
     """Writes model.safetensors, config.json and, unless the model is a GPT-2, its code."""
     transformers = import_transformers()
     from safetensors import SafetensorError
 
-    if is_gpt2(model.config):
+    if not gpt2.differences(model.config):
         config, weights = gpt2.to_gpt2(model)
         weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # tied
         config = transformers.GPT2Config(**config)
@@ -321,13 +316,12 @@ def model_card(name: str, model: GPT, tok: tokenizer.Tokenizer, checkpoint: dict
         "best validation loss of the run":
             f"{known['best_val_loss']:.4f} nats per token" if "best_val_loss" in known else None,
     }
-    prompt = example_prompt(tok)
+    prompt, own_code = example_prompt(tok), bool(gpt2.differences(config))
     return CARD.format(
         name=name, struct=config.struct, rows="\n".join(f"| {k} | {v} |" for k, v in rows.items() if v),
         projections="\n".join(model.describe()), prompt=prompt, block_size=config.block_size,
         new=max(1, min(100, config.block_size - len(tok.encode(prompt)))),
-        trust="" if is_gpt2(config) else ", trust_remote_code=True",
-        more="" if is_gpt2(config) else " " + REMOTE_CODE)
+        trust=", trust_remote_code=True" if own_code else "", more=" " + REMOTE_CODE if own_code else "")
 
 
 def example_prompt(tok: tokenizer.Tokenizer) -> str:

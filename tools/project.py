@@ -8,7 +8,6 @@ Nearest in the Frobenius norm or, with calibration_tokens, in the mean square of
 weight norm, so that its cores are the matrices' own. Prints a table of the projections and the losses.
 """
 import dataclasses
-import math
 import os
 import shlex
 import subprocess
@@ -49,36 +48,33 @@ from torch import Tensor
 
 from data.batches import Batches
 from data.common import check_token_ids, open_dataset
-from lib.checkpoint import read_checkpoint, save_checkpoint
+from lib.checkpoint import Progress, save_checkpoint
+from lib.commands import flag_of
 from lib.device import autocast, choose_device
 from lib.evaluation import evaluate
 from lib.files import lock_out_dir
 from lib.log import read_log
-from lib.nearest import nearest_dyad, nearest_einsum, relative_error
+from lib.nearest import nearest_einsum, nearest_sum, relative_error
 from lib.table import markdown_table
-from model import GPT, GPTConfig
+from model import GPT, load_checkpoint
 from structured import Dyad, Einsum, Structured
 
 # ---- The checkpoint and its data ---------------------------------------------------------------------------
 
-def read_dense(path: str) -> tuple[dict, GPT]:
-    """A checkpoint and its model. Raises ValueError if there is none, or its projections are not dense."""
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no checkpoint {path}: train a dense model first")
-    checkpoint = read_checkpoint(path)
-    try:
-        config = GPTConfig(**checkpoint["model_args"])
-        if config.struct != "dense" or config.num_experts or config.ffn_experts:
-            experts = " with experts" * bool(config.num_experts or config.ffn_experts)
-            raise ValueError(f"its struct is {config.struct!r}{experts}, and only a dense model without "
-                             "experts can be projected")
-        model = GPT(config)
-        model.load_state_dict(checkpoint["model"])
-        if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
-            raise ValueError(f"{broken[0]} has values that are not finite")
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{path} cannot be projected: {e}") from None
-    return checkpoint, model.eval()
+def read_dense(place: str) -> tuple[str, dict, GPT]:
+    """load_checkpoint, for what can be projected. Raises ValueError or OSError if this cannot."""
+    path, checkpoint, model = load_checkpoint(place)
+    config, why = model.config, ""
+    if config.struct != "dense" or config.num_experts or config.ffn_experts:
+        experts = " with experts" if config.num_experts or config.ffn_experts else ""
+        why = f"its struct is {config.struct!r}{experts}, and only a dense model without experts can be"
+    elif missing := {"config", "tokenizer"} - checkpoint.keys():
+        why = f"it lacks its {min(missing)}"
+    elif broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+        why = f"{broken[0]} has values that are not finite"
+    if why:
+        raise ValueError(f"{path} cannot be projected: {why}")
+    return path, checkpoint, model
 
 
 def open_batches(checkpoint: dict, model: GPT, device: str) -> Batches:
@@ -140,7 +136,7 @@ def second_moments(model: GPT, names: list[str], batches: Batches) -> dict[str, 
 def fill(layer: Structured, W: Tensor, C: Tensor | None) -> None:
     """Gives a layer without weight norm the cores of the matrix nearest to W."""
     if isinstance(layer, Dyad):
-        layer.wl[:], layer.wu[:] = nearest_dyad(W, layer.blocks, layer.variant, C)
+        layer.wl[:], layer.wu[:] = nearest_sum(W, layer.places(), C)
         return
     A, B, _ = nearest_einsum(W, layer.sizes, C, sweeps, tolerance)
     first, second = (B, A) if layer.b_first else (A, B)
@@ -216,8 +212,7 @@ def contents(checkpoint: dict, model: GPT, config: dict) -> dict:
     """A checkpoint for starting from its weights: no optimizer, and no iteration."""
     return dict(model=model.state_dict(), optimizer={}, scaler={}, config=config,
                 model_args=dataclasses.asdict(model.config), tokenizer=checkpoint["tokenizer"],
-                seed=config.get("seed", seed), iteration=0, tokens=0, flops=0.0, best_val_loss=math.inf,
-                val_loss=None)
+                seed=config.get("seed", seed), val_loss=None, **dataclasses.asdict(Progress()))
 
 
 def finetune_flags(config: dict, path: str, out: str) -> list[str]:
@@ -233,8 +228,8 @@ def finetune_flags(config: dict, path: str, out: str) -> list[str]:
     if eval_tokens:
         values["eval_tokens"] = eval_tokens
     keys = read_keys(os.path.join(HERE, "train.py"))
-    return [f"--{key}={str(value).replace(' ', '')}" if isinstance(value, tuple) else f"--{key}={value}"
-            for key, value in values.items() if key in keys and value != keys[key].default]
+    return [flag_of(key, value) for key, value in values.items()
+            if key in keys and value != keys[key].default]
 
 
 def finetune(flags: list[str], out: str) -> float | None:
@@ -252,13 +247,12 @@ def check_absent(path: str) -> None:
 def run(place: str) -> None:
     """Projects the checkpoint at place, and prints and writes what comes of it. Raises ValueError or OSError
     where it cannot."""
-    path = os.path.join(place, "ckpt.pt") if os.path.isdir(place) else place
+    path, checkpoint, dense = read_dense(place)
     out = out_dir or f"{os.path.dirname(path) or 'out'}-{struct}"
     new = os.path.join(out, "ckpt.pt")
     check_absent(new)
     where, device_type = choose_device(device)
     amp = autocast(device_type, "float32")
-    checkpoint, dense = read_dense(path)
     batches = open_batches(checkpoint, dense, where) if eval_tokens or calibration_tokens else None
     model, rows = project(dense, lambda names: second_moments(dense, names, batches)
                           if calibration_tokens else {})

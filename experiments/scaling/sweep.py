@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import filelock
 
-from experiments.launcher import Run, final_loss, is_training, last_words, launch, speed, stop
+from experiments.launcher import Run, final_loss, is_training, last_words, launch, speed, stop, why_ended
 from lib.log import format_duration
 
 
@@ -84,8 +84,7 @@ class Sweep:
             duration = format_duration((speed(run)[1] or 0) * run.max_iters / 1e3)
             self.settle(run, self.finished, f"val loss {loss:.4f}, {duration}")
         elif not is_training(run.folder):   # else a train.py whose sweep had been killed was there first
-            reason = f"with status {status}" if status else f"without reaching iteration {run.max_iters}"
-            reason = f"ended {reason}: {last_words(run)}"
+            reason = why_ended(run, status)
             self.settle(run, self.failed, f"FAILED, {reason}")
             with open(os.path.join(run.folder, "failed.txt"), "w") as f:
                 f.write(reason + "\n")

@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from experiments.launcher import Run, make_run, tokens_per_iter
+from lib.factorize import log_distance
 from structured import STRUCTURES, Sizes, Theta
 
 PARTS = tuple(map(Fraction, ("0", "1/4", "1/3", "1/2", "2/3", "3/4", "1")))
@@ -244,5 +245,5 @@ def _ranks(theta: Theta, d: int) -> list[int]:
 
 def _distance(theta: Theta, sizes: Sizes) -> float:
     """Squared distance of integer sizes from d^θ, in log space."""
-    widths = [sizes.d_in] * 3 + [sizes.d_out] * 3 + [min(sizes.d_in, sizes.d_out)]
-    return sum((math.log(size) - e * math.log(d)) ** 2 for size, e, d in zip(sizes, theta, widths))
+    parts = (slice(3), sizes.d_in), (slice(3, 6), sizes.d_out), (slice(6, 7), min(sizes.d_in, sizes.d_out))
+    return sum(log_distance(sizes[part], theta[part], width) for part, width in parts)

@@ -184,8 +184,7 @@ class Training:
         if math.inf in self.losses.values():
             self.error = DIVERGED
         elif status is not None and self.evals not in self.losses:
-            how = f"with status {status}" if status else f"before iteration {self.run.max_iters}"
-            self.error = f"ended {how}: {launcher.last_words(self.run)}"
+            self.error = launcher.why_ended(self.run, status)
 
     def launch(self, job: int, **options) -> None:
         """Start train.py, unless it need not be, or one that has outlived its search is at work: its log is

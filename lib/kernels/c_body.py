@@ -57,11 +57,11 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def build(dtype: torch.dtype, folder: Path, flags: tuple[str, ...] = ()) -> Path:
+def build(dtype: torch.dtype, folder: Path) -> Path:
     """The compiled library for a dtype in the folder, made if it is not there. Raises OSError."""
     compiler = _compiler()
     version = _run([*compiler, "--version"])
-    text = "\0".join([SOURCE.read_text(), *FLAGS, *MACROS[dtype], *flags, *compiler, version, _cpu()])
+    text = "\0".join([SOURCE.read_text(), *FLAGS, *MACROS[dtype], *compiler, version, _cpu()])
     path = folder / f"einsum-{hashlib.sha256(text.encode()).hexdigest()[:24]}.so"
     if path.exists():
         return path
@@ -71,7 +71,7 @@ def build(dtype: torch.dtype, folder: Path, flags: tuple[str, ...] = ()) -> Path
     try:
         for cpu_flags in CPU_FLAGS:
             try:
-                _run([*compiler, *FLAGS, *cpu_flags, *MACROS[dtype], *flags, str(SOURCE), "-o", unfinished,
+                _run([*compiler, *FLAGS, *cpu_flags, *MACROS[dtype], str(SOURCE), "-o", unfinished,
                       "-lm", "-lpthread"])
                 break
             except OSError:

@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lib.kernels.routing import autocast_dtype
+
 MOST_GROUPS = 1023  # of one call of grouped_mm on a GPU
 
 
@@ -153,7 +155,6 @@ def grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 
     x (N, K), w (E, M, K), ends (E,) integers that rise to N -> (N, M). Takes part in autocast.
     """
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
         x, w = x.to(dtype), w.to(dtype)
     return _grouped_product(x, w, ends)[0]

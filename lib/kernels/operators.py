@@ -9,20 +9,16 @@ the result of the first product, again. Its body is chosen when it runs (use_ker
 """
 import functools
 import importlib.util
-import math
 import os
-import sys
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lib.kernels import c_body, torch_body
+from lib.kernels.routing import autocast_dtype
 
 KERNELS = ("auto", "torch", "c", "triton")
-# {name of a card: least d_in · d_out} for which a measurement in results/ shows that triton wins: 'auto'
-# takes it there. There is none yet, so that 'auto' is torch on CUDA.
-TRITON_WINS: dict[str, int] = {}
 FEW = 16  # tokens up to which a call without gradients goes to the body directly
 _kernel = "auto"  # of use_kernel
 
@@ -62,30 +58,26 @@ def use_kernel(name: str, device_type: str, dtype: str) -> None:
     _kernel = name
 
 
-def body_name(device_type: str, dtype: torch.dtype, size: int = 0) -> str:
-    """The body that computes einsums of this type on this device; size: d_in · d_out of the layer."""
+def body_name(device_type: str, dtype: torch.dtype) -> str:
+    """The body that computes einsums of this type on this device. 'auto' is torch on CUDA until a measurement
+    in results/ shows where triton wins."""
     name = _kernel
     if name == "auto":
         name = "c" if device_type == "cpu" else "torch"
-        if device_type == "cuda" and TRITON_WINS:
-            name = "triton" if size >= TRITON_WINS.get(torch.cuda.get_device_name(), math.inf) else "torch"
     return name if is_available(name, device_type, dtype) else "torch"
 
 
 def describe_body(device_type: str, dtype: str) -> str:
     """For a program's first lines, with dtype 'float32' or another: 'c (vectors of 512 bits)' or 'torch'."""
     dtype = getattr(torch, dtype)
-    name, largest = body_name(device_type, dtype), body_name(device_type, dtype, sys.maxsize)
-    if name != largest:
-        return f"{largest} from d_in · d_out = {TRITON_WINS[torch.cuda.get_device_name()]:,} on, else {name}"
+    name = body_name(device_type, dtype)
     return f"c (vectors of {c_body.library(dtype).vector_bits()} bits)" if name == "c" else name
 
 
-def _body(name: str, logits_given: bool, sizes, x: Tensor, first: Tensor, *others: Tensor | None):
+def _body(name: str, logits_given: bool, x: Tensor, first: Tensor, *others: Tensor | None):
     """The body of a call on these tensors; name: '', or the one to take; logits_given: not a router."""
     if not name:
-        a, b, g, d, e, f, _ = sizes
-        name = body_name(x.device.type, first.dtype, a * b * g * d * e * f)
+        name = body_name(x.device.type, first.dtype)
         types = {tensor.dtype for tensor in (x, first, *others) if tensor is not None}
         if name == "c" and (logits_given or len(types) > 1):
             name = "torch"  # einsum.c takes one type in all, and computes the logits itself
@@ -95,8 +87,7 @@ def _body(name: str, logits_given: bool, sizes, x: Tensor, first: Tensor, *other
 def computes_logits(x: Tensor) -> bool:
     """Whether the body of a mixture that reads x would rather compute the router's logits itself: c, so on a
     CPU whether or not einsum.c could be compiled. torch.compile traces this."""
-    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     return x.device.type == "cpu" and _kernel in ("auto", "c") and dtype in (torch.float32, torch.float64)
 
 
@@ -114,7 +105,7 @@ def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, bal
             given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not len(x):
         return _empty_outputs(x, first, router, top_k, sizes, given)
-    y, logits, chosen = _body(body, given is not None, sizes, x, first, second, router, balance).forward(
+    y, logits, chosen = _body(body, given is not None, x, first, second, router, balance).forward(
         x, first, second, router, balance, experts, top_k, sizes, swapped,
         *([] if given is None else [given]))
     # an operator returns tensors, and none of its inputs
@@ -138,7 +129,7 @@ def _einsum_backward(dy: Tensor, dlogits: Tensor | None, x: Tensor, first: Tenso
     if router is None and not logits_given:
         logits, chosen = None, experts
     dx, dfirst, dsecond, drouter = _body(
-        body, logits_given, sizes, x, first, second, router, logits, dy).backward(
+        body, logits_given, x, first, second, router, logits, dy).backward(
         dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped)
     return dx, dfirst, dsecond, x.new_empty(0) if drouter is None else drouter
 
@@ -213,8 +204,7 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
         given experts  experts (T, 1): y[t] = W[experts[t]] x[t]; logits and chosen are empty
     body: 'torch', 'c' or 'triton' to force one.
     """
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
         x = x.to(dtype) if router is None else x  # the router sees it as it is
         first, second = first.to(dtype), second.to(dtype)
     tensors = (x.contiguous(), first.contiguous(), second.contiguous(), router, balance, experts)
@@ -222,7 +212,7 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
     plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if plain and 0 < len(x) <= FEW:
         # a token at a time, calling an operator takes longer than its work
-        body = _body(body, given is not None, sizes, *tensors[:5])
+        body = _body(body, given is not None, *tensors[:5])
         return body.forward(*tensors, top_k, sizes, swapped, *([] if given is None else [given]))
     y, logits, chosen = _einsum(*tensors, top_k, list(sizes), swapped, body, given)
     return y, logits if given is None else given, chosen

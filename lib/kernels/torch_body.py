@@ -16,32 +16,24 @@ from lib.kernels.plan import Plan, make_plan, tile_rows
 from lib.kernels.routing import choose, gate_weights, logits_gradient, router_logits
 
 
-def _first_rows(x: Tensor, tiles: int, sizes, swapped: bool) -> Tensor:
-    """x (N, d_in) -> (t, g, Pb, a)."""
-    a, b, g, *_ = sizes
-    x = x.view(tiles, -1, g, a, b).mT if swapped else x.view(tiles, -1, g, b, a)
+def _layouts(sizes, swapped: bool) -> tuple[tuple, tuple]:
+    """(group, repeated, multiplied, turned) of the rows of x and of y: see _rows."""
+    a, b, g, d, e, f, _ = sizes
+    return (g, b, a, swapped), (f, d, e, not swapped)
+
+
+def _rows(x: Tensor, tiles: int, layout: tuple) -> Tensor:
+    """x (N, gba) -> (t, g, Pb, a), and with y's layout (N, fde) -> (t, f, Pd, e); turned: x[g, a, b]."""
+    g, b, a, turned = layout
+    x = x.view(tiles, -1, g, a, b).mT if turned else x.view(tiles, -1, g, b, a)
     return x.transpose(1, 2).reshape(tiles, g, -1, a)
 
 
-def _second_rows(y: Tensor, tiles: int, sizes, swapped: bool) -> Tensor:
-    """y (N, d_out) -> (t, f, Pd, e)."""
-    _, _, _, d, e, f, _ = sizes
-    y = y.view(tiles, -1, f, d, e) if swapped else y.view(tiles, -1, f, e, d).mT
-    return y.transpose(1, 2).reshape(tiles, f, -1, e)
-
-
-def _first_rows_back(x: Tensor, sizes, swapped: bool) -> Tensor:
-    """The way back of _first_rows: (t, g, Pb, a) -> (N, d_in)."""
-    a, b, g, *_ = sizes
+def _rows_back(x: Tensor, layout: tuple) -> Tensor:
+    """The way back of _rows: (t, g, Pb, a) -> (N, gba)."""
+    g, b, a, turned = layout
     x = x.view(x.shape[0], g, -1, b, a).transpose(1, 2)
-    return (x.mT if swapped else x).reshape(-1, a * b * g).contiguous()  # where a = b = 1 it is a view
-
-
-def _second_rows_back(y: Tensor, sizes, swapped: bool) -> Tensor:
-    """The way back of _second_rows: (t, f, Pd, e) -> (N, d_out)."""
-    _, _, _, d, e, f, _ = sizes
-    y = y.view(y.shape[0], f, -1, d, e).transpose(1, 2)
-    return (y if swapped else y.mT).reshape(-1, d * e * f).contiguous()
+    return (x.mT if turned else x).reshape(-1, g * b * a).contiguous()  # where a = b = 1 it is a view
 
 
 def _z_for_second(z: Tensor, sizes) -> Tensor:
@@ -116,8 +108,9 @@ def forward(x, first, second, router, balance, experts, top_k, sizes, swapped, l
     plan = _plan(x, first, chosen)
     tiles = 1 if plan is None else len(plan.tile_expert)
     w1, w2 = _cores(plan, first, second)
-    z = rows_to_z(_first_rows(_take(x, plan), tiles, sizes, swapped), w1)
-    rows = _second_rows_back(z_to_rows(_z_for_second(z, sizes), w2), sizes, swapped)
+    of_x, of_y = _layouts(sizes, swapped)
+    z = rows_to_z(_rows(_take(x, plan), tiles, of_x), w1)
+    rows = _rows_back(z_to_rows(_z_for_second(z, sizes), w2), of_y)
     gates = None if logits is None else gate_weights(logits, chosen)
     return _sum_over_choices(rows, plan, gates), logits, chosen
 
@@ -131,24 +124,25 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
     plan = _plan(x, first, experts if logits is None else chosen)
     tiles = 1 if plan is None else len(plan.tile_expert)
     w1, w2 = _cores(plan, first, second)
-    xs = _first_rows(_take(x, plan), tiles, sizes, swapped)  # (t, g, Pb, a)
+    of_x, of_y = _layouts(sizes, swapped)
+    xs = _rows(_take(x, plan), tiles, of_x)  # (t, g, Pb, a)
     dys = _take(dy, plan)
     if plan is not None:
         gates = dy.new_ones(plan.place.shape) if logits is None else gate_weights(logits, chosen)
         row_gate = F.pad(gates.flatten(), (0, 1)).index_select(0, plan.row_choice)  # 0 in padding rows
         dys = dys * row_gate[:, None].to(dys.dtype)
-    dys = _second_rows(dys, tiles, sizes, swapped)  # (t, f, Pd, e)
+    dys = _rows(dys, tiles, of_y)  # (t, f, Pd, e)
     z = _z_for_second(rows_to_z(xs, w1), sizes)  # (t, f, Pd, grb)
     tile_expert = None if plan is None else plan.tile_expert
     dsecond = core_gradient(dys, z, tile_expert, second)
     dz = _z_for_first(rows_to_z(dys, w2.mT), sizes)  # (t, g, Pb, rfd)
     dfirst = core_gradient(dz, xs, tile_expert, first)
     dx_rows = z_to_rows(dz, w1.mT)  # (t, g, Pb, a)
-    dx = _sum_over_choices(_first_rows_back(dx_rows, sizes, swapped), plan)
+    dx = _sum_over_choices(_rows_back(dx_rows, of_x), plan)
     if logits is None:
         return dx.to(x_seen.dtype), dfirst, dsecond, None
     # gate · its gradient is the product of a row's input with the input's gradient
-    s = _first_rows_back(dx_rows * xs, sizes, swapped).sum(1, dtype=logits.dtype)[plan.place]  # (T, k)
+    s = _rows_back(dx_rows * xs, of_x).sum(1, dtype=logits.dtype)[plan.place]  # (T, k)
     dlogit = logits_gradient(logits, chosen, gates, s)
     if dlogits is not None:
         dlogit = dlogit + dlogits

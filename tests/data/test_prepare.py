@@ -1,6 +1,7 @@
 """The prepare scripts, as programs, and what they share: documents, datasets, kills, a user's mistakes."""
 import argparse
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -16,11 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import tokenizer
-from data import common
+from data import common, tokenizer
 from data.characters import is_plain
+from tests.conftest import PROCESSES, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PRINTABLE = "\n" + bytes(range(32, 127)).decode("ascii")
 
 
@@ -676,24 +676,20 @@ def test_no_hub(existing, tmp_path):
 
 # Kills
 
-# Writes a dataset, and ends without cleaning up at its k-th step on the file system, as SIGKILL would.
-WRITE_AND_DIE = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-from tests.data.test_prepare import write_new
-step, kill_at = 0, int(sys.argv[1])
-def counted(function):
-    def call(*args, **kwargs):
-        global step
-        step += 1
-        if step == kill_at:
-            os._exit(9)
-        return function(*args, **kwargs)
-    return call
-for name in ("replace", "fsync", "unlink"):
-    setattr(os, name, counted(getattr(os, name)))
-write_new(sys.argv[2])
-"""
+def write_and_die(kill_at, out):
+    """Writes a dataset, and ends without cleaning up at its k-th step on the file system, as SIGKILL
+    would."""
+    steps = itertools.count(1)
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if next(steps) == kill_at:
+                os._exit(9)
+            return function(*args, **kwargs)
+        return call
+    for name in ("replace", "fsync", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    write_new(out)
 
 
 def write_new(out):
@@ -716,8 +712,10 @@ def test_a_kill_at_any_step_leaves_no_broken_dataset(first_dataset, tmp_path):
     while code == 9:
         step += 1
         out = Path(shutil.copytree(first_dataset, tmp_path / f"step{step}"))
-        command = [sys.executable, "-c", WRITE_AND_DIE, str(step), str(out)]
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600).returncode
+        process = PROCESSES.Process(target=write_and_die, args=(step, str(out)))
+        process.start()
+        process.join(600)
+        code = process.exitcode
         found = whole_or_absent(out)
         assert found in (None, old, expected)
         seen.append("none" if found is None else "old" if found == old else "new")

@@ -91,7 +91,7 @@ def bench(monkeypatch):
                            structures={"dense": {}, "low_rank": dict(struct="low_rank")}).items():
         monkeypatch.setattr(module, key, value)
     times = {"nn.Linear": [1.0, 2.0, 4.0], "dense": [1.0, 4.0, 8.0], "low_rank": [2.0, 2.0, 2.0]}
-    monkeypatch.setattr(module, "take_turns", lambda runs, count: {name: times[name] for name in runs})
+    monkeypatch.setattr(module, "take_turns", lambda runs, count, _: {name: times[name] for name in runs})
     return module
 
 
@@ -113,7 +113,7 @@ def test_steps_are_compared_with_dense(bench):
 def test_the_first_two_turns_are_not_timed(bench, monkeypatch):
     monkeypatch.undo()
     calls = []
-    times = bench.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    times = bench.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, "cpu")
     assert calls == ["a", "b"] * 5 and [len(times[name]) for name in "ab"] == [3, 3]
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from experiments.scaling import fit as scaling_fit
 from experiments.scaling import plot as scaling_plot
@@ -256,7 +257,7 @@ def test_fit_names_what_it_leaves_out(fitted):
     assert "dense0: " not in text
 
 
-def test_structures_are_ordered_by_their_loss_at_a_budget_beside_their_taxonomy(tmp_path):
+def test_structures_are_ordered_by_their_loss_at_a_budget_beside_their_taxonomy(tmp_path, svg_only):
     """ω, ψ and ν by hand: of monarch, Kronecker, low rank, and of BTT's experts, which have rank 1. The
     budget is that which all come to, though Kronecker's loss no longer falls after two thirds of it."""
     tokens = np.arange(1, 31) * 1e6
@@ -294,6 +295,14 @@ def test_the_theta_of_settings(settings, taxonomy):
     assert (theta.omega, theta.psi, theta.nu) == pytest.approx(taxonomy)
 
 
+@pytest.fixture
+def svg_only(monkeypatch):
+    """Figures are not rasterized, which takes long."""
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options:
+                        savefig(self, path, **options) if path.endswith(".svg") else None)
+
+
 def test_figures(fitted, run):
     folder, _ = fitted
     names = [f"{name}.{kind}" for name in scaling_plot.FIGURES for kind in ("png", "svg")]
@@ -326,7 +335,7 @@ def test_plot_refuses_a_fit_of_another_version(fitted, tmp_path, change):
     assert (tmp_path / "frontier.svg").exists()
 
 
-def test_the_published_fit_can_be_drawn(tmp_path):
+def test_the_published_fit_can_be_drawn(tmp_path, svg_only):
     shutil.copy(ROOT / "results" / "scaling" / "fit.json", tmp_path)
     scaling_plot.plot(str(tmp_path))
     assert {f.stem for f in tmp_path.glob("*.svg")} == set(scaling_plot.FIGURES)
@@ -361,7 +370,7 @@ def report(folder, base=None):
     return (folder / "out" / "table.md").read_text()
 
 
-def test_without_a_base_there_are_no_multipliers(tmp_path):
+def test_without_a_base_there_are_no_multipliers(tmp_path, svg_only):
     """Nor the figure of some before, and a structure without a single budget is skipped by name."""
     tokens = np.arange(1, 11) * 1e6
     write_log(tmp_path / "runs" / "a", "btt", dict(n_embd=8), 6e5, tokens, 3 - tokens / 1e7)
@@ -378,7 +387,7 @@ def test_without_a_base_there_are_no_multipliers(tmp_path):
     assert (tmp_path / "out" / "frontier.svg").exists() and not (tmp_path / "out" / "multiplier.svg").exists()
 
 
-def test_a_structure_looks_the_same_in_every_figure(fitted, tmp_path):
+def test_a_structure_looks_the_same_in_every_figure(fitted, tmp_path, svg_only):
     """One whose seconds are known, while those of the structure before it are not."""
     found = json.loads((fitted[0] / "fit.json").read_text())
     del found["axes"]["seconds"]["dense"]

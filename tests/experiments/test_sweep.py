@@ -78,13 +78,16 @@ class Workplace:
         self.run, self.dataset, self.folder, self.runs = run, dataset, folder, folder / "runs"
         (folder / "stand_in.py").write_text(STAND_IN)
 
-    def __call__(self, plan=PLAN, *flags, **options):
+    def arguments(self, plan=PLAN, *flags):
+        """What follows `python -m experiments.scaling sweep`; it writes the plan."""
         whole = self.folder / f"plan.py.{threading.get_ident()}"    # threads sweep the same plan
         whole.write_text(plan)
         os.replace(whole, self.folder / "plan.py")
-        return self.run("experiments.scaling", "sweep", self.folder / "plan.py", f"--runs={self.runs}",
-                        f"--program={self.folder}/stand_in.py", f"--dataset={self.dataset}", *flags,
-                        **options)
+        return [self.folder / "plan.py", f"--runs={self.runs}", f"--program={self.folder}/stand_in.py",
+                f"--dataset={self.dataset}", *flags]
+
+    def __call__(self, *plan_and_flags, **options):
+        return self.run("experiments.scaling", "sweep", *self.arguments(*plan_and_flags), **options)
 
     def start(self, *arguments, jobs=1):
         """(thread of a sweep, list that its result goes into), once so many runs were started in all."""
@@ -187,10 +190,9 @@ def test_a_structures_keys_override_the_plan_and_the_command_line_both(sweep, ow
     (PLAN, ["--gpus=-1"], "gpus"),
     (PLAN, ["--expiry=-1"], "expiry"), (PLAN, ["--seedd=3"], "seed"),
     (PLAN, ["--dataset=nowhere"], "nowhere")])
-def test_mistakes_in_a_plan_are_one_sentence(sweep, plan, flags, word):
-    done = sweep(plan, *flags)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and word in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and not sweep.runs.exists()
+def test_mistakes_in_a_plan_are_one_sentence(sweep, refused, plan, flags, word):
+    assert word in refused("experiments.scaling", "sweep", *sweep.arguments(plan, *flags))
+    assert not sweep.runs.exists()
 
 
 @pytest.mark.parametrize("words, named", [
@@ -202,10 +204,13 @@ def test_mistakes_in_a_plan_are_one_sentence(sweep, plan, flags, word):
     (["fit", "--samples=1"], "samples"), (["plot", "--out=nowhere"], "fit.json"),
     (["fit", "--n_embd=3"], "n_embd"),
     (["transfer", "--runs=nowhere"], "nowhere")])
-def test_mistakes_in_a_command_are_one_sentence(run, words, named):
-    done = run("experiments.scaling", *words)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and named in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1
+def test_mistakes_in_a_command_are_one_sentence(refused, words, named):
+    assert named in refused("experiments.scaling", *words)
+
+
+def test_a_mistake_is_one_sentence_of_the_program(run):
+    done = run("experiments.scaling", "sweep", "nowhere.py")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_taxonomy_plan_differs_in_one_thing_at_a_time():
@@ -259,7 +264,7 @@ def test_failures_are_named_and_the_rest_goes_on(sweep):
     done = sweep(plan)
     assert done.returncode == 1 and "2 of 6 finished, 4 failed" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("ended with status 1: seed 13 brings bad luck") == 2
-    assert done.stdout.count("without reaching iteration") == 2 and len(sweep.jobs()) == 6
+    assert done.stdout.count("ended before iteration") == 2 and len(sweep.jobs()) == 6
     assert done.stdout.splitlines()[-1].startswith("failed: ")
     assert done.stdout.splitlines()[-1].count("-s13-") == 2
     (sweep.folder / "mended").touch()

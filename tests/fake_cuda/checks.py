@@ -149,8 +149,11 @@ def test_a_model_does_not_wait(kind, bodies):
             with torch.no_grad():
                 _, loss, aux = model(idx, idx, return_aux=True)
                 assert loss.device == aux.load.device == idx.device
-            for options in (dict(top_k=5, top_p=0.9), dict(temperature=0, use_cache=False)):
-                assert model.generate(idx[:, :7], 3, **options).shape == (2, 10)  # the window slides
+            ways = [dict(top_k=5, top_p=0.9)]
+            if kind in ("dense", "btt_moe"):  # attention is the same in all
+                ways.append(dict(temperature=0, use_cache=False))
+            for options in ways:
+                assert model.generate(idx[:, :7], 2, **options).shape == (2, 9)  # the window slides
 
 
 def products(model) -> int:
@@ -160,9 +163,8 @@ def products(model) -> int:
 
 
 @pytest.mark.parametrize("kind, capability, dtype", [
-    ("btt", AMPERE, torch.bfloat16), ("btt_moe", AMPERE, torch.bfloat16),
-    ("dyad_moe", AMPERE, torch.bfloat16), ("low_rank_moe", AMPERE, torch.bfloat16),
-    ("moe", AMPERE, torch.float16), ("moe", HOPPER, torch.float16),
+    ("btt_moe", AMPERE, torch.bfloat16), ("dyad_moe", AMPERE, torch.bfloat16),
+    ("low_rank_moe", AMPERE, torch.bfloat16), ("moe", AMPERE, torch.float16), ("moe", HOPPER, torch.float16),
     ("moe", HOPPER, torch.float32), ("moe", RTX_50, torch.bfloat16)])
 def test_a_loop_over_experts_waits_once(kind, capability, dtype):
     """Once for a product and its gradients."""

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lib import nearest
-from lib.nearest import matrix_of, nearest_dyad, nearest_einsum, relative_error
+from lib.nearest import matrix_of, nearest_einsum, nearest_sum, relative_error
 from structured import DYAD_VARIANTS, Sizes
 from tests.structures import all_cases, close, make, randn
 
@@ -26,7 +26,7 @@ def nearest_matrix(layer, W, C=None):
     if hasattr(layer, "sizes"):
         return matrix_of(*nearest_einsum(W, layer.sizes, C)[:2])
     layer.weight_norm = False
-    layer.wl.data, layer.wu.data = nearest_dyad(W, layer.blocks, layer.variant, C)
+    layer.wl.data, layer.wu.data = nearest_sum(W, layer.places(), C)
     return layer.to_dense().detach()
 
 

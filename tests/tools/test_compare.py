@@ -1,7 +1,6 @@
 """python -m tools.compare: tables and curves of logs that are written by hand, against numbers by hand."""
 import builtins
 import json
-import math
 
 import pytest
 
