@@ -58,7 +58,7 @@ AUX_LOSS_WEIGHT = 0.01  # as in train.py
 BLOCK = 16_384       # examples are made in blocks; one more is the test set
 STRUCTURES = {"dense": dict(struct="dense"), "dense_normed": dict(struct="dense", weight_norm=True),
               "btt_moe": dict(struct="btt", num_experts=8, top_k=2)}
-STRUCTURES |= {label: options for label, options in paper.structures.items() if label != "dense"}
+STRUCTURES |= {label: options for label, options in paper.structures.items() if "theta" in options}
 # of the test set and of the teacher, beyond those of all blocks; the generator looks at 32 bits
 TEST_SEED, TEACHER_SEED = 2**32 - 1, 2**32 - 2
 

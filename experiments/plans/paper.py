@@ -10,7 +10,8 @@
 #
 # Ours: the names of the θ, the batch in 8 micro-batches of 64, evaluations of 200 x 64 sequences, AdamW's
 # betas and the gradient clipping of train.py, this repository's µP (base width 128) and integer sizes. In the
-# paper's GPT-2 runs the indices do not follow the heads, so head_aligned is off.
+# paper's GPT-2 runs the indices do not follow the heads, so head_aligned is off. And dense_normed, dense with
+# the weight norm that all others have: the fairer baseline, by fit --base=dense_normed.
 _thetas = {  # alpha beta gamma delta epsilon phi rho
     # Monarch and what lies between it and dense, θα + θε = 1
     "btt 1/2": (1/2, 0, 1/2, 0, 1/2, 1/2, 0),                       # Monarch: ψ 1, ν 1/2, ω 0
@@ -42,7 +43,9 @@ _thetas = {  # alpha beta gamma delta epsilon phi rho
     "generic": (1/2, 1/4, 1/4, 1/4, 1/2, 1/4, 0),                   # ψ 1, ν 1/2, ω 1/4
     "generic rank 1/4": (1/2, 1/4, 1/4, 1/4, 1/2, 1/4, 1/4),        # ψ 1, ν 3/4, ω 1/4
 }
-structures = {"dense": dict(n_embd=[256, 512, 768, 1024])} | {
+_widths = [256, 512, 768, 1024]
+structures = {"dense": dict(n_embd=_widths),
+              "dense_normed": dict(struct="dense", weight_norm=True, n_embd=_widths)} | {
     name: dict(struct="einsum", theta=theta) for name, theta in _thetas.items()}
 n_embd = [256, 512, 768, 1024, 2048, 4096]
 n_layer = [3, 6]

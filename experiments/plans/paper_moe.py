@@ -13,6 +13,7 @@ from experiments.plans.paper import *  # noqa: F403
 _wide, _narrow = [256, 512, 1024, 2048], [128, 256, 512, 1024]
 structures = {
     "dense": dict(n_embd=[256, 512, 768, 1024]),
+    "dense_normed": dict(struct="dense", weight_norm=True, n_embd=[256, 512, 768, 1024]),
     "btt_moe": dict(n_embd=_wide),
     "btt_moe16": dict(struct="btt", num_experts=16, n_embd=_wide),
     "moe": dict(n_embd=_narrow),

@@ -584,7 +584,7 @@ import itertools, torch
 from pathlib import Path
 from lib.kernels import c_body
 torch.set_num_threads(3)
-c_body.FLAGS = ["-O1", "-g", *c_body.FLAGS[1:], "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+c_body.FLAGS = ["-O0", "-g", *c_body.FLAGS[1:], "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 for dtype in (torch.float32, torch.float64):
     library = c_body.load(c_body.build(dtype, Path("{folder}")))
     c_body.library = lambda dtype: library
