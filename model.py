@@ -112,7 +112,7 @@ def apply_layer(layer: nn.Module, x: Tensor, aux: list | None, logits: Tensor | 
 
 
 def shared_logits(layers: list[nn.Module], x: Tensor) -> list[Tensor | None]:
-    """The logits (T, E) for each router, all of which read x (..., d) of T rows, by one product; None for each
+    """The logits (T, E) of each router, by one product: all read the same x (..., d) of T rows. None for each
     where the layers have no routers, or a kernel computes the logits beside its other work."""
     if not all(isinstance(layer, structured.MoE) for layer in layers) or kernels.computes_logits(x):
         return [None] * len(layers)
