@@ -58,7 +58,7 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
     def parse(cls, value) -> "Theta":
         """A Theta from seven numbers in any sequence. Raises ValueError."""
         try:
-            numbers = [float(n) for n in value]
+            numbers = [] if isinstance(value, str) else [float(n) for n in value]
         except (ValueError, TypeError):
             numbers = []
         if len(numbers) != 7:

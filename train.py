@@ -271,7 +271,7 @@ def learning_rate_at(iteration: int, c: dict = config) -> float:
     return c["min_lr"] + 0.5 * (1 + math.cos(math.pi * done)) * (c["learning_rate"] - c["min_lr"])
 
 
-if warmup_iters > max_iters:
+if 0 < max_iters < warmup_iters:
     print0(f"  the warmup does not end: warmup_iters = {warmup_iters} is more than max_iters = {max_iters}")
 lr, lr_before = (learning_rate_at(progress.iteration, c) for c in (config, config | checkpoints.settings))
 if not math.isclose(lr, lr_before):
@@ -279,7 +279,7 @@ if not math.isclose(lr, lr_before):
 
 
 def balance_routers() -> None:
-    """Balances a new model's routers on 40 training batches of some 8,192 tokens, alike on every rank."""
+    """Balances a new model's routers on 40 batches of at most 8,192 training tokens, alike on every rank."""
     count = min(max(1, 8192 // block_size), sequences_per_iter)  # sequences of a step
     parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     with amp:

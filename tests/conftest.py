@@ -185,7 +185,8 @@ def refused(capfd, monkeypatch):
     process: it spares the imports."""
     def refused(script, *arguments):
         is_script = script.endswith(".py")
-        monkeypatch.delitem(sys.modules, script, raising=False)  # else runpy warns
+        if not hasattr(sys.modules.get(script), "__path__"):
+            monkeypatch.delitem(sys.modules, script, raising=False)  # else runpy warns
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             if is_script:

@@ -84,14 +84,14 @@ FILES_WITH_BAD_PATHS = ["out_dir = ''", "out_dir = 'a\\0b'", "out_dir = '\\ud800
 WORDS = [
     ("--learning_rte=1", "learning_rte", "learning_rate"),
     ("--n_layer=two", "n_layer", "two"),
-    (f"{ROOT}/config/bt.py", "config/bt.py", "config/btt.py"),
+    ("ROOT/config/bt.py", "config/bt.py", "config/btt.py"),
     ("--dataset=tolstoy", "tolstoy", "data/*/prepare.py"),
     ("--n_head=5", "n_head = 5", "n_embd = 32"),
     ("--num_experts=4 --top_k=5", "top_k", "num_experts = 4", "got 5"),
     ("--ffn_experts=4 --num_experts=4", "num_experts", "ffn_experts"),
     ("--init_from=resume", "ckpt.pt", "scratch"),
     ("--init_from=gpt3", "gpt3", "resume"),
-    (f"{ROOT}/config/monarch.py --n_embd=97 --n_head=1", "97"),
+    ("ROOT/config/monarch.py --n_embd=97 --n_head=1", "97"),
     ("--struct=btx", "btx", "btt"),
     ("--struct=btt --theta=(1,0,0,1,0,0,0)", "theta", "einsum"),
     ("--struct=einsum", "theta", "einsum"),
@@ -160,10 +160,11 @@ def list_mistakes() -> list[tuple[list[str], tuple[str, ...]]]:
     mistakes += [([f"bad{i}.py"], f"bad{i}.py") for i in range(len(FILES))]
     mistakes += [([f"bad{len(FILES) + i}.py"], "out_dir") for i in range(len(FILES_WITH_BAD_PATHS))]
     mistakes = [(arguments, (word,)) for arguments, word in mistakes]
-    mistakes += [(arguments.split(), words) for arguments, *words in WORDS]
-    for damage in DAMAGES:
+    mistakes += [([word.replace("ROOT", str(ROOT)) for word in arguments.split()], words)
+                 for arguments, *words in WORDS]
+    for i, damage in enumerate(DAMAGES):
         file = ".bin" if ".bin" in damage or damage == "uint16" else "meta.json"
-        mistakes.append(([f"--dataset={damage}"], (damage, file)))
+        mistakes.append(([f"--dataset=damaged{i}"], (f"damaged{i}", file)))
     return mistakes + [([f"--dataset={split} {place}"], (f"{split}.bin", "96", "95"))
                        for split, place in BEYOND]
 
@@ -177,8 +178,8 @@ def make_mistakes(folder, answers):
     import torch
     torch.set_num_threads(1)
     os.chdir(folder)
-    for damage in DAMAGES:
-        DAMAGES[damage](write_ids(Path(damage), [1, 2, 3] * 200, [1, 2, 3] * 100))
+    for i, damage in enumerate(DAMAGES.values()):
+        damage(write_ids(Path(f"damaged{i}"), [1, 2, 3] * 200, [1, 2, 3] * 100))
     for split, place in BEYOND:
         ids = {"train": [1, 2, 3] * 200, "val": [1, 2, 3] * 100}
         ids[split][place] = 96

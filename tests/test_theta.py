@@ -39,8 +39,8 @@ def test_theta_is_parsed(value):
     assert linear("einsum", 64, 96, theta=value).sizes == linear("monarch", 64, 96).sizes
 
 
-@pytest.mark.parametrize("value", ["", "1, 0, 0, 1, 0, 0, 0", (1, 0, 0), (1, 0, 0, 1, 0, 0, "x"), None, 3,
-                                   (1,) * 8])
+@pytest.mark.parametrize("value", ["", "1, 0, 0, 1, 0, 0, 0", "1001000", (1, 0, 0), (1, 0, 0, 1, 0, 0, "x"),
+                                   None, 3, (1,) * 8])
 def test_parse_refuses_what_is_not_seven_numbers(value):
     with pytest.raises(ValueError, match="seven numbers"):
         Theta.parse(value)

@@ -173,6 +173,13 @@ def test_training_waits_once_for_each_line_of_the_log(config, dtype, run, flags,
     assert [b - a for a, b in zip(counts, counts[1:])] == [1, 1, 1, 1]
 
 
+def test_a_warmup_that_does_not_end_is_told(run, flags):
+    for iterations in (0, 4, 5):
+        done = run("train.py", *flags(**TINY | dict(max_iters=iterations, warmup_iters=5)))
+        line = f"  the warmup does not end: warmup_iters = 5 is more than max_iters = {iterations}\n"
+        assert done.returncode == 0 and done.stdout.count(line) == (iterations == 4), done.stderr
+
+
 # Evaluation and losses
 
 @pytest.mark.parametrize("config", ["dense", "btt_moe"])

@@ -715,6 +715,8 @@ def test_a_kill_at_any_step_leaves_no_broken_dataset(first_dataset, tmp_path):
         process = PROCESSES.Process(target=write_and_die, args=(step, str(out)))
         process.start()
         process.join(600)
+        process.kill()
+        process.join()
         code = process.exitcode
         found = whole_or_absent(out)
         assert found in (None, old, expected)

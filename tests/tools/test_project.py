@@ -210,6 +210,15 @@ def test_weights_that_are_not_finite_are_one_sentence(dense, capsys):
     assert "blocks.0.attn.v.A has values that are not finite" in line and not (dense.parent / "new").exists()
 
 
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_a_checkpoint_that_lacks_something_is_one_sentence(dense, capsys, part):
+    torch.save(load(dense / "ckpt.pt") | {part: None}, dense / "ckpt.pt")
+    with pytest.raises(SystemExit):
+        project.main([str(dense), f"--out_dir={dense.parent / 'new'}", "--struct=btt", "--eval_tokens=0"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"cannot be projected: it lacks a sound {part}")
+
+
 def test_of_two_at_once_the_first_to_end_is_kept(dense, capsys, monkeypatch):
     """The other has computed its own by then."""
     out, compute = dense.parent / "new", project.project
