@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from data import tokenizer
 from data.tokenizer import CHARACTERS, CharTokenizer, FileTokenizer, TiktokenTokenizer
 from lib.checkpoint import Progress
 from model import GPT, GPTConfig
