@@ -180,21 +180,32 @@ def flags(python_text, tmp_path):
 
 
 @pytest.fixture
-def refused(capfd, monkeypatch):
-    """refused("train.py", "--n_layer=0", ...) -> the one sentence with which the program ends, in this
-    process: it spares the imports."""
-    def refused(script, *arguments):
-        is_script = script.endswith(".py")
+def run_here(capfd, monkeypatch):
+    """run_here("sample.py", "--help") -> (exit status, stdout, stderr), in this process: it spares the
+    imports. For programs that end before they change anything."""
+    def run_here(script, *arguments):
         if not hasattr(sys.modules.get(script), "__path__"):
             monkeypatch.delitem(sys.modules, script, raising=False)  # else runpy warns
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            if is_script:
+        status = 0
+        try:
+            if script.endswith(".py"):
                 runpy.run_path(sys.argv[0], run_name="__main__")
             else:
                 runpy.run_module(script, run_name="__main__")
-        out, sentence = capfd.readouterr()
-        assert stop.value.code == 1 and sentence.startswith("error: ") and sentence.count("\n") == 1, sentence
+        except SystemExit as stop:
+            status = stop.code or 0
+        return status, *capfd.readouterr()
+    return run_here
+
+
+@pytest.fixture
+def refused(run_here):
+    """refused("train.py", "--n_layer=0", ...) -> the one sentence with which the program ends, in this
+    process."""
+    def refused(*command):
+        status, out, sentence = run_here(*command)
+        assert status == 1 and sentence.startswith("error: ") and sentence.count("\n") == 1, sentence
         assert out == ""
         return sentence
     return refused
