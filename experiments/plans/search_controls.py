@@ -1,23 +1,25 @@
-# Controls for the longer runs of a search (results/search), with their budget, seeds and schedule.
+# Controls for the longer runs of a search (results/search), with their budget and schedule.
 #
 #     python -m experiments.scaling sweep experiments/plans/search_controls.py --runs=out-search/controls
 #
-# - The θ of a search are plain einsums with weight norm; dense has neither. Is that why they lead?
-# - How good are the named structures as train.py makes them, aligned with heads, at a rate of their own?
-# - Dense is best at width 64 for this budget (results/scaling). Does the best θ lead at that size too?
+# - All structures of the search have the rate 3e-3. BTT-MoE's best is lower (cpu_rates.py); is that of dense?
+# - Dense of width 48 is ahead of the frontier in results/scaling. Is it the width, or the number of heads: 4
+#   here, and heads of 32 there, so that widths 32 and 64 have 1 and 2?
 from experiments.plans.cpu import *  # noqa: F403
-del n_embd, head_size, head_aligned  # noqa: F821
+del head_size, n_embd  # noqa: F821
+_btt_moe = dict(struct="btt", num_experts=8, top_k=2, n_embd=64, learning_rate=1.5e-3)
+_dense = dict(struct="dense", weight_norm=True)
 structures = {
-    "dense, an einsum": dict(struct="einsum", theta=(1, 0, 0, 1, 0, 0, 0), n_embd=96),
-    "btt, aligned": dict(struct="btt", n_embd=152, learning_rate=1.5e-3),
-    "monarch, aligned": dict(struct="monarch", n_embd=240, learning_rate=1.5e-3),
-    "dense": dict(n_embd=64),
-    "θ 3/4 0 1/4 9/16 3/16 1/4 0": dict(struct="einsum", theta=(3/4, 0, 1/4, 9/16, 3/16, 1/4, 0), n_embd=88),
+    "btt_moe, 1.5e-3": _btt_moe,
+    "dense, 1.5e-3": _dense | dict(n_embd=48, learning_rate=1.5e-3),
+    "dense, 2 heads": _dense | dict(n_embd=48, n_head=2),
+    "dense, width 64": _dense | dict(n_embd=64),
+    "dense, width 64, 2 heads": _dense | dict(n_embd=64, n_head=2),
+    "btt_moe, 1.5e-3, 2 heads": _btt_moe | dict(n_head=2),
 }
-flops = 1.2e13
+n_head = 4
+flops = 4e12
 seed = [1, 2]
 evals = 32
 learning_rate = 3e-3
-n_head = 4
 warmup_iters = 50
-sample_tokens = 128
