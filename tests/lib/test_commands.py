@@ -3,11 +3,14 @@ import shlex
 
 import pytest
 
+import configurator
 from configurator import structure_config
-from lib.commands import default_out_dir, next_commands
+from lib.commands import default_out_dir, flag_of, next_commands
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY
 from tests.runs import load, read_log
+
+KEYS = configurator.read_keys(str(ROOT / "train.py"))
 
 
 def proposed(stdout):
@@ -75,3 +78,13 @@ def test_no_dense_run_beside_one_from_other_weights(init_from, proposes):
     """It would begin at random ones, and compare two beginnings instead of two structures."""
     text = next_commands([f"--init_from={init_from}"], "out", init_from, 100, 0.25)
     assert ("dense" in text) == proposes
+
+
+@pytest.mark.parametrize("key, value", [
+    ("theta", (0.5, 0, 0.5, 0, 0.5, 0.5, 0.25)), ("n_layer", 3), ("out_dir", "a folder"), ("weight_norm", None),
+    ("bias", True), ("learning_rate", 1e-3)])
+def test_a_flag_is_read_as_it_was_written(key, value):
+    flag = flag_of(key, value)
+    name, _, text = flag.partition("=")
+    assert name == f"--{key}" and configurator.parse(KEYS[key], text) == value
+    assert key == "out_dir" or shlex.quote(flag) == flag  # no quotes needed
