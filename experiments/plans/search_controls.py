@@ -3,8 +3,8 @@
 #     python -m experiments.scaling sweep experiments/plans/search_controls.py --runs=out-search/controls
 #
 # - All structures of the search have the rate 3e-3. BTT-MoE's best is lower (cpu_rates.py); is that of dense?
-# - Dense of width 48 is ahead of the frontier in results/scaling. Is it the width, or the number of heads: 4
-#   here, and heads of 32 there, so that widths 32 and 64 have 1 and 2?
+# - Dense of width 48 is ahead of the frontier in results/scaling, and BTT-MoE behind. Is it the width, or the
+#   number of heads: 4 here, and heads of 32 there, so that widths 32 and 64 have 1 and 2?
 from experiments.plans.cpu import *  # noqa: F403
 del head_size, n_embd  # noqa: F821
 _btt_moe = dict(struct="btt", num_experts=8, top_k=2, n_embd=64, learning_rate=1.5e-3)
@@ -19,7 +19,7 @@ structures = {
 }
 n_head = 4
 flops = 4e12
-seed = [1, 2]
+seed = 1
 evals = 32
 learning_rate = 3e-3
 warmup_iters = 50
