@@ -81,8 +81,8 @@ def test_no_dense_run_beside_one_from_other_weights(init_from, proposes):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("theta", (0.5, 0, 0.5, 0, 0.5, 0.5, 0.25)), ("n_layer", 3), ("out_dir", "a folder"), ("weight_norm", None),
-    ("bias", True), ("learning_rate", 1e-3)])
+    ("theta", (0.5, 0, 0.5, 0, 0.5, 0.5, 0.25)), ("n_layer", 3), ("out_dir", "a folder"), ("bias", True),
+    ("weight_norm", None), ("learning_rate", 1e-3)])
 def test_a_flag_is_read_as_it_was_written(key, value):
     flag = flag_of(key, value)
     name, _, text = flag.partition("=")
