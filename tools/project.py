@@ -57,7 +57,7 @@ from lib.log import read_log
 from lib.nearest import nearest_einsum, nearest_sum, relative_error
 from lib.table import markdown_table
 from model import GPT, load_checkpoint
-from structured import Dyad, Einsum, Structured
+from structured import Dyad, Structured
 
 # ---- The checkpoint and its data ---------------------------------------------------------------------------
 
@@ -188,8 +188,8 @@ def project(dense: GPT, moments) -> tuple[GPT, list[list]]:
         M = layer.to_dense().detach()
         errors = [relative_error(W, M)] + [relative_error(W, M, C)] * (C is not None)
         params = sum(getattr(layer, core).numel() for core in layer.fans())
-        sizes = str(layer.sizes) if isinstance(layer, Einsum) else f"{layer.variant}, {layer.blocks} blocks"
-        rows.append([name.removeprefix("blocks."), sizes, errors, params, W.numel(), layer.flops_per_token()])
+        rows.append([name.removeprefix("blocks."), layer.describe_sizes(), errors, params, W.numel(),
+                     layer.flops_per_token()])
     return model.eval(), rows
 
 
