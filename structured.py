@@ -236,8 +236,8 @@ class Structured(nn.Module):
     norm_follows  a norm follows and undoes the output's scale: no gains, and only relative changes count
     zero_core   the core that starts at zero; the others start normal, std = √min(fan_in, fan_out) / fan_in
 
-    A subclass has forward(x, ends), to_dense(), flops_per_token() and describe_sizes(). With experts the rows
-    of x are grouped by expert, and ends (E,) says where: expert e has rows n with ends[e - 1] <= n < ends[e].
+    A subclass has forward(x, ends), to_dense() and flops_per_token(). With experts the rows of x are grouped
+    by expert, and ends (E,) says where: expert e has rows n with ends[e - 1] <= n < ends[e].
     With config.weight_norm a core M acts as gain · M / max(1, rms(M) / std), with a gain for each expert.
     """
     cores_multiply = True  # whether W is a product of the cores; otherwise it is their sum
@@ -294,6 +294,9 @@ class Structured(nn.Module):
             return y + self.bias.to(y.dtype)
         counts = torch.diff(ends, prepend=ends.new_zeros(1))
         return y + self.bias.repeat_interleave(counts, dim=0, output_size=y.shape[0]).to(y.dtype)
+
+    def describe_sizes(self) -> str:
+        return ", ".join(f"{name} {'x'.join(map(str, getattr(self, name).shape))}" for name in self._fans)
 
     def extra_repr(self) -> str:
         experts = f", {self.num_experts} experts" if self.num_experts else ""

@@ -31,12 +31,12 @@ def row_of(name: str, d_in: int, d_out: int, base_width: int) -> list[str]:
     cores = ", ".join(f"{key}: {layer.init_std(key):.3g} · {lr[key]:.3g}" for key in layer.fans())
     exponents = " ".join(f"{e:g}" for e in theta) if theta else "not an einsum"
     if theta:
-        sizes, taxonomy = str(layer.sizes), (theta.psi, theta.nu, theta.omega)
+        taxonomy = theta.psi, theta.nu, theta.omega
     elif isinstance(layer, Dyad):
-        sizes, taxonomy = f"{layer.blocks} blocks", (1, 1, 0)
+        taxonomy = 1, 1, 0
     else:
-        sizes, taxonomy = layer.extra_repr(), (math.nan,) * 3   # a structure of one's own
-    return [name, exponents, sizes, f"{params:,}", f"{params / dense:.3f}", f"{flops:,}",
+        taxonomy = (math.nan,) * 3   # a structure of one's own
+    return [name, exponents, layer.describe_sizes(), f"{params:,}", f"{params / dense:.3f}", f"{flops:,}",
             f"{flops / (2 * dense):.3f}", *(f"{v:g}" for v in taxonomy), cores]
 
 

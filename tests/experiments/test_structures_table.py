@@ -77,4 +77,5 @@ def test_a_structure_of_ones_own_has_a_row(monkeypatch):
     row = table_program.row_of("three", 64, 32, 128)
     cells = dict(zip(table_program.HEAD, row))
     assert cells["parameters"] == "832" and cells["FLOPs/token"] == "1,664"
+    assert cells["sizes"] == "A 1x8x64, B 1x8x8, C 1x32x8"
     assert cells["ψ"] == cells["ν"] == cells["ω"] == "nan"
