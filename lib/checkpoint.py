@@ -228,7 +228,7 @@ class Checkpoints:
 
     def advice(self) -> str:
         """describe(), and how to go on from there."""
-        return self.describe() + ("; go on with --init_from=resume" if self.saved_at is not None else "")
+        return self.describe() + ("; --init_from=resume goes on from it" if self.saved_at is not None else "")
 
     def describe(self) -> str:
         if self.saved_at is None:
@@ -355,10 +355,14 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
         if len(groups) == len(options):  # by options, such as fused, the optimizer puts its state on a device
             state = state | dict(param_groups=[group | own for group, own in zip(groups, options)])
         optimizer.load_state_dict(state)
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # {}: the run was not in float16, and its scaler is a new one from here on
+            scaler.load_state_dict(checkpoint["scaler"])
         for p, state in optimizer.state.items():
+            shapes = dict(exp_avg=p.shape, exp_avg_sq=p.shape, step=())  # Adam's; others have others
             for name, value in state.items():
-                if value.shape not in (p.shape, ()):
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if value.shape != shapes.get(name, value.shape):
                     raise ValueError(f"{name} of shape {tuple(value.shape)} for weights of {tuple(p.shape)}")
                 if value.device.type == "cpu":  # one at a time: the optimizer never exists twice
                     state[name] = value.clone()

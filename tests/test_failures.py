@@ -256,6 +256,15 @@ def test_float16_keeps_the_scale_of_its_gradients(train, trained, tmp_path):
     assert scaler == load(whole / "ckpt.pt")["scaler"] and scaler["scale"] != 2.0 ** 16
 
 
+@pytest.mark.parametrize("before, after", [("float32", "float16"), ("float16", "float32")])
+def test_a_run_goes_on_in_another_dtype(train, before, after, tmp_path):
+    """From float32 to float16 it begins with a gradient scaler of its own."""
+    out = train(tmp_path / "out", max_iters=4, dtype=before)
+    train(out, init_from="resume", max_iters=6, dtype=after)
+    checkpoint = load(out / "ckpt.pt")
+    assert checkpoint["iteration"] == 6 and bool(checkpoint["scaler"]) == (after == "float16")
+
+
 # wandb
 
 def wandb_is_missing():

@@ -188,6 +188,22 @@ def test_the_state_goes_where_this_optimizer_wants_it():
     assert all(group["fused"] for group in optimizer.param_groups)
 
 
+def test_the_state_of_another_optimizer_is_restored():
+    """Adafactor's is not of its weights' shapes, and a state may hold what is no tensor."""
+    def make():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 6)
+        return layer, torch.optim.Adafactor(layer.parameters())
+    layer, optimizer = make()
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    optimizer.state[layer.weight]["note"] = 7
+    checkpoint = dict(model=layer.state_dict(), optimizer=optimizer.state_dict(), scaler={})
+    again, other = make()
+    restore_checkpoint("ckpt.pt", checkpoint, again, other, torch.amp.GradScaler("cpu", enabled=False))
+    assert kill_test.same(other.state_dict()["state"], checkpoint["optimizer"]["state"])
+
+
 @pytest.mark.parametrize("change", [
     lambda optimizer: optimizer | dict(param_groups=optimizer["param_groups"][1:]),
     lambda optimizer: dict(state=optimizer["state"]),
