@@ -23,6 +23,13 @@ def format_duration(seconds: float) -> str:
     return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
 
 
+def validation_windows(settings: dict) -> int:
+    """How many windows of block_size tokens a run's evaluations take, by its settings; old ones have no
+    eval_tokens. Raises KeyError where they have no other of these keys."""
+    tokens = settings.get("eval_tokens")
+    return -(-tokens // settings["block_size"]) if tokens else settings["eval_iters"] * settings["batch_size"]
+
+
 def read_log(place: str) -> list[dict]:
     """The points of a log file, or of a folder's log.jsonl: [] without one. Half lines and lines that are no
     JSON object are left out."""

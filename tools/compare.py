@@ -20,7 +20,7 @@ import numpy as np
 
 from configurator import UnitFloat, configure, fail
 from lib.figure import figure, log_ticks, optional_figures, save, style
-from lib.log import NO_EFFECT, format_duration, read_log
+from lib.log import NO_EFFECT, format_duration, read_log, validation_windows
 from lib.table import markdown_table
 from lib.terminal import prepare_output
 from tools.places import split_places
@@ -78,19 +78,10 @@ def read_run(place: str) -> Run:
 
 
 def last_attempt(points: list[dict]) -> list[dict]:
-    """Training and evaluation points in the order of iterations. Of those that resumed runs have made again,
-    the last ones: a run that starts anew at an iteration takes the place of all from there on."""
-    kept: list[dict] = []
-    of_attempt: list[list[dict]] = []
-    for point in points:
-        if point.get("type") == "run":
-            of_attempt.append([])
-        elif point.get("type") in ("train", "eval") and of_attempt:
-            of_attempt[-1].append(point)
-    for attempt in filter(None, of_attempt):
-        first = min(point["iter"] for point in attempt)
-        kept = [point for point in kept if point["iter"] < first] + attempt
-    return kept
+    """Training and evaluation points in the order of iterations; of those that a resumed run has made again,
+    the last ones."""
+    kept = {(p["type"], p["iter"]): p for p in points if p.get("type") in ("train", "eval")}
+    return sorted(kept.values(), key=lambda point: point["iter"])
 
 
 def make_clock(points: list[dict]) -> Callable[[int], float]:
@@ -126,10 +117,8 @@ def settings_of(starts: list[dict]) -> dict:
 def measured_on(start: dict) -> dict:
     """What validation losses must have in common to be comparable."""
     config = start["config"]
-    tokens, block_size = config.get("eval_tokens"), config["block_size"]
-    windows = -(-tokens // block_size) if tokens else config["eval_iters"] * config["batch_size"]
     found = {"dataset": config["dataset"], "vocabulary": start.get("model_args", {}).get("vocab_size"),
-             "block_size": block_size, "validation windows": windows}
+             "block_size": config["block_size"], "validation windows": validation_windows(config)}
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from experiments.launcher import NOT_IN_NAMES
 from lib.figure import LOSS
-from lib.log import read_log
+from lib.log import read_log, validation_windows
 
 AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs without the output layer",
         "seconds": "training seconds"}
@@ -37,9 +37,9 @@ REACHED = 0.99      # a run that comes to this share of a budget has reached it:
 SIZE = ("n_embd", "n_layer", "n_head")
 STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on
 # losses compare if these are equal
-COMPARABLE = ("dataset", "block_size", "vocab_size", "eval_iters", "eval_tokens", "batch_size", "loss")
+COMPARABLE = ("dataset", "block_size", "vocab_size", "windows", "loss")
 VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")    # as intended
-SAME_RESULT = ("device", "backend", "kernel")  # but for rounding
+SAME_RESULT = ("device", "backend", "kernel", "eval_iters", "eval_tokens")  # but for rounding
 SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
 HUBER = 1.345       # residuals beyond so many standard deviations count less
 
@@ -135,6 +135,7 @@ def comparable_config(start: dict) -> dict:
     config |= {key: start.get(key, config.get(key)) for key in ("dtype", "compile")}
     config["vocab_size"] = start.get("model_args", {}).get("vocab_size")
     config["loss"] = start.get("loss", LOSS)  # of another program's log
+    config["windows"] = validation_windows(config)
     min_lr, decay_iters = config.pop("min_lr", None), config.pop("lr_decay_iters", None)
     if config["decay_lr"]:
         rate = config["learning_rate"] or 1.0

@@ -53,7 +53,7 @@ max_nu: PositiveFloat = 1.0     # θ above this compute intensity are left out: 
 evals: PositiveInt = 8          # evaluations of a run
 # report
 results: str | None = None      # folder of the report; None: report in `out`
-dense: str | None = None        # dense to compare with, fit.json or a folder of runs; None: the study's own
+dense: str | None = None        # dense to compare with, a fit.json of scaling; None: the study's own
 top: PositiveInt = 3            # structures in follow.py, besides dense
 times: PositiveFloat = 4.0      # FLOPs of a run there, in those of a trial
 seeds: tuple = (1, 2)           # of each

@@ -16,7 +16,7 @@ from experiments.scaling.report import number, round_all, write_csv
 from experiments.search.space import LEVELS, theta_text
 from experiments.search.study import counted, optuna
 from lib.figure import figure, optional_figures, save, style
-from lib.log import read_log
+from lib.log import read_log, validation_windows
 from lib.table import markdown_table
 from structured import Theta
 
@@ -64,9 +64,9 @@ class DenseCurve:
 
 
 def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -> DenseCurve | None:
-    """From a fit.json of experiments.scaling, a folder of runs, or the study's own dense trial if it has one.
-    settings: keys of train.py that all trials share. Raises ValueError if `dense` holds no dense curve, or
-    one of another loss."""
+    """From a fit.json of experiments.scaling, or the study's own dense trial if it has one. settings: keys of
+    train.py that all trials share. Raises ValueError if `dense` holds no dense curve, or one of another loss.
+    """
     if dense is None:
         own = next((r for r in rows if r["name"] == "dense" and r["run"]), None)
         if own is None:
@@ -75,26 +75,17 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
                   if p.get("type") == "eval" and p["iter"] and p["val_loss"] is not None]
         source = f"the study's own, trial {own['trial']}, one width along its training"
         return DenseCurve(*zip(*points), source) if points else None
-    if os.path.isdir(dense):
-        runs, _ = scaling_fit.read_runs([dense])
-        groups, _ = scaling_fit.same_but_seed([run for run in runs if run.label == "dense"])
-        if not groups:
-            raise ValueError(f"there is no run of dense below {dense!r}")
-        runs = scaling_fit.mean_of_seeds(groups)
-        measure, frontier = runs[0].config, scaling_fit.frontier_of([run.curve("flops") for run in runs])
-        curve = DenseCurve(frontier.x, frontier.losses, f"the frontier of {len(runs)} runs in {dense}")
-    else:
-        try:
-            with open(dense, encoding="utf-8") as f:
-                found = json.load(f)
-            base = found.get("base", "")
-            base = base if base.startswith("dense") else "dense"     # dense_normed, if that is the better one
-            measure, frontier = found["measure"], found["axes"]["flops"][base]
-            curve = DenseCurve(frontier["x"], frontier["loss"], f"the frontier of {base} in {dense}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of experiments.scaling, or a "
-                             "folder of runs") from error
+    try:
+        with open(dense, encoding="utf-8") as f:
+            found = json.load(f)
+        base = found.get("base", "")
+        base = base if base.startswith("dense") else "dense"     # dense_normed, if that is the better one
+        measure, frontier = found["measure"], found["axes"]["flops"][base]
+        curve = DenseCurve(frontier["x"], frontier["loss"], f"the frontier of {base} in {dense}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{dense!r} holds no dense curve: give a fit.json of experiments.scaling") from error
     here = TRAIN_DEFAULTS | settings
+    here["windows"] = validation_windows(here)
     for key in scaling_fit.COMPARABLE:
         if key in measure and key in here and measure[key] != here[key]:
             raise ValueError(f"the runs in {dense!r} do not measure the same loss: {key} is {measure[key]} "

@@ -341,14 +341,19 @@ def test_the_published_fit_can_be_drawn(tmp_path, svg_only):
     assert {f.stem for f in tmp_path.glob("*.svg")} == set(scaling_plot.FIGURES)
 
 
-def test_fit_refuses_different_losses(run, tmp_path):
-    for name, dataset in (("a", "one"), ("b", "other")):
-        write_log(tmp_path / "runs" / name, "dense", dict(n_embd=8, dataset=dataset), 6e5,
-                  np.arange(1, 6) * 1e6, np.linspace(3, 2, 5))
-    done = run("experiments.scaling", "fit", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "dataset is one in a and other in b" in done.stderr
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("other, refusal", [
+    (dict(dataset="other"), "dataset is d in a and other in b"),
+    (dict(batch_size=8), "windows is 8 in a and 16 in b"),
+    (dict(batch_size=16, eval_iters=9, eval_tokens=57), None)])     # 57 tokens are 8 windows of 8 tokens, too
+def test_losses_on_other_windows_are_not_compared(other, refusal, tmp_path):
+    for name, config in (("a", {}), ("b", other)):
+        write_log(tmp_path / name, "dense", dict(n_embd=8) | config, 6e5, np.arange(1, 6) * 1e6,
+                  np.linspace(3, 2, 5))
+    if refusal is None:
+        assert len(scaling_fit.read_runs([str(tmp_path)])[0]) == 2
+    else:
+        with pytest.raises(ValueError, match=refusal):
+            scaling_fit.read_runs([str(tmp_path)])
 
 
 @pytest.mark.parametrize("flag, words", [

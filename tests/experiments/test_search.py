@@ -577,28 +577,14 @@ def test_a_dense_curve_leaves_out_what_is_not_finite(tmp_path):
     assert list(curve.flops) == [1e12, 3e12] and list(curve.losses) == [3.0, 2.5]
 
 
-def test_seeds_of_dense_runs_in_a_folder_count_as_their_mean(tmp_path):
-    """Two seeds 0.2 apart: the curve is between them, and no envelope of both."""
-    tokens = np.arange(1, 9) * 1e6
-    losses = np.linspace(3.0, 2.3, 8)
-    for seed, off in ((1, 0.1), (2, -0.1)):
-        write_log(tmp_path / f"seed{seed}", "dense", dict(n_embd=8, seed=seed), 1e6, tokens, losses + off)
-    write_log(tmp_path / "btt", "btt", dict(n_embd=8), 1e6, tokens, losses - 1)
-    measure = dict(dataset="d", block_size=8, eval_iters=2, batch_size=4)
-    curve = report.dense_curve(str(tmp_path), [], "", measure)
-    assert curve.source == f"the frontier of 1 runs in {tmp_path}" and len(curve.flops) > 8
-    expected = np.interp(np.log(curve.flops), np.log(1e6 * tokens), losses)
-    assert curve.losses == pytest.approx(expected, abs=1e-9)
-
-
 def test_a_dense_curve_from_elsewhere_must_measure_the_same_loss(tmp_path):
     fit = dict(axes=dict(flops=dict(dense=dict(x=[1e12, 2e12], loss=[3.0, 2.5]))),
-               measure=dict(block_size=64, eval_iters=200))
+               measure=dict(block_size=64, windows=200 * 12))
     (tmp_path / "fit.json").write_text(json.dumps(fit))
-    # eval_iters is that of train.py
+    # eval_iters and batch_size are those of train.py
     curve = report.dense_curve(str(tmp_path / "fit.json"), [], "", dict(block_size=64))
     assert curve.share(1e12, 2.5) == "0.5" and "fit.json" in curve.source
-    for settings, key in ((dict(block_size=64, eval_iters=20), "eval_iters"),
+    for settings, key in ((dict(block_size=64, eval_iters=20), "windows"),
                           (dict(eval_iters=200), "block_size")):
         with pytest.raises(ValueError, match=f"do not measure the same loss: {key} is"):
             report.dense_curve(str(tmp_path / "fit.json"), [], "", settings)

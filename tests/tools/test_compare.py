@@ -114,7 +114,8 @@ def test_the_log_of_a_run_that_was_resumed_by_train(train, tmp_path):
     run = compare.read_run(str(out))
     start, *points = log.read_log(str(out))
     points = {kind: {p["iter"]: p for p in points if p["type"] == kind} for kind in ("train", "eval")}
-    assert [p["iter"] for p in run.train] == list(range(1, 9)) and [p["iter"] for p in run.val] == [0, 5, 8]
+    assert [p["iter"] for p in run.train] == list(range(1, 9))
+    assert [p["iter"] for p in run.val] == [0, 5, 6, 8]
     per_token, per_iter = start["flops_per_token"], 4 * 2 * 32
     for point in run.train + run.val:
         assert point["tokens"] == point["iter"] * per_iter
