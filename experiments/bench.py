@@ -184,7 +184,6 @@ def bench_steps() -> list[dict]:
             (loss + 0.01 * aux.loss).backward()
             optimizer.step()
             optimizer.zero_grad()
-            model.rebalance(aux.load, aux.variance, 0.1)
         return run
 
     models = {name: GPT(gpt_config(options)).to(device) for name, options in structures.items()}

@@ -103,7 +103,7 @@ def bodies(dtype: torch.dtype) -> list[str]:
 
 # ---- Einsums against float64 -------------------------------------------------------------------------------
 
-def exact_mixture(width: int, experts: int, dtype: torch.dtype):
+def exact_mixture(width: int, experts: int):
     """A BTT layer's sizes and order, and (x, first, second, router, balance) in float64 that are exact in any
     dtype, with logits that are exact in float32 and never tie: every type makes the same choices."""
     layer = structured.linear("btt", width, width, num_experts=experts)
@@ -131,7 +131,7 @@ def run_mixture(body: str, sizes, b_first, inputs, balance, dy):
 
 def check_mixture(body: str, width: int, experts: int, dtype: torch.dtype) -> None:
     name = f"{body} btt_moe {width} x {experts} {name_of(dtype)}"
-    sizes, b_first, inputs, balance = exact_mixture(width, experts, dtype)
+    sizes, b_first, inputs, balance = exact_mixture(width, experts)
     dy = torch.randn(tokens, width, device=device).to(dtype)
     truth, choices = run_mixture("torch", sizes, b_first, inputs, balance, dy.double())
     small = [t.to(dtype) for t in inputs[:3]] + [inputs[3].float()]

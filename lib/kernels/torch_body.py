@@ -73,7 +73,7 @@ def core_gradient(left: Tensor, right: Tensor, tile_expert: Tensor, like: Tensor
     return (one_hot @ tiles.flatten(1).to(dtype)).view(like.shape).to(like.dtype)
 
 
-def _plan(x: Tensor, first: Tensor, experts: Tensor | None) -> Plan | None:
+def _plan(first: Tensor, experts: Tensor | None) -> Plan | None:
     """None: one matrix, whose rows are one tile."""
     if experts is None:
         return None
@@ -105,7 +105,7 @@ def forward(x, first, second, router, balance, experts, top_k, sizes, swapped, l
         logits = router_logits(x, router)
     chosen = experts if logits is None else choose(logits, balance, top_k)
     x = x.to(first.dtype)  # the router has seen it as it was
-    plan = _plan(x, first, chosen)
+    plan = _plan(first, chosen)
     tiles = 1 if plan is None else len(plan.tile_expert)
     w1, w2 = _cores(plan, first, second)
     of_x, of_y = _layouts(sizes, swapped)
@@ -121,7 +121,7 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
     z is computed again: that takes less memory than to keep it.
     """
     x_seen, x = x, x.to(first.dtype)
-    plan = _plan(x, first, experts if logits is None else chosen)
+    plan = _plan(first, experts if logits is None else chosen)
     tiles = 1 if plan is None else len(plan.tile_expert)
     w1, w2 = _cores(plan, first, second)
     of_x, of_y = _layouts(sizes, swapped)
