@@ -58,7 +58,7 @@ class GPTConfig(LayerConfig):
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
         if self.gelu not in ("exact", "tanh"):
             raise ValueError(f"gelu must be 'exact' or 'tanh'; got {self.gelu!r}")
-        if self.branch_scale is None:  # a sum of independent branches keeps its size; 1 at 3 layers
+        if self.branch_scale is None:  # the residual stream has one size at any depth; 1 at 3 layers
             self.branch_scale = math.sqrt(3 / self.n_layer)
         if self.attention_scale is None:  # the usual 1 / √hs at hs = 64
             self.attention_scale = 8 / (self.n_embd // self.n_head)
@@ -353,7 +353,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def balance_routers(self, steps: Iterable[Iterable]) -> None:
         """Steps of rebalance, each by the mean load and variance of some batches (X, Y), of any numbers of
-        sequences, at rates of 1, 5/6, 5/7, 5/8 ...: slow enough to reach any load, and the biases settle."""
+        sequences, at rates of 5 / (5 + i): the biases settle, and since the sum diverges, at any value."""
         self.eval()
         for i, batches in enumerate(steps):
             load, variance, count = 0, 0, 0

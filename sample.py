@@ -18,12 +18,12 @@ out_dir: str = "out"                    # a run's out_dir (its ckpt.pt), or a ch
 start: str = "\n"                       # the prompt; FILE:path reads it from a file, - from stdin
 prompts: str | None = None              # a file of prompts instead, one a line; *.jsonl: JSON texts
 batch_size: PositiveInt = 8             # samples at once with prompts; windows at once with eval
-num_samples: PositiveInt = 1            # how many texts of each prompt
-max_new_tokens: PositiveInt = 500       # most tokens of each
+num_samples: PositiveInt = 1            # texts to make of each prompt
+max_new_tokens: PositiveInt = 500       # most tokens to generate of each
 temperature: NonNegativeFloat = 0.8     # below 1 is less random, 0 takes the likeliest token
 top_k: PositiveInt | None = 200         # keep only the k likeliest tokens; None: all
 top_p: Annotated[float, ("above", 0), ("at most", 1)] = 1.0  # then the likeliest that sum to p; 1: all
-stop: str | None = None                 # a text ends where this text would begin; it is not printed
+stop: str | None = None                 # a text ends before this string, which is not printed
 stop_at_end: bool = True                # a text ends at the end-of-text token, if the tokenizer has one
 seed: Seed = 1337                       # of the random choices
 # what to evaluate instead
@@ -94,7 +94,7 @@ def read_text(path: str, what: str, newline: str | None = None) -> str:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file, one a line; blank lines are none. In *.jsonl a prompt may have line breaks."""
+    """The prompts of a file, one a line, without blank lines. In *.jsonl a prompt may have line breaks."""
     lines = enumerate(read_text(path, "file of prompts").split("\n"), 1)
     lines = [(number, line) for number, line in lines if line.strip()]
     if not lines:
@@ -108,7 +108,7 @@ def read_prompts(path: str) -> list[str]:
         except (ValueError, RecursionError):
             found.append(None)
         if not isinstance(found[-1], str):
-            fail(f"line {number} of {path} is no JSON text, such as \"one\\ntwo\"")
+            fail(f"line {number} of {path} is not a JSON string, such as \"one\\ntwo\"")
     return found
 
 
@@ -135,8 +135,8 @@ def evaluate_text() -> None:
         fail(f"the text {eval} is empty: there is nothing to score")
     ids = torch.from_numpy(np.insert(ids, 0, tok.start)).to(device)
     nats = score_text(model, ids, longest, step, batch_size, amp)
-    print(f"{eval}: {count:,} tokens of {size:,} bytes, each after {longest - step + 1:,} tokens or more, or "
-          "after all that there are")
+    print(f"{eval}: {count:,} tokens of {size:,} bytes, each after {longest - step + 1:,} tokens or more, "
+          "fewer at the start")
     if getattr(tok, "unknown", None) is not None and (unknown := (ids[1:] == tok.ids[tok.unknown]).sum()):
         print(f"{unknown:,} of them are the unknown mark: the loss does not tell those characters apart")
     print(f"{nats / count:.4f} nats per token, perplexity {math.exp(min(nats / count, 700)):.4f}, "

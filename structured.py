@@ -9,12 +9,13 @@ with α·β·γ = d_in and δ·ε·φ = d_out. In code each index, and its size,
     a  α alpha    input index of A alone            d  δ delta    output index of A alone
     b  β beta     input index of B alone            e  ε epsilon  output index of B alone
     g  γ gamma    input index of both cores         f  φ phi      output index of both cores
-    r  ρ rho      inner rank, summed over           T  rows: tokens;  E experts, k chosen per token
+    r  ρ rho      inner rank, summed over
 
-The sizes come from exponents θ in [0, 1]^7 that do not depend on the width: size_α = d_in^θα, ..., size_φ =
-d_out^θφ, size_ρ = min(d_in, d_out)^θρ. Dense, low-rank, Kronecker, Monarch, Tensor-Train and Block
-Tensor-Train matrices are points of this space (STRUCTURES), and one class, Einsum, serves it all. Read on:
-Theta, Sizes, the layers (Structured, Einsum, Dyad), the mixture of experts (MoE), and linear().
+T is the number of rows (tokens), E that of experts, k of them chosen per token. The sizes come from exponents
+θ in [0, 1]^7 that do not depend on the width: size_α = d_in^θα, ..., size_φ = d_out^θφ, size_ρ = min(d_in,
+d_out)^θρ. Dense, low-rank, Kronecker, Monarch, Tensor-Train and Block Tensor-Train matrices are points of
+this space (STRUCTURES), and one class, Einsum, serves it all. Read on: Theta, Sizes, the layers (Structured,
+Einsum, Dyad), the mixture of experts (MoE), and linear().
 
 Source: Potapczynski et al., "Searching for Efficient Linear Layers over a Continuous Space of Structured
 Matrices" (NeurIPS 2024, arXiv 2410.02117); DYAD: Chandy et al., arXiv 2312.06881. FLOPs count 2 per
@@ -233,7 +234,7 @@ class Structured(nn.Module):
 
     shapes      {name of a core: (batch, out, in)}: it acts as x @ coreᵀ, batched; with experts, a leading E
     fans        {name: (fan_in, fan_out)} of those products
-    norm_follows  a norm follows and undoes the output's scale: no gains, and only relative changes count
+    norm_follows  a norm undoes the output's scale: no gains, and only changes relative to the weights count
     zero_core   the core that starts at zero; the others start normal, std = √min(fan_in, fan_out) / fan_in
 
     A subclass has forward(x, ends), to_dense() and flops_per_token(). With experts the rows of x are grouped

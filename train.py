@@ -17,7 +17,7 @@ from lib.terminal import prepare_output
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
-init_from: str = "scratch"              # scratch, resume, auto (one or the other); or *.pt, gpt2, a FOLDER
+init_from: str = "scratch"              # scratch; resume; auto (resume if it can); or *.pt, gpt2, a FOLDER
 eval_interval: PositiveInt = 2000       # iterations between evaluations; each writes a checkpoint
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
 eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation, if eval_tokens is None
@@ -50,13 +50,13 @@ aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 �
 router_balance_rate: NonNegativeFloat = 0.0  # step of biases that even out the experts' load; 0: none
 weight_norm: bool | None = None         # cap each core at its initial rms, with a gain; None: all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
-head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt without experts
+head_aligned: bool | None = None        # φ of q, k, v and γ of o follow heads; None: monarch, btt, no experts
 dyad_blocks: PositiveInt = 4            # of struct 'dyad': blocks of each of its two matrices
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # what it permutes: 'it' inputs, 'ot' outputs, 'dt' both
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width; others have a factor
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
 mup_base_width: PositiveInt = 128       # d0: a dense layer of width d learns at learning_rate · d0 / d
-mup: bool = True                        # False, as from GPT-2: no factors; initialization and scales stay
+mup: bool = True                        # False, as from GPT-2: one rate for all; scales stay
 max_iters: NonNegativeInt = 600000      # iterations
 weight_decay: NonNegativeFloat = 0.1    # each iteration multiplies every matrix by 1 - lr · weight_decay
 beta1: UnitFloat = 0.9                  # decay of the first moment
@@ -121,7 +121,7 @@ from lib.device import (autocast, check_memory, choose_compile, choose_device, c
                         peak_flops, peak_memory, use_device)
 from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
 from lib.evaluation import evaluate
-from lib.log import Logger, format_duration, print0
+from lib.log import Logger, format_duration, print0, validation_windows
 from lib.signals import DeferredSignals
 from lib.steps import FiniteSteps
 from model import GPT, GPTConfig
@@ -170,7 +170,8 @@ globals().update(start_settings)  # n_embd, block_size ... are those of the weig
 meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, read from the disk}
 vocab_size = meta["vocab_size"]
 tokens_per_iter = sequences_per_iter * block_size
-val_windows = -(-eval_tokens // block_size) if eval_tokens else eval_iters * batch_size
+settings = config | start_settings | dict(vocab_size=vocab_size)
+val_windows = validation_windows(settings)
 batches = or_fail(lambda: Batches(splits, block_size=block_size, batch_size=batch_size, seed=seed,
                                   sequences=sequences_per_iter, val_windows=val_windows, device=device))
 # every id of both files is read once; the processes of a machine share the work
@@ -178,7 +179,6 @@ or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
-settings = config | start_settings | dict(vocab_size=vocab_size)
 fields = [f.name for f in dataclasses.fields(GPTConfig) if f.name in settings]
 gpt_config = or_fail(lambda: GPTConfig(**{name: settings[name] for name in fields}))
 model_args = dataclasses.asdict(gpt_config)
@@ -200,7 +200,7 @@ if gpt2_folder:
     or_fail(gpt2.load_weights, gpt2_folder, raw_model)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
-steps = FiniteSteps(optimizer)  # its step() sets the rates, and steps where loss and norm are finite
+finite_steps = FiniteSteps(optimizer)  # its step() sets the rates, and steps where loss and norm are finite
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 num_routers, experts_per_router = len(raw_model.routers()), num_experts or ffn_experts  # R, E
 
@@ -245,7 +245,7 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
        f"{kernels.describe_body(device_type, dtype)}"
        + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
-# a resumed run drops the points from here on, but for the evaluation here if it does not make it again
+# resuming drops the points from this iteration on, but keeps its evaluation if that is not made again
 is_due = lambda i: i % eval_interval == 0 or i >= max_iters  # the evaluation before iteration i
 logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master, is_due(progress.iteration))
 if wandb_log:
@@ -303,7 +303,7 @@ def train_step() -> bool:
         # gradients are reduced over the ranks once, at the last micro-step
         with model.no_sync() if ddp and micro_step < micro_steps - 1 else contextlib.nullcontext():
             with amp:
-                loss, aux = model(X, Y, return_aux=True)[1:]  # the logits, gigabytes, are let go
+                loss, aux = model(X, Y, return_aux=True)[1:]  # the logits, gigabytes, are not kept
             scaler.scale((loss + aux_loss_weight * aux.loss) / micro_steps).backward()
         total += loss.detach() / micro_steps
         router_stats += torch.cat([aux.load, aux.variance[:, None]], dim=1) / micro_steps  # (R, E + 1)
@@ -311,8 +311,8 @@ def train_step() -> bool:
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     progress.tokens += tokens_per_iter
     progress.flops += float(tokens_per_iter * train_flops_per_token)
-    finite = steps.step(all_reduce_mean(total), norm, learning_rate_at(progress.iteration),
-                        dataclasses.replace(progress))  # a copy: the result is read iterations later
+    finite = finite_steps.step(all_reduce_mean(total), norm, learning_rate_at(progress.iteration),
+                               dataclasses.replace(progress))  # a copy: the result is read iterations later
     if num_routers and router_balance_rate:
         router_stats = all_reduce_mean(router_stats)
         raw_model.rebalance(router_stats[:, :-1], router_stats[:, -1], router_balance_rate * finite)
@@ -370,7 +370,7 @@ def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
 def read_results() -> None:
     """Waits for the iterations since the last call and counts them. Those that were skipped are logged; too
     many in a row end the run."""
-    for at, loss, norm in steps.read():
+    for at, loss, norm in finite_steps.read():
         if progress.count(math.isfinite(loss) and math.isfinite(norm)):
             continue
         print0(f"iter {at.iteration:6d} | skipped, not finite: loss {loss}, gradient norm {norm}")
@@ -406,7 +406,7 @@ while not (stop_signal := any_signal()):
     if progress.iteration % log_interval == 0:
         read_results()
         if not progress.skipped_in_a_row:
-            report(*steps.last, time.perf_counter() - last_report, iterations_since_report)
+            report(*finite_steps.last, time.perf_counter() - last_report, iterations_since_report)
             last_report, iterations_since_report = time.perf_counter(), 0
     progress.iteration += 1
 read_results()
@@ -434,7 +434,7 @@ if master and sample_tokens:
         start = torch.tensor([[tok.start]], device=device)
         with amp:
             tokenizer.print_tokens(tok, raw_model.stream(start, sample_tokens, temperature=0.8))
-    except (OSError, ValueError) as e:  # GPT-2's vocabulary cannot be downloaded
+    except (OSError, RuntimeError, ValueError) as e:  # GPT-2's vocabulary cannot be downloaded; out of memory
         print0(f"no sample: {e}")
     print0("----")
 print0(next_commands(sys.argv[1:], out_dir, init_from, max_iters, raw_model.flops_ratio_to_dense()))

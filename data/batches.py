@@ -33,8 +33,8 @@ class Batches:
 
         Their places are uniform over the training tokens, by a counter-based generator.
         """
-        words = np.random.Philox(key=self.seed, counter=[0, 0, 0, iteration]).random_raw(self.sequences)
-        starts = words % np.uint64(len(self.splits["train"]) - self.block_size)
+        draws = np.random.Philox(key=self.seed, counter=[0, 0, 0, iteration]).random_raw(self.sequences)
+        starts = draws % np.uint64(len(self.splits["train"]) - self.block_size)
         return self._windows("train", starts[first:last].tolist())
 
     def val(self, i: int) -> tuple[Tensor, Tensor]:

@@ -140,11 +140,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f"error: {message}")
 
 
-def parse_arguments(doc: str, folder: Path, *, val_fraction: float, text_of_its_own: bool = True,
+def parse_arguments(doc: str, folder: Path, *, val_fraction: float, has_default_text: bool = True,
                     more: dict[str, dict] | None = None) -> argparse.Namespace:
     """Parses a prepare script's command line. Data goes to `folder`, the script's own, by default.
 
-    text_of_its_own  whether the script has a text where neither --source nor --dataset is given
+    has_default_text  whether the script has a text where neither --source nor --dataset is given
     more             {"--name": options of argparse} of further arguments
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -169,7 +169,7 @@ def parse_arguments(doc: str, folder: Path, *, val_fraction: float, text_of_its_
     args = parser.parse_args()
     if args.source and args.dataset:
         parser.error("give either --source or --dataset")
-    if not (text_of_its_own or args.source or args.dataset):
+    if not (has_default_text or args.source or args.dataset):
         parser.error("there is no text: give local files with --source, or a dataset's name with --dataset")
     belong_to = dict.fromkeys(("config", "split", "revision"), "--dataset") | dict.fromkeys(
         ("text_field", "max_documents", "min_count"), "--source or --dataset")
@@ -214,7 +214,7 @@ def run(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def work_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder inside out_dir for what is not whole yet. That of a killed run is removed first; raises
+    """A folder inside out_dir for what is not whole yet. Leftovers of a killed run are removed first; raises
     ValueError while another process uses it."""
     folder = out_dir / "prepare.tmp"
     folder.mkdir(parents=True, exist_ok=True)

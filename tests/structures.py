@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from structured import DYAD_VARIANTS, STRUCTURES, Einsum, MoE, linear
 
 B_FIRST = (0.1, 0.6, 0.3, 0.6, 0.1, 0.3, 0.25)  # min(β, δ) > min(α, ε): contracting B first costs less
-NAMED = [name for name in STRUCTURES if name not in ("einsum", "dyad")]
+NAMED = [name for name, theta in STRUCTURES.items() if theta]     # points of the einsum space
 
 
 def random_theta(rng):
