@@ -123,11 +123,13 @@ def shared_logits(layers: list[nn.Module], x: Tensor) -> list[Tensor | None]:
 
 @contextlib.contextmanager
 def fixed_cores(model: nn.Module):
-    """Within, cores are normalized once and not at every call: for generation, while no weight changes."""
+    """Within, cores are normalized, and cast to the type of an autocast around it, once and not at every
+    call: for generation, while no weight changes."""
     layers = [m for m in model.modules() if isinstance(m, structured.Structured)]
+    dtype = kernels.autocast_dtype(next(model.parameters()))
     try:
         for layer in layers:
-            layer.fixed = {name: layer.core(name).detach() for name in layer.fans()}
+            layer.fixed = {name: layer.core(name).detach().to(dtype) for name in layer.fans()}
         yield
     finally:
         for layer in layers:
@@ -274,13 +276,14 @@ class GPT(nn.Module):
         nn.init.normal_(self.wpe.weight, std=0.02)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
-                return_aux: bool = False):
+                return_aux: bool = False, return_logits: bool = True):
         """idx (B, T) -> (logits, loss), or (logits, loss, ModelAux) with return_aux.
 
         With targets (B, T; -1 is ignored) logits are (B, T, V) and loss is the cross-entropy alone, in nats
         per token; without, logits are those of the last position, (B, 1, V), and loss is None. With a cache,
-        idx are the tokens that follow those already read. Raises ValueError when more than block_size tokens
-        are in sight.
+        idx are the tokens that follow those already read. Without return_logits, None stands for the logits:
+        gigabytes that nobody then keeps, and that compiled code need not write, nor differentiate. Raises
+        ValueError when more than block_size tokens are in sight.
         """
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
@@ -299,6 +302,7 @@ class GPT(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        logits = logits if return_logits else None
         return (logits, loss, _summarize(aux, x)) if return_aux else (logits, loss)
 
     # -- cost ------------------------------------------------------------------------------------------------
@@ -358,7 +362,7 @@ class GPT(nn.Module):
         for i, batches in enumerate(steps):
             load, variance, count = 0, 0, 0
             for X, Y in batches:
-                *_, aux = self(X, Y, return_aux=True)
+                *_, aux = self(X, Y, return_aux=True, return_logits=False)
                 load, variance = load + aux.load * len(X), variance + aux.variance * len(X)
                 count += len(X)
             self.rebalance(load / count, variance / count, rate=1 / (1 + i / 5))

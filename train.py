@@ -284,6 +284,7 @@ def balance_routers() -> None:
     parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     with amp:
         raw_model.balance_routers((batches.train(i, *part) for part in parts) for i in range(40))
+    distributed.broadcast_tensors(raw_model.buffers(), 0, device)  # GPUs of two kinds may round differently
 
 
 def train_step() -> bool:
@@ -303,7 +304,7 @@ def train_step() -> bool:
         # gradients are reduced over the ranks once, at the last micro-step
         with model.no_sync() if ddp and micro_step < micro_steps - 1 else contextlib.nullcontext():
             with amp:
-                loss, aux = model(X, Y, return_aux=True)[1:]  # the logits, gigabytes, are not kept
+                _, loss, aux = model(X, Y, return_aux=True, return_logits=False)
             scaler.scale((loss + aux_loss_weight * aux.loss) / micro_steps).backward()
         total += loss.detach() / micro_steps
         router_stats += torch.cat([aux.load, aux.variance[:, None]], dim=1) / micro_steps  # (R, E + 1)
@@ -327,7 +328,7 @@ def next_loss_is_finite() -> bool:
     raw_model.eval()
     with amp:
         X, Y = batches.train(progress.iteration, ddp_rank * batch_size, (ddp_rank + 1) * batch_size)
-        _, loss = raw_model(X, Y)
+        _, loss = raw_model(X, Y, return_logits=False)
     raw_model.train()
     return not all_reduce_max(float(not math.isfinite(loss.item())))
 

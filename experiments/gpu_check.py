@@ -1,4 +1,4 @@
-"""Does everything work on this GPU, and how fast is it? One command, at most ten minutes.
+"""Does everything work on this GPU, and how fast is it? One command, some twenty minutes (an estimate).
 
     python -m experiments.gpu_check                     every check, on the GPU
     python -m experiments.gpu_check --training=False    without the training runs
@@ -7,8 +7,8 @@
 For each body that computes einsums here (torch, triton; see lib/kernels/operators.py): errors of outputs and
 gradients against float64, an expert without tokens, runs that are bitwise the same, compiled layers against
 eager ones, launches without a wait of the host, and the time of layers beside nn.Linear. Then training runs
-of twenty iterations at GPT-2 small's sizes, and one with torchrun on all GPUs. Prints each check, and writes
-<out>/gpu_check.json. The exit status is 1 if a check failed.
+of twenty iterations at GPT-2 small's sizes, each of its own process, and some with torchrun on all GPUs.
+Prints each check, and writes all so far into <out>/gpu_check.json. The exit status is 1 if a check failed.
 """
 from typing import Annotated
 
@@ -73,12 +73,14 @@ SYSTEM = dict(device=device_name(device), python=sys.version.split()[0], torch=t
               gpus=torch.cuda.device_count() if on_gpu else 0)
 if on_gpu:
     SYSTEM["capability"] = torch.cuda.get_device_capability()
-results: list[dict] = []
+path, started, results = os.path.join(out, "gpu_check.json"), time.perf_counter(), []
 
 
 def record(name: str, passed: bool, **values) -> None:
-    """A check: printed, and kept for the file."""
+    """A check: printed, and written into the file, with all before: a later one may end the process."""
     results.append(dict(check=name, passed=bool(passed), **values))
+    write_whole(path, json.dumps(dict(system=SYSTEM, config=config, seconds=time.perf_counter() - started,
+                                      checks=results), indent=1))
     shown = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
     print(f"{'ok    ' if passed else 'FAILED'} {name}" + (f": {shown}" if shown else ""), flush=True)
 
@@ -105,12 +107,13 @@ def bodies(dtype: torch.dtype) -> list[str]:
 
 def exact_mixture(width: int, experts: int):
     """A BTT layer's sizes and order, and (x, first, second, router, balance) in float64 that are exact in any
-    dtype, with logits that are exact in float32 and never tie: every type makes the same choices."""
+    dtype, with logits that are exact in float32 and never tie: every type makes the same choices. The rows of
+    x do not fill their last tile."""
     layer = structured.linear("btt", width, width, num_experts=experts)
     sizes, b_first = layer.experts.contraction, layer.experts.b_first
     a, b, g, d, e, f, r = sizes
     made = dict(device=device, dtype=torch.float64)
-    x = (torch.randn(tokens, width, **made) * 16).round().clamp(-127, 127) / 16
+    x = (torch.randn(tokens - 3, width, **made) * 16).round().clamp(-127, 127) / 16
     first = (torch.randn(experts, g, r * f * d, a, **made) / a ** 0.5).bfloat16().half().double()
     second = (torch.randn(experts, f, e, g * r * b, **made) / (g * r * b) ** 0.5).bfloat16().half().double()
     router = torch.randint(-1, 2, (experts, width), device=device).double() / 64
@@ -119,30 +122,36 @@ def exact_mixture(width: int, experts: int):
     return sizes, b_first, [x, first, second, router], balance
 
 
-def run_mixture(body: str, sizes, b_first, inputs, balance, dy):
-    """(y, dx, dfirst, dsecond, drouter) and the choices."""
+def run_mixture(body: str, sizes, b_first, inputs, balance, dy, kind: str = "top 2"):
+    """(y, dx, dfirst, dsecond, drouter) and the choices, of a kind of call of kernels.einsum."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     x, first, second, router = inputs
-    y, logits, chosen = kernels.einsum(x, first, second, sizes, b_first, router=router, balance=balance,
-                                       top_k=2, body=body)
-    loss = (y * dy).sum() + logits.square().mean()
-    return [y.detach(), *torch.autograd.grad(loss, inputs)], chosen
+    routing = dict(router=router, balance=balance, top_k=1 if kind == "top 1" else 2)
+    if kind == "given logits":
+        routing |= dict(router=None, logits=kernels.router_logits(x, router))
+    elif kind == "given experts":   # all but expert 1
+        experts = torch.arange(len(x), device=device)[:, None] % (len(first) - 1)
+        routing = dict(experts=experts + (experts > 0))
+    y, logits, chosen = kernels.einsum(x, first, second, sizes, b_first, body=body, **routing)
+    loss = (y * dy).sum() + logits.square().sum() / len(x)
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return [y.detach(), *grads], chosen
 
 
-def check_mixture(body: str, width: int, experts: int, dtype: torch.dtype) -> None:
-    name = f"{body} btt_moe {width} x {experts} {name_of(dtype)}"
+def check_mixture(body: str, width: int, experts: int, dtype: torch.dtype, kind: str = "top 2") -> None:
+    name = f"{body} btt_moe {width} x {experts} {name_of(dtype)}" + (f", {kind}" if kind != "top 2" else "")
     sizes, b_first, inputs, balance = exact_mixture(width, experts)
-    dy = torch.randn(tokens, width, device=device).to(dtype)
-    truth, choices = run_mixture("torch", sizes, b_first, inputs, balance, dy.double())
+    dy = torch.randn(len(inputs[0]), width, device=device).to(dtype)
+    truth, choices = run_mixture("torch", sizes, b_first, inputs, balance, dy.double(), kind)
     small = [t.to(dtype) for t in inputs[:3]] + [inputs[3].float()]
     poison(8 * tokens * width)
-    outputs, chosen = run_mixture(body, sizes, b_first, small, balance.float(), dy)
-    errors = {n: ((o.double() - t).norm() / t.norm()).item()
+    outputs, chosen = run_mixture(body, sizes, b_first, small, balance.float(), dy, kind)
+    errors = {n: ((o.double() - t).norm() / t.norm().clamp(min=1e-300)).item()
               for n, o, t in zip(("y", "dx", "dA", "dB", "drouter"), outputs, truth)}
     record(f"{name}: error", torch.equal(chosen, choices) and max(errors.values()) <= BOUNDS[dtype],
            bound=BOUNDS[dtype], **errors)
     record(f"{name}: expert without tokens", not outputs[2][1].any() and not outputs[3][1].any())
-    again, _ = run_mixture(body, sizes, b_first, small, balance.float(), dy)
+    again, _ = run_mixture(body, sizes, b_first, small, balance.float(), dy, kind)
     record(f"{name}: bitwise the same again", all(map(torch.equal, outputs, again)))
 
 
@@ -253,15 +262,18 @@ def check_training(name: str, options: list[str], folder: str, launcher: list[st
 def check_training_runs() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(os.path.join(folder, "tokens"))
-        accumulation = max(1, SYSTEM["gpus"])
+        accumulation = 2 * max(1, SYSTEM["gpus"])   # two micro-batches on each
         alone = ["--gradient_accumulation_steps=1"]
-        kinds = itertools.product(("dense", "btt_moe", "moe"), (False, True)) if on_gpu else [("moe", False)]
-        for structure, compiled in kinds:
-            name = f"{structure} {'compiled' if compiled else 'eager'}"
-            options = [f"config/{structure}.py", f"--compile={compiled}", *alone]
+        kinds = [("dense", "auto"), ("btt_moe", "auto"), ("moe", "auto")] if on_gpu else [("moe", "auto")]
+        if on_gpu and "triton" in bodies(DTYPES[0]):
+            kinds.append(("btt_moe", "triton"))
+        for (structure, kernel), compiled in itertools.product(kinds, (False, True)[:1 + on_gpu]):
+            name = f"{structure} {kernel} {'compiled' if compiled else 'eager'}"
+            options = [f"config/{structure}.py", f"--compile={compiled}", f"--kernel={kernel}", *alone]
             attempt(name, check_training, name, options, folder, [sys.executable])
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        for processes, compiled in itertools.product(sorted({1, accumulation}), (False, True)[:1 + on_gpu]):
+        counts = sorted({1, accumulation // 2})
+        for processes, compiled in itertools.product(counts, (False, True)[:1 + on_gpu]):
             name = f"btt_moe {'compiled' if compiled else 'eager'} with torchrun on {processes}"
             options = [f"--compile={compiled}", f"--gradient_accumulation_steps={accumulation}"]
             attempt(name, check_training, name, ["config/btt_moe.py", *options], folder,
@@ -269,26 +281,24 @@ def check_training_runs() -> None:
 
 
 print(", ".join(f"{key} {value}" for key, value in SYSTEM.items()), flush=True)
-started = time.perf_counter()
 torch.manual_seed(0)
 choose_compile(False, device)  # a compiled backward computes in the types that train.py's does
 torch.backends.cuda.matmul.fp32_precision = "ieee"  # float32 is checked as float32, and not as TF32
-for width, experts, dtype in itertools.product(widths, (8, 16), DTYPES):
-    for body in bodies(dtype):
-        attempt(f"{body} {width} {experts} {dtype}", check_mixture, body, width, experts, dtype)
-on_cpu = [("dense_moe", "torch")]  # compilation takes long there
-for name, body in itertools.product(LAYERS, bodies(DTYPES[0])) if on_gpu else on_cpu:
-    attempt(f"layer {name} {body}", check_layer, name, body, DTYPES[0])
+for body in bodies(DTYPES[0]):  # one after the other: after an illegal access nothing works in this process
+    for width, experts, dtype in itertools.product(widths, (8, 16), DTYPES):
+        if body in bodies(dtype):
+            attempt(f"{body} {width} {experts} {dtype}", check_mixture, body, width, experts, dtype)
+    for kind in ("top 1", "given experts", *(["given logits"] if body != "c" else [])):
+        attempt(f"{body} {kind}", check_mixture, body, widths[0], 8, DTYPES[0], kind)
+    for name in LAYERS if on_gpu else ["dense_moe"]:    # on a CPU compilation takes long
+        attempt(f"layer {name} {body}", check_layer, name, body, DTYPES[0])
 for width in widths:
     attempt(f"time at {width}", time_layers, width, DTYPES[0])
 if training:
     if on_gpu:
-        torch.cuda.empty_cache()  # the runs are processes of their own
+        attempt("memory is released", torch.cuda.empty_cache)  # the runs are processes of their own
     check_training_runs()
 
-path = os.path.join(out, "gpu_check.json")
-write_whole(path, json.dumps(dict(system=SYSTEM, config=config, seconds=time.perf_counter() - started,
-                                  checks=results), indent=1))
 print(f"Written to {path}. Please open an issue with this file, whatever it says: few cards are known here.")
 failed = sum(not result["passed"] for result in results)
 print(f"{len(results)} checks, {failed} failed")

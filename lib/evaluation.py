@@ -9,7 +9,7 @@ def evaluate(model, batches, shape: tuple[int, int], amp, stopped) -> tuple[floa
     """(cross-entropy in nats per token, load (R, E) of the routers' experts), means over all validation
     windows. A collective. None if stopped() is true before one of the batches; it must be so on every rank.
 
-    model     called as model(X, Y, return_aux=True), in evaluation mode; left in training mode
+    model     a model.GPT, or one that is called like it; left in training mode
     batches   val(i) of val_batches batches, val_windows windows in all, on `device`
     shape     (R, E)
     amp       the context in which the model computes
@@ -24,7 +24,7 @@ def evaluate(model, batches, shape: tuple[int, int], amp, stopped) -> tuple[floa
         if i < batches.val_batches:
             X, Y = batches.val(i)
             with amp:
-                loss, aux = model(X, Y, return_aux=True)[1:]
+                _, loss, aux = model(X, Y, return_aux=True, return_logits=False)
             total += loss * len(X)
             load += aux.load * len(X)
     model.train()
@@ -54,6 +54,6 @@ def score_text(model, ids: torch.Tensor, window: int, stride: int, batch_size: i
         for row, count in zip(Y, fresh[i:]):
             row[:window - count] = -1
         with amp:
-            loss = model(X, Y)[1]
+            loss = model(X, Y, return_logits=False)[1]
         nats += loss.cpu().double() * (Y >= 0).sum().cpu()
     return nats.item()

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import kernels
 from lib.kernels import operators
-from model import GPT, GPTConfig, _kept_probabilities, _sample
+from model import GPT, GPTConfig, _kept_probabilities, _sample, fixed_cores
 from structured import STRUCTURES, MoE, Structured
 from tests.conftest import ROOT
 from tests.structures import counted_flops, recomputed_flops
@@ -144,6 +144,18 @@ def test_attention_logits_scale_with_8_over_head_size(n_embd, n_head):
     weights = ((q[1][:, None] * k.transpose(0, 1)).sum(-1) * 8 / hs).softmax(-1)  # (nh, 2)
     expected = (weights[..., None] * v.transpose(0, 1)).sum(1).flatten()
     torch.testing.assert_close(seen[0][0, 1], expected)
+
+
+@pytest.mark.parametrize("kind", ["btt", "btt_moe", "moe", "dyad"])
+def test_cores_are_cast_once_for_generation(kind):
+    """Under autocast, which would cast them for every token; to the same logits."""
+    model, idx = random_model(kind).float(), tokens(2, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(idx)[0]
+        with fixed_cores(model):
+            layers = [m for m in model.modules() if isinstance(m, Structured)]
+            assert {core.dtype for layer in layers for core in layer.fixed.values()} == {torch.bfloat16}
+            assert torch.equal(model(idx)[0], expected)
 
 
 @pytest.mark.parametrize("kind", ["btt", "btt_moe", "moe", "dyad"])

@@ -23,11 +23,10 @@ def test_resume_from_between_two_evaluations(trained, train, tmp_path):
     assert_same_checkpoint(out, trained())
 
 
-@pytest.mark.parametrize("before, after", [(0.1, 0.3), (0.0, 0.3)])
-def test_resume_takes_new_hyperparameters(before, after, train, tmp_path):
+def test_resume_takes_new_hyperparameters(train, tmp_path):
     """The optimizer of a resumed run has the groups of a run started with its hyperparameters."""
-    out = train(tmp_path / "out", "btt", max_iters=1, weight_decay=before)
-    settings = dict(max_iters=2, weight_decay=after, beta1=0.8, learning_rate=1e-3)
+    out = train(tmp_path / "out", "btt", max_iters=1, weight_decay=0.0)
+    settings = dict(max_iters=2, weight_decay=0.3, beta1=0.8, learning_rate=1e-3)
     train(out, "btt", init_from="resume", **settings)
     scratch = train(tmp_path / "scratch", "btt", **settings)
     groups = [load(folder / "ckpt.pt")["optimizer"]["param_groups"] for folder in (out, scratch)]

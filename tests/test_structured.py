@@ -24,8 +24,7 @@ def seed():
 
 # ---- Layers and their matrices -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("d_in, d_out", [(64, 64), (768, 3072), (640, 2560), (96, 384), (384, 96),
-                                         (3072, 768), (2560, 640)])
+@pytest.mark.parametrize("d_in, d_out", [(64, 64), (96, 384), (384, 96), (768, 3072)])
 @pytest.mark.parametrize("weight_norm", [True, False])
 @all_cases
 def test_layer_applies_its_matrix(case, d_in, d_out, weight_norm):
@@ -617,16 +616,11 @@ def test_scale_at_init(case, d):
         for _ in range(20):
             v = torch.nn.functional.normalize(W.T @ (W @ v), dim=0)
     assert rms < 1.1 and (W @ v).norm() < 4.5
+    if struct != "einsum":
+        assert (W @ v).norm() > 0.4
     for name in layer.fans():
         relative = followed.lr_multipliers(128)[name] / layer.lr_multipliers(128)[name]
         assert relative == pytest.approx(rms, rel=0.2)
-
-
-@pytest.mark.parametrize("struct", ["dense", "low_rank", "kronecker", "tt", "monarch", "btt", "dyad"])
-@pytest.mark.parametrize("d", [64, 1024])
-def test_norm_at_init_is_not_small(struct, d):
-    W = linear(struct, d, d).to_dense().detach()
-    assert torch.linalg.matrix_norm(W, 2) > 0.4
 
 
 @pytest.mark.parametrize("num_experts", [0, 3])

@@ -16,11 +16,11 @@ from torch import Tensor
 from lib.kernels.autograd import combine, dispatch, normalize_core, router_losses
 from lib.kernels.grouped import grouped_product
 from lib.kernels.operators import KERNELS, computes_logits, describe_body, einsum, use_kernel
-from lib.kernels.routing import choose, gate_weights, router_logits
+from lib.kernels.routing import autocast_dtype, choose, gate_weights, router_logits
 
-__all__ = ["KERNELS", "batched_product", "choose", "combine", "computes_logits", "describe_body", "dispatch",
-           "einsum", "gate_weights", "grouped_product", "normalize_core", "router_logits", "router_losses",
-           "use_kernel"]
+__all__ = ["KERNELS", "autocast_dtype", "batched_product", "choose", "combine", "computes_logits",
+           "describe_body", "dispatch", "einsum", "gate_weights", "grouped_product", "normalize_core",
+           "router_logits", "router_losses", "use_kernel"]
 
 
 def batched_product(x: Tensor, w: Tensor, ends: Tensor | None) -> Tensor:

@@ -38,9 +38,16 @@ def is_available(name: str, device_type: str, dtype: torch.dtype) -> bool:
     if name == "c":
         return device_type == "cpu" and dtype in c_body.MACROS and c_body.library(dtype) is not None
     if name == "triton":
-        there = device_type == "cuda" or device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        there = (device_type == "cuda" and _has_tensor_cores() or
+                 device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
         return there and "triton" in _bodies() and dtype in _bodies()["triton"].DTYPES
     return True
+
+
+def _has_tensor_cores() -> bool:
+    """Whether the GPU is one that Triton compiles for: from compute capability 8.0 on, or of AMD."""
+    known = torch.cuda.is_available() and not torch.version.hip
+    return not known or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def use_kernel(name: str, device_type: str, dtype: str) -> None:
@@ -52,7 +59,8 @@ def use_kernel(name: str, device_type: str, dtype: str) -> None:
     if name not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {name!r}")
     if name != "auto" and not is_available(name, device_type, getattr(torch, dtype)):
-        where = dict(c="on CPUs, with a C compiler, in float32", triton="on CUDA, where Triton is installed")
+        where = dict(c="on CPUs, with a C compiler, in float32",
+                     triton="on GPUs of compute capability 8.0 or more, with Triton")
         raise ValueError(f"kernel {name!r} does not compute {dtype} on {device_type}: it works {where[name]};"
                          " 'auto' takes one that does")
     _kernel = name

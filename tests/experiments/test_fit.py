@@ -50,10 +50,10 @@ def synthetic(label, m, seed, noise=0.004, sizes=np.geomspace(1e5, 3e6, 5)):
 
 
 def test_laws_are_recovered_within_their_intervals():
-    """90 % intervals of a, L∞ and the multiplier hold the truth in nearly 90 % of all cases; 12 seeds, at
-    least 8 of each."""
+    """90 % intervals of a, L∞ and the multiplier hold the truth in nearly 90 % of all cases; 8 seeds, at
+    least 5 of each."""
     hits = dict(a=0, floor=0, multiplier=0)
-    for seed in range(12):
+    for seed in range(8):
         rng = np.random.default_rng(seed)
         base = scaling_fit.fit_structure("dense", synthetic("dense", 1, seed), "flops", samples=40,
                                          noise=0.004, rng=rng)
@@ -69,7 +69,7 @@ def test_laws_are_recovered_within_their_intervals():
         hits["multiplier"] += low <= 3 <= high
         assert 2.3 < value < 3.9 and high / low < 1.6
         assert abs(base.growth.exponent - GROWTH) < 0.15
-    assert min(hits.values()) >= 8, hits
+    assert min(hits.values()) >= 5, hits
 
 
 def test_a_law_without_noise_is_exact():

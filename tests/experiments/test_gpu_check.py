@@ -32,7 +32,7 @@ def test_gpu_check(run, tmp_path):
     for name in ("torch btt_moe 16 x 16 bfloat16: error",
                  "torch btt_moe 16 x 8 float32: bitwise the same again",
                  "torch btt_moe 16 x 8 float32: expert without tokens", "time of btt_moe torch 16 float32",
-                 "torch dense_moe 16 float32: compiled is eager", "training of moe eager",
+                 "torch dense_moe 16 float32: compiled is eager", "training of moe auto eager",
                  "training of btt_moe eager with torchrun on 1"):
         assert name in names
     assert "open an issue" in done.stdout
@@ -56,19 +56,17 @@ def break_core_gradient():
     run = subprocess.run
 
     def broken_run(command, **options):
+        """torchrun fails, and the loss of a run of train.py rises."""
         if "torch.distributed.run" in command:
             return subprocess.CompletedProcess(command, 1, "", "a line\nno network\n")
-        done = run(command, **options)
         if "train.py" not in command:
-            return done
+            return run(command, **options)
         [folder] = [word.partition("=")[2] for word in command if word.startswith("--out_dir=")]
-        with open(os.path.join(folder, "log.jsonl")) as f:
-            points = [json.loads(line) for line in f]
-        [*_, last] = (point for point in points if point["type"] == "train")
-        last["loss"] = 99.0
+        os.makedirs(folder)
         with open(os.path.join(folder, "log.jsonl"), "w") as f:
-            f.writelines(json.dumps(point) + "\n" for point in points)
-        return done
+            f.writelines(json.dumps(dict(type="train", iter=i, loss=9.0 + i, tokens_per_s=1.0,
+                                         utilization=None, peak_memory=None)) + "\n" for i in range(3))
+        return subprocess.CompletedProcess(command, 0, "", "")
     subprocess.run = broken_run
 
 
@@ -78,7 +76,24 @@ def test_checks_fail(run, tmp_path):
     _, failed = read(tmp_path, done)
     assert done.returncode == 1
     assert {name for name in failed if name.startswith("torch") and "float32" in name} == {
-        "torch btt_moe 16 x 8 float32: error", "torch btt_moe 16 x 16 float32: expert without tokens",
+        "torch btt_moe 16 x 8 float32: error", "torch btt_moe 16 x 8 float32, top 1: error",
+        "torch btt_moe 16 x 8 float32, given experts: error",
+        "torch btt_moe 16 x 8 float32, given logits: error",
+        "torch btt_moe 16 x 16 float32: expert without tokens",
         "torch btt_moe 16 x 16 float32: bitwise the same again"}, done.stdout
-    assert "training of moe eager" in failed  # whose loss rises
+    assert "training of moe auto eager" in failed  # whose loss rises
     assert "FAILED btt_moe eager with torchrun on 1: error no network" in done.stdout
+
+
+def end_at_the_first_run():
+    torch.compile = lambda layer, **_: layer
+    run = subprocess.run
+    subprocess.run = lambda command, **options: (os._exit(9) if "train.py" in command else
+                                                 run(command, **options))
+
+
+def test_what_ends_the_process_leaves_the_checks_before(run, tmp_path):
+    done = run("experiments.gpu_check", *SMALL, f"--out={tmp_path}", before=end_at_the_first_run,
+               TRITON_INTERPRET="0")
+    names = [c["check"] for c in json.loads((tmp_path / "gpu_check.json").read_text())["checks"]]
+    assert done.returncode == 9 and names[-1] == "time of btt_moe c 16 float32" and len(names) > 30

@@ -40,7 +40,7 @@ def test_a_matrix_of_the_family_is_found(case, d_in, d_out):
     assert relative_error(W, nearest_matrix(layer, W)) < 1e-10
 
 
-def by_descent(W, matrix, parameters, root, steps=1000):
+def by_descent(W, matrix, parameters, root, steps=500):
     """The least ‖(W - matrix()) root‖ that Adam finds, by falling steps."""
     optimizer = torch.optim.Adam([p.requires_grad_() for p in parameters], lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

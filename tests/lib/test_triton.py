@@ -184,6 +184,15 @@ def test_kernel_of_ones_own_choice(auto):
     assert operators.body_name("cpu", torch.float32) == "torch"
 
 
+def test_triton_needs_a_gpu_of_capability_8(auto, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    operators.use_kernel("triton", "cuda", "float16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match="capability 8.0"):
+        operators.use_kernel("triton", "cuda", "float16")
+
+
 @pytest.mark.parametrize("kernel, device, dtype", [("triton", "cpu", "float32"), ("c", "cuda", "float32"),
                                                    ("c", "cpu", "bfloat16"), ("cuda", "cuda", "float32")])
 def test_kernel_that_cannot_be_had(auto, monkeypatch, kernel, device, dtype):
