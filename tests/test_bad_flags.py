@@ -53,8 +53,8 @@ ffn_experts=4 top_k=5 | struct=einsum | struct=einsum theta=1,0 | struct=einsum 
 struct=einsum theta=2,0,-1,1,0,0,0 | struct=btt theta=(1,0,0,1,0,0,0) | struct=monarch rank=2
 struct=low_rank rank=0 | struct=low_rank rank=-3 | struct=btt rank=0 | struct=dense rank=4
 struct=dyad dyad_blocks=0 | struct=dyad dyad_blocks=-2 | struct=dyad dyad_blocks=7
-struct=dyad dyad_variant=xy | struct=dyad rank=2 | struct=monarch n_embd=97 n_head=1
-struct=kronecker n_embd=31 n_head=1
+struct=dyad dyad_variant=xy | struct=dyad rank=2 | struct=monarch n_head=1 n_embd=97
+struct=kronecker n_head=1 n_embd=31
 head_aligned=True struct=dense | head_aligned=True struct=btt layers=mlp | head_aligned=True struct=tt
 init_from=resume | init_from=resume out_dir=new/folder | learning_rate=1e-3 min_lr=1e-2
 lr_decay_iters=4 warmup_iters=5 | lr_decay_iters=0 warmup_iters=1 | lr_decay_iters=1999
@@ -62,7 +62,7 @@ batch_size=1048576 gradient_accumulation_steps=2
 """.strip().replace("\n", "|").split("|")
 
 NO_FLAG = ["", " ", "-", "--", "---", "--=1", "-x", "-n_layer=2", "n_layer=2", "\u2013n_layer=2", "train",
-           "config/bt.py", "config", "config/", "nowhere.py", "data/train.bin", "\udcff", "x" * 5000, "a\nb",
+           "config/bt.py", "config", "config/", "nowhere.py", "\udcff", "x" * 5000, "a\nb",
            "\t",
            "--n_lay\u0435r=2", "--\U0001f600=1", "--help=1", "--config=1", "--globals=1", "--__file__=x",
            "--ddp=True", "--vocab_size=5", "--master=True", "--iteration=5", "\x1b[31m", "--n_layer 2",
@@ -82,6 +82,7 @@ FILES_WITH_BAD_PATHS = ["out_dir = ''", "out_dir = 'a\\0b'", "out_dir = '\\ud800
 
 # a command line, and what its sentence says: what is wrong, and what to do
 WORDS = [
+    ("data/train.bin", "data/train.bin", "SyntaxError"),
     ("--learning_rte=1", "learning_rte", "learning_rate"),
     ("--n_layer=two", "n_layer", "two"),
     ("ROOT/config/bt.py", "config/bt.py", "config/btt.py"),
@@ -155,8 +156,11 @@ def list_mistakes() -> list[tuple[list[str], tuple[str, ...]]]:
         mistakes += [([f"--{name}={text}"], f"--{name}") for text in pick.sample(wrong, min(3, len(wrong)))]
     mistakes += [([f"--{flag}"], flag.partition("=")[0]) for flag in OUT_OF_RANGE + NO_SUCH_CHOICE]
     mistakes += [([f"--{flag}"], "model") for flag in TOO_LARGE]
-    mistakes += [([f"--{flag}" for flag in flags.split()], "") for flags in CONTRADICTIONS]
-    mistakes += [([argument], "") for argument in NO_FLAG]
+    for flags in CONTRADICTIONS:    # the last key is named, or the width that does not factor
+        key, _, value = flags.split()[-1].partition("=")
+        mistakes.append(([f"--{flag}" for flag in flags.split()], value if key == "n_embd" else key))
+    mistakes += [([argument], "unknown key" if argument.startswith("-") else "config file")
+                 for argument in NO_FLAG]
     mistakes += [([f"bad{i}.py"], f"bad{i}.py") for i in range(len(FILES))]
     mistakes += [([f"bad{len(FILES) + i}.py"], "out_dir") for i in range(len(FILES_WITH_BAD_PATHS))]
     mistakes = [(arguments, (word,)) for arguments, word in mistakes]

@@ -17,6 +17,9 @@ PROGRAMS = [path.relative_to(ROOT) for path in SOURCES if not path.name.startswi
             and any(line.startswith(STARTS) for line in path.read_text(encoding="utf-8").splitlines())]
 TRAIN, SAMPLE, PREPARE = map(Path, ("train.py", "sample.py", "data/openwebtext_char/prepare.py"))
 ARGUMENTS = {"experiments/structures_table.py": ["16"]}  # all others have --help
+# what they do is what they print: they end with their reader, as by SIGPIPE; the others go on
+NEED_A_READER = {"sample.py", "experiments/structures_table.py", "tests/kill_test.py", "tools/compare.py",
+                 "tools/export.py", "tools/project.py"}
 
 
 def command(program):
@@ -65,7 +68,7 @@ def test_a_terminal_that_lacks_the_letters(program, run, run_here):
 @pytest.mark.parametrize("program", PROGRAMS, ids=str)
 def test_a_closed_pipe_has_no_traceback(program, closed_pipe):
     done = start(program, *ARGUMENTS.get(str(program), ["--help"]), stdout=closed_pipe)
-    assert done.returncode in (0, 128 + 13) and done.stderr == ""
+    assert (done.returncode, done.stderr) == (128 + 13 if str(program) in NEED_A_READER else 0, "")
 
 
 @pytest.fixture(scope="module")

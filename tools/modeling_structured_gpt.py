@@ -199,6 +199,7 @@ class Block(GradientCheckpointingLayer):
 class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = StructuredGPTConfig
     _no_split_modules = ["Block"]
+    _input_embed_layer = "wte"
     _tied_weights_keys = {"lm_head.weight": "wte.weight"}  # where the config ties them
     _supports_sdpa = _supports_cache_class = supports_gradient_checkpointing = True
 
@@ -211,18 +212,6 @@ class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.ln_f = layer_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.wte
-
-    def set_input_embeddings(self, value):
-        self.wte = value
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value):
-        self.lm_head = value
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
                 labels=None, use_cache=None, logits_to_keep=0, past_key_values=None, return_dict=None,
