@@ -268,7 +268,7 @@ class Structured(nn.Module):
         return math.sqrt(min(fan_in, fan_out)) / fan_in
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
-        """{parameter name: factor on the learning rate} for Adam: d0 / (cores · fan_in) for a core, else 1.
+        """{parameter name: factor on the learning rate} for Adam: d0 / (factors · fan_in) for a core, else 1.
 
         Where a norm follows, times the initial rms of the output: changes count relative to it (docs/mup.md).
         """
