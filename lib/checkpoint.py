@@ -228,7 +228,8 @@ class Checkpoints:
 
     def advice(self) -> str:
         """describe(), and how to go on from there."""
-        return self.describe() + ("; the same command with --init_from=resume goes on" if self.saved_at is not None else "")
+        how = "; the same command with --init_from=resume goes on"
+        return self.describe() + (how if self.saved_at is not None else "")
 
     def describe(self) -> str:
         if self.saved_at is None:

@@ -407,7 +407,7 @@ def test_a_database_url_holds_the_study_too(search):
     with sqlite3.connect(search.folder / "other.db") as database:
         database.execute("DROP TABLE study_user_attributes")
         database.execute("CREATE VIEW study_user_attributes AS SELECT 1 AS x")
-    assert_refused(search("--trials=4", url), "during the commit")     # Optuna's words
+    assert_refused(search("--trials=4", url), "during the commit")  # as Optuna says
 
 
 @pytest.mark.parametrize("contents", [None, b""], ids=["missing", "empty"])
