@@ -22,4 +22,3 @@ structures = {
     "low_rank_moe": dict(struct="low_rank", num_experts=8, n_embd=_wide, n_layer=3),
 }
 n_layer = [3, 6, 9]
-top_k = 2

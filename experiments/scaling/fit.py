@@ -6,8 +6,8 @@ frontier    The lowest loss that any run has reached by x, at 12 budgets a decad
             It is used between the budgets at which the smallest and the largest size are the best ones. These
             follow from where one size hands over to the next, by a line in log size over log x.
 law         L = L∞ + (x / x0)^-a through the frontier, by least squares with Huber weights.
-intervals   A parametric bootstrap: all losses of a run move by the noise between seeds, each evaluation by
-            the noise within a run, and frontier and law are made again.
+intervals   A parametric bootstrap: all losses of a run move by the noise between seeds, less where it is a
+            mean of several, each evaluation by the noise within a run, and frontier and law are made again.
 multiplier  The x that dense needs for the same loss ÷ the x that the structure needs: by the laws of both,
             where both frontiers have that loss; and from the points of one frontier to the other.
 
@@ -61,6 +61,7 @@ class MeasuredRun:
     per_token: dict[str, float]     # {axis: FLOPs or seconds of a token}
     points: Points
     train_loss: float   # of the last logged iteration
+    seeds: int = 1      # runs that this is the mean of
 
     def curve(self, axis: str) -> tuple[np.ndarray, np.ndarray]:
         """(FLOPs or seconds, loss) at each point."""
@@ -320,21 +321,23 @@ def mean_of_seeds(groups: list[list[MeasuredRun]]) -> list[MeasuredRun]:
         losses = np.mean([run.loss_after(tokens) for run in same], axis=0)
         axes = [axis for axis in shortest.per_token if all(axis in run.per_token for run in same)]
         per_token = {axis: statistics.mean(run.per_token[axis] for run in same) for axis in axes}
-        means.append(dataclasses.replace(shortest, points=Points(tokens, losses), per_token=per_token))
+        means.append(dataclasses.replace(shortest, points=Points(tokens, losses), per_token=per_token,
+                                         seeds=len(same)))
     return means
 
 
 def seed_noise(groups: list[list[MeasuredRun]]) -> tuple[float | None, list[str]]:
-    """(relative standard deviation of a run's loss between seeds, pooled over the groups of same_but_seed;
-    a line for each group that has several). None without such a group."""
+    """(relative standard deviation of a run's loss between seeds, over all points that its seeds share,
+    pooled over the groups of same_but_seed; a line for each group that has several, with its last losses).
+    None without such a group."""
     squares, freedom, lines = 0.0, 0, []
     for same in (group for group in groups if len(group) > 1):
-        tokens = min(run.last for run in same)
-        losses = np.array([run.loss_after(tokens) for run in same])
-        squares += float(((losses / losses.mean() - 1) ** 2).sum())
+        [mean] = mean_of_seeds([same])
+        losses = np.array([run.loss_after(mean.points.tokens) for run in same])     # (seeds, points)
+        squares += float(((losses / mean.points.losses - 1) ** 2).sum(0).mean())
         freedom += len(same) - 1
-        listed = ", ".join(f"{loss:.4f}" for loss in losses)
-        lines.append(f"{same[0].label}, {same[0].size}: {listed} after {tokens:,.0f} tokens")
+        listed = ", ".join(f"{loss:.4f}" for loss in losses[:, -1])
+        lines.append(f"{same[0].label}, {same[0].size}: {listed} after {mean.last:,.0f} tokens")
     return (math.sqrt(squares / freedom) if freedom else None), lines
 
 
@@ -507,11 +510,12 @@ def fit_structure(label: str, runs: list[MeasuredRun], axis: str, *, window=(Non
     means = [residuals[owners == i].mean() for i in np.unique(owners)]  # the points of a run err the same way
     between = math.sqrt(sum(m * m for m in means) / max(1, len(means) - 2))
     fit.noise, within = max(noise or 0.0, between), point_noise(runs)
+    spreads = [max((noise or 0.0) / math.sqrt(run.seeds), between) for run in runs]
     rng = rng or np.random.default_rng(0)
     span = (window[0] or x[0], window[1] or x[-1])
     for _ in range(samples):
-        moved = [(x, y * (1 + fit.noise * rng.standard_normal() + within * rng.standard_normal(len(y))))
-                 for x, y in curves]
+        moved = [(x, y * (1 + spread * rng.standard_normal() + within * rng.standard_normal(len(y))))
+                 for spread, (x, y) in zip(spreads, curves)]
         _, _, growth, law = analyse(moved, sizes, span, floor)
         fit.samples += [law] if law else []
         fit.growths += [growth.exponent] if growth else []

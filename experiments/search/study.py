@@ -338,10 +338,12 @@ class Search:
                 next(t.process for t in alive if t.is_running()).wait(1)
 
     def is_behind(self, trial: optuna.Trial, step: int) -> bool:
-        """The pruner's decision, which is stored: Optuna's pruners do not repeat it after a kill."""
-        if step == self.space.evals or "named" in trial.user_attrs:
+        """The pruner's decision, which is stored: Optuna's pruners do not repeat it after a kill. Named
+        structures go on whatever it is, but it is asked for: others are compared with those it knows."""
+        if step == self.space.evals:
             return False
         behind = trial.user_attrs.get("pruned_at") == step or trial.should_prune()
+        behind = behind and "named" not in trial.user_attrs
         if behind:
             trial.set_user_attr("pruned_at", step)
         return behind

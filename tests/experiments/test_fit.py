@@ -531,6 +531,31 @@ def test_seeds_are_compared_where_all_of_them_are_known():
     assert scaling_fit.seed_noise(groups)[0] == 0
 
 
+def test_the_noise_between_seeds_is_that_of_all_shared_points():
+    """Two seeds that agree at their end, and differed by 2 % in one half of the points before."""
+    one, = synthetic("dense", 1, 0, sizes=[1e5])
+    points = len(one.points.tokens)
+    shift = np.where(np.arange(points) < points // 2, 0.02, 0.0)
+    groups, _ = scaling_fit.same_but_seed([one, with_seed(one, 2, worse=shift * one.points.losses)])
+    noise, (line,) = scaling_fit.seed_noise(groups)
+    assert noise == pytest.approx(0.02 / math.sqrt(2) * math.sqrt((points // 2) / points), rel=0.02)
+    last = f"{one.points.losses[-1]:.4f}"
+    assert f"{last}, {last} after" in line
+
+
+def test_a_mean_of_seeds_is_less_noisy():
+    """The intervals of means of four are half as wide."""
+    runs = synthetic("dense", 1, 0, noise=0)
+    widths = []
+    for seeds in (1, 4):
+        fit = scaling_fit.fit_structure("dense", [dataclasses.replace(run, seeds=seeds) for run in runs],
+                                        "flops", samples=200, noise=0.01, floor=1.0)
+        widths.append(np.std([law.loss(fit.frontier.x[-1]) for law in fit.samples]))
+    assert widths[0] / widths[1] == pytest.approx(2, rel=0.25)
+    groups, _ = scaling_fit.same_but_seed([runs[0], with_seed(runs[0], 2)])
+    assert scaling_fit.mean_of_seeds(groups)[0].seeds == 2
+
+
 def test_a_size_has_one_time():
     """Runs of a structure and size differ in their time by chance; their median is the size."""
     runs = synthetic("dense", 1, 0, sizes=[1e5, 1e5, 1e5, 2e5])

@@ -179,6 +179,7 @@ def test_named_structures_come_first_and_others_are_pruned_at_the_rungs(search):
     assert len(trials) == 14 == len(launched) == len(set(search.points()))
     assert [t.user_attrs.get("named") for t in trials[:7]] == [*NAMED, None]
     assert {t.state.name for t in trials[:6]} == {"COMPLETE"}
+    assert all("completed_rung_0" in t.system_attrs for t in trials[:6])    # the pruner compares with them
     pruned = [t for t in trials if t.state.name == "PRUNED"]
     assert len(pruned) >= 3 and {t.last_step for t in pruned} <= {2, 4} and not search.states()["FAIL"]
     for trial in trials:

@@ -16,6 +16,7 @@ import pytest
 
 import configurator
 from experiments import launcher
+from experiments.scaling import plan as plans
 from experiments.scaling.sweep import Job, Sweep
 from structured import Theta
 from tests.conftest import ROOT, ForkedProgram
@@ -230,13 +231,20 @@ ONE_SIZE = ["--n_embd=256", "--n_layer=3"]   # of the paper's many
 
 @pytest.mark.parametrize("plan, count, flags", [
     ("cpu", 30, []), ("cpu_rates", 80, []), ("cpu_seeds", 10, []), ("taxonomy", 36, []),
-    ("search_controls", 6, []), ("cpu_widths", 2, []),
+    ("search_controls", 6, []), ("cpu_widths", 10, []),
     ("lr_transfer", 54, []), ("paper", 25, ONE_SIZE), ("paper_moe", 8, ONE_SIZE)])
 def test_every_model_of_a_plan_can_be_made(run, python_text, tmp_path, plan, count, flags):
     done = run("experiments.scaling", "sweep", f"experiments/plans/{plan}.py", "--dry_run=True",
                f"--dataset={python_text}",
                f"--runs={tmp_path}/r", *flags)
     assert done.returncode == 0 and done.stdout.count("to do") == count, done.stderr
+
+
+def test_dense_runs_of_both_plans_of_the_paper_are_the_same(python_text):
+    flags = [f"--dataset={python_text}", *ONE_SIZE]
+    names = [{run.name for run in plans.expand(f"experiments/plans/{plan}.py", flags, "runs")
+              if run.label in ("dense", "dense_normed")} for plan in ("paper", "paper_moe")]
+    assert names[0] == names[1] and len(names[0]) == 2
 
 
 def test_a_runs_name_depends_on_what_is_learned_alone():
