@@ -248,6 +248,8 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
 # resuming drops the points from this iteration on, but keeps its evaluation if that is not made again
 is_due = lambda i: i % eval_interval == 0 or i >= max_iters  # the evaluation before iteration i
 logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master, is_due(progress.iteration))
+if checkpoints.settings.get("out_dir", out_dir) != out_dir:  # a copy of a run is a run of its own
+    progress.wandb_id = None
 if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
     logger.start_wandb(project=wandb_project, name=wandb_run_name, config=config, id=progress.wandb_id,

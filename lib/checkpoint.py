@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import shutil
+import socket
 
 import torch
 
@@ -63,6 +64,7 @@ class Checkpoints:
         self.saved_at: int | None = None
         self.place, self.resumes, self.settings = self.path, False, {}
         self.saved_best = math.inf
+        self.agents: list[str] = []     # those of name_of_agent, of all nodes
         self.opened: tuple[str, dict | None] = (self.path, None)  # what open() has chosen, for load()
         self.failure: str | None = None
 
@@ -77,6 +79,8 @@ class Checkpoints:
         source, older = self._find(init_from)
         for line in older:
             print0(line)
+        if init_from == "auto" and source is None:
+            print0(f"there is no checkpoint in {self.out_dir}: a run from scratch, with random weights")
         on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
         if not self.resumes and self.first_of_node:
             for name, new in rename_old_files(self.out_dir).items():
@@ -108,22 +112,27 @@ class Checkpoints:
 
     def _find(self, init_from: str) -> tuple[int | None, list[str]]:
         """(the rank whose checkpoint is the newest, None without one; what to print of the others)."""
-        # after a restart by torchrun, this very command made what is there
-        restarted = any(distributed.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
-        if init_from in ("resume", "auto") or restarted:
+        self.agents = sorted(filter(None, set(distributed.gather(name_of_agent()))))
+        if init_from in ("resume", "auto"):
             found = self._newest(self.path, needed=init_from == "resume")
-            self.resumes = found[0] is not None
-            if self.resumes:
-                return found
-        return self._newest(init_from, needed=True) if init_from.endswith(".pt") else (None, [])
+        else:  # after a restart by torchrun this very command has made what is there
+            found = self._newest(self.path, needed=False, made_by=self.agents)
+        self.resumes = found[0] is not None
+        if self.resumes or not init_from.endswith(".pt"):
+            return found
+        return self._newest(init_from, needed=True)
 
-    def _newest(self, path: str, needed: bool) -> tuple[int | None, list[str]]:
-        """_find(), at this path. ValueError if there are only broken ones, or none where one is needed."""
+    def _newest(self, path: str, *, needed: bool, made_by: list | None = None) -> tuple[int | None, list]:
+        """_find(), at this path, of the checkpoints that runs of these agents have made, where they are
+        given. ValueError if there are only broken ones, or none where one is needed."""
         checkpoint = problem = None
         try:
-            checkpoint = read_checkpoint(path) if self.first_of_node else None
+            if self.first_of_node and made_by != []:
+                checkpoint = read_checkpoint(path)
+                if made_by is not None and not set(made_by) & set(checkpoint.get("agents", ())):
+                    checkpoint = None
         except ValueError as e:
-            problem = str(e)
+            problem = str(e) if made_by is None else None
         report = checkpoint and checkpoint["iteration"], problem, problem is not None and os.path.exists(path)
         iterations, problems, unreadable = zip(*distributed.gather(report))
         source = max((rank for rank, i in enumerate(iterations) if i is not None),
@@ -211,10 +220,10 @@ class Checkpoints:
         """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least, after the waiting lines
         of `log`. Where the disk does not take one of them, it says so, and the last such checkpoint stays."""
         best = val_loss is not None and val_loss < self.saved_best
+        contents = contents | dict(val_loss=val_loss, agents=self.agents)
         try:
             log.sync()
-            best_failure = save_checkpoint(self.path, contents | dict(val_loss=val_loss),
-                                           self.best_path if best else None)
+            best_failure = save_checkpoint(self.path, contents, self.best_path if best else None)
         except OSError as e:
             self.failure = f"it could not be written: {e.strerror}"
             print0(f"the checkpoint of iteration {contents['iteration']} could not be written "
@@ -235,6 +244,18 @@ class Checkpoints:
         if self.saved_at is None:
             return "there is no checkpoint yet"
         return f"{self.place} is that of iteration {self.saved_at}"
+
+
+def name_of_agent() -> str | None:
+    """The torchrun, of all machines and times, that has started this process; None without one. It starts the
+    processes of a run again and again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    started = ""
+    with contextlib.suppress(OSError, IndexError):  # Linux: field 22 is when the process has begun
+        with open(f"/proc/{os.getppid()}/stat", encoding="utf-8", errors="replace") as f:
+            started = f.read().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {os.getppid()} {started}"
 
 
 def adopt_settings(place: str, there: dict, config: dict, given: set[str]) -> dict:

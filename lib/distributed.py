@@ -5,7 +5,9 @@ Before connect(), and so without DDP, they act on this process alone.
 """
 import os
 import re
+import secrets
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -25,14 +27,44 @@ def connect(backend: str) -> None:
         return
     try:
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # torchrun's store outlives a restart: the addresses of dead processes must not be found in it
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(name_of_start(store, rank, world_size), store)
         both = WITH_HOSTS.get(backend, backend)
         dist.init_process_group(both, store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"the {os.environ['WORLD_SIZE']} processes cannot be connected by backend "
                          f"{backend!r}: {str(e).splitlines()[0]}") from None
     sys.excepthook = excepthook
+
+
+def name_of_start(store, rank: int, world_size: int, seconds: float = 1800.0) -> str:
+    """A name that these ranks alone have, for their keys in a store. torchrun's outlives a restart, with the
+    addresses of dead processes in it, and the nodes of a run may differ in how many restarts they count.
+
+    Each rank answers rank 0's word, with one of its own, and rank 0 repeats the answer: what an earlier start
+    has left there lacks one of both. Raises RuntimeError where a rank is missing after so many seconds.
+    """
+    word, deadline = secrets.token_hex(8), time.monotonic() + seconds
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def wait(other: int) -> None:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {other} is missing after {seconds:g} s")
+        time.sleep(0.05)
+
+    if rank == 0:
+        store.set("word", word)
+        for other in range(1, world_size):
+            while not (answer := read(f"answer {other}")).startswith(word):
+                wait(other)
+            store.set(f"accepted {other}", answer)
+        return word
+    while not (accepted := read(f"accepted {rank}")).endswith(word):
+        if first := read("word"):
+            store.set(f"answer {rank}", f"{first} {word}")
+        wait(0)
+    return accepted.split()[0]
 
 
 def disconnect() -> None:
@@ -115,6 +147,6 @@ def excepthook(kind, error, traceback) -> None:
         place, _, reason = str(error).partition("] ")
         reason = (reason if place.startswith("[") else str(error)).splitlines()[0].split(". ")[0]
         print(f"error: rank {os.environ.get('RANK')}: a process of this run was lost ({reason}); resume with "
-              "--init_from=auto", file=sys.stderr)
+              "--init_from=resume", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -51,7 +51,7 @@ def score_text(model, ids: torch.Tensor, window: int, stride: int, batch_size: i
     for i in range(0, len(starts), batch_size):
         batch = windows[starts[i:i + batch_size]]
         X, Y = batch[:, :-1], batch[:, 1:].clone()
-        for row, count in zip(Y, fresh[i:]):
+        for row, count in zip(Y, fresh[i:i + batch_size]):
             row[:window - count] = -1
         with amp:
             loss = model(X, Y, return_logits=False)[1]

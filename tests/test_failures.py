@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import types
@@ -365,6 +366,15 @@ def test_a_resumed_run_is_the_same_run_of_wandb(run_with_wandb):
         assert done.returncode == 0, done.stderr
     ids = [value for what, value in calls if what == "init"]
     assert len(ids) == 2 and ids[0] == ids[1] and ids[0][0] and ids[0][1] == "allow"
+
+
+def test_a_copy_of_a_run_is_another_run_of_wandb(run_with_wandb, tmp_path):
+    run_with_wandb(max_iters=2)
+    shutil.copytree(tmp_path / "out", tmp_path / "branch")
+    done, calls = run_with_wandb(max_iters=3, init_from="resume", out_dir=tmp_path / "branch")
+    assert done.returncode == 0, done.stderr
+    first, other = (value[0] for what, value in calls if what == "init")
+    assert first != other and load(tmp_path / "branch" / "ckpt.pt")["wandb_id"] == other
 
 
 def test_wandb_gets_the_points_that_a_resumed_run_makes_again(run_with_wandb, tmp_path):

@@ -322,10 +322,15 @@ def test_a_second_run_into_the_same_folder_is_refused(run, flags, tmp_path):
 # torchrun
 
 def test_a_restart_by_torchrun_is_not_from_scratch(train, run, flags, tmp_path):
-    """Whatever init_from was: the same command has made what is there."""
-    train(tmp_path / "out", max_iters=2)
-    done = run("train.py", *flags(max_iters=4), TORCHELASTIC_RESTART_COUNT="1")
-    assert done.returncode == 0 and "at iteration 2" in done.stdout, done.stderr
+    """Whatever init_from is, and however many restarts this node has counted: the same torchrun has made what
+    is there. What another start has made is renamed."""
+    train(tmp_path / "out", max_iters=3)
+    for restarts, iterations, words in ((1, 2, "ckpt.pt of an earlier run is ckpt.pt.old"),
+                                        (0, 4, "resuming")):
+        done = run("train.py", *flags(max_iters=iterations), TORCHELASTIC_RUN_ID="none",
+                   TORCHELASTIC_RESTART_COUNT=str(restarts))
+        assert done.returncode == 0 and words in done.stdout, done.stderr
+    assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 4
 
 
 def die_once():
@@ -366,7 +371,7 @@ def test_torchrun_restarts_a_killed_worker(flags, trained, tmp_path):
     settings = dict(gradient_accumulation_steps=4, batch_size=2, checkpoint_interval=3)
     process = PROCESSES.Process(target=torchrun, args=(
         ["--nproc-per-node=2", "--max-restarts=3", *STANDALONE], str(tmp_path),
-        [str(a) for a in flags(**settings, init_from="auto")]))
+        [str(a) for a in flags(**settings)]))
     process.start()
     process.join(600)
     process.kill()
@@ -374,7 +379,7 @@ def test_torchrun_restarts_a_killed_worker(flags, trained, tmp_path):
     output = {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path) if name.startswith("std")}
     assert process.exitcode == 0 and len(output) == 8, output
     [line] = output["stderr0.0"].splitlines()
-    assert line.startswith("error: rank 0: a process of this run was lost (") and "--init_from=auto" in line
+    assert line.startswith("error: rank 0: a process of this run was lost (") and "--init_from=resume" in line
     assert "resuming" not in output["stdout0.0"]
     assert "at iteration 6" in output["stdout0.1"] and not output["stderr0.1"]
     assert_same_course(tmp_path / "out", trained(**settings, before=in_float64))

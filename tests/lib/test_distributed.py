@@ -2,6 +2,7 @@
 lost."""
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -57,6 +58,39 @@ def test_three_ranks_agree():
     assert found == [(rank, [[1.0], [6.0]], 0.0, 2 * rank, "5 is odd", False) for rank in range(3)]
 
 
+def connect_again(rank, environment, results):
+    """One of three ranks; its node's torchrun has counted restarts of its own."""
+    os.environ |= environment | {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(rank % 2)}
+    distributed.connect("gloo")
+    results.put((rank, distributed.gather(rank)))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # without a word to the store, as after SIGKILL
+
+
+def test_a_restart_finds_nothing_of_the_start_before():
+    """In the same store, whatever each node's count of restarts is, and with what a start has left that died
+    on its way."""
+    results, (store, environment) = PROCESSES.Queue(), meeting_place(3)
+    for _ in range(3):
+        ranks = [PROCESSES.Process(target=connect_again, args=(rank, environment, results))
+                 for rank in range(3)]
+        for process in reversed(ranks):
+            process.start()
+            time.sleep(0.1)
+        assert sorted(results.get(timeout=120) for _ in ranks) == [(rank, [0, 1, 2]) for rank in range(3)]
+        for process in ranks:
+            process.join(60)
+        store.set("word", "of one that died")
+
+
+def test_a_rank_that_never_comes_is_missed():
+    store = dist.HashStore()
+    for rank, missing in ((0, 1), (1, 0)):
+        with pytest.raises(RuntimeError, match=f"rank {missing} is missing after 0.2 s"):
+            distributed.name_of_start(store, rank, 2, seconds=0.2)
+
+
 @pytest.mark.parametrize("backend, expected", [
     ("nccl", {"cpu": "gloo", "cuda": "nccl"}), ("cpu:gloo,cuda:nccl", {"cpu": "gloo", "cuda": "nccl"}),
     ("xccl", {"cpu": "gloo", "xpu": "xccl"}), ("gloo", {"cpu": "gloo"})])
@@ -64,6 +98,7 @@ def test_hosts_have_a_backend_of_their_own(backend, expected, monkeypatch):
     """all_reduce_max exchanges tensors of the hosts, whatever the backend of the GPUs."""
     chosen = []
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(distributed, "name_of_start", lambda *_: "start")
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setenv("WORLD_SIZE", "2")
