@@ -96,6 +96,9 @@ def main():
         with open(path, "rb") as file:
             source[f"{split}_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     described = describe_vocabulary(args, folder, largest)
+    if count_ids(described) > 2 ** (8 * common.DTYPES[args.dtype].itemsize):
+        raise ValueError(f"the vocabulary {described['name']} has {count_ids(described):,} tokens, more than "
+                         f"ids of type {args.dtype} can tell apart: give --dtype=uint32")
     meta = {"tokenizer": described, "vocab_size": count_ids(described), "dtype": args.dtype, **counts,
             "source": source}
     with common.work_folder(folder):    # not beside a prepare.py

@@ -39,7 +39,7 @@ def collect_alphabet(documents, min_count: int, num_proc: int | None) -> tuple[C
     kept = (counts >= min_count).nonzero()[0]
     if not len(kept):
         raise ValueError(f"no character occurs {min_count} times: give a smaller --min-count, or more text")
-    unknown = UNKNOWN if rare.any() else None
+    unknown = UNKNOWN if rare.any() or 0 < counts[ord(UNKNOWN)] < min_count else None
     characters = {*map(chr, kept), "\n", *([unknown] if unknown else ())}
     replaced = int(counts[rare].sum())
     print(f"{counts.sum():,} characters, {len(characters):,} different ones in the vocabulary"

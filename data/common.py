@@ -263,6 +263,7 @@ def find_files(paths: list[str]) -> list[tuple[str, Path]]:
 def read_documents(files: list[tuple[str, Path]], text_field: str, work: Path) -> Iterator[tuple[str, str]]:
     """Yields (name, text) of every document that is not empty in the files of find_files. `work` is for
     temporary files. Raises ValueError, one sentence that names the file, if one cannot be read."""
+    import pyarrow
     empty = True
     for name, path in files:
         try:
@@ -270,7 +271,8 @@ def read_documents(files: list[tuple[str, Path]], text_field: str, work: Path) -
                 if text:
                     empty = False
                     yield f"{name}:{number}", text
-        except (ValueError, OSError) as error:  # bytes that are not UTF-8 or not parquet are ValueErrors
+        # bytes that are not UTF-8 or not parquet are ValueErrors, a text of more than 2 GiB an ArrowException
+        except (ValueError, OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{path}: {error}") from error
     if empty:
         raise ValueError("the source holds no text")
@@ -399,11 +401,13 @@ def write_documents(args: argparse.Namespace, work: Path, documents, tokenizer: 
     """Splits the documents, tokenizes them and writes the dataset."""
     datasets = import_datasets()
     features = datasets.Features({"ids": datasets.Sequence(datasets.Value(tokenizer.dtype))})
+    mean = documents.data.nbytes // len(documents)
+    batch_size = max(1, min(1000, 2 ** 28 // (1 + mean)))   # a batch must have less than 2^31 ids
     ids = {}
     for split, texts in split_documents(documents, args.val_fraction).items():
         encoded = texts.map(encode_documents, fn_kwargs={"tokenizer": tokenizer}, batched=True,
-                            remove_columns=["text"], features=features, num_proc=args.num_proc,
-                            desc=f"tokenizing {split}")
+                            batch_size=batch_size, writer_batch_size=batch_size, remove_columns=["text"],
+                            features=features, num_proc=args.num_proc, desc=f"tokenizing {split}")
         ids[split] = _shards(encoded, f"writing {split}.bin")
     source = source | {"documents": len(documents), "val_fraction": args.val_fraction}
     write_dataset(args.out_dir, work, tokenizer, ids, source)
@@ -454,6 +458,10 @@ def write_dataset(out_dir: Path, work: Path, tokenizer: Tokenizer, splits: dict[
         print(f"{split}.bin: {meta[f'{split}_tokens']:,} tokens, sha256 {hashes[f'{split}_sha256']}")
     if meta["val_tokens"] < FEW_TOKENS:
         print(f"the validation split has only {meta['val_tokens']:,} tokens: raise --val-fraction for more")
+    share = meta["val_tokens"] / (meta["train_tokens"] + meta["val_tokens"])
+    if share > max(0.2, 3 * source.get("val_fraction", 1)):
+        print(f"the validation split has {share:.0%} of all tokens, since documents are held out whole, and "
+              "these differ much in size; a single one would be cut in two")
     print(f"wrote {out_dir}")
 
 

@@ -39,7 +39,8 @@ def nearest_triples(d: int, exponents: Exponents, last: int | None = None) -> li
     if not _is_sensible(triples[0], exponents, d):
         targets = " x ".join(f"{d ** e:.1f}" for e in exponents if e > 0)
         near = " or ".join(map(str, widths_that_factor(d, exponents)))
-        raise ValueError(f"{d} does not split into about {targets}; a width of {near} would")
+        hint = f"; a width of {near} would" if near else ""
+        raise ValueError(f"{d} does not split into about {targets}{hint}")
     return triples
 
 
@@ -60,9 +61,9 @@ def _is_sensible(triple: Triple, exponents: Exponents, d: int) -> bool:
 
 
 def widths_that_factor(d: int, exponents: Exponents) -> list[int]:
-    """The nearest widths below and above d that factor well."""
+    """The nearest widths below and above d that factor well, if there are any."""
     def good(width):
         return log_distance(_nearest(width, exponents)[0], exponents, width) <= math.log(GOOD) ** 2
     below = next((width for width in range(d - 1, 3, -1) if good(width)), None)
-    above = next(width for width in range(max(d, 3) + 1, 4 * d + 64) if good(width))
+    above = next((width for width in range(max(d, 3) + 1, 4 * d + 64) if good(width)), None)
     return [width for width in (below, above) if width]

@@ -200,6 +200,7 @@ class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = StructuredGPTConfig
     _no_split_modules = ["Block"]
     _input_embed_layer = "wte"
+    _keep_in_fp32_modules_strict = ["router", "balance"]  # in a model loaded in bfloat16, too
     _tied_weights_keys = {"lm_head.weight": "wte.weight"}  # where the config ties them
     _supports_sdpa = _supports_cache_class = supports_gradient_checkpointing = True
 

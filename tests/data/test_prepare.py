@@ -377,6 +377,21 @@ def test_the_bytes_of_a_small_text(prepare_here, tmp_path, capsys):
     assert "7 characters, 3 different ones in the vocabulary\n" in capsys.readouterr().out
 
 
+def test_a_mark_that_is_rare_itself_stays(prepare_here, tmp_path):
+    source = write_jsonl(tmp_path / "texts.jsonl", ["aaab", "bba\ufffd", "ab"])
+    prepare_here("chars", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1,
+                 "--min-count", 2)
+    assert sorted("".join(texts_of(tmp_path / "out").values()).splitlines()) == ["aaab", "ab", "bba\ufffd"]
+
+
+@pytest.mark.parametrize("sizes, remark", [((90, 10), True), ((50, 50), False), ((10,) * 20, False)])
+def test_a_large_document_that_is_held_out_is_remarked(sizes, remark, prepare_here, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "texts.jsonl", ["a" * (1000 * size) for size in sizes])
+    prepare_here("chars", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1,
+                 "--val-fraction", 0.2)
+    assert ("since documents are held out whole" in capsys.readouterr().out) == remark
+
+
 def test_rare_characters_become_one_mark(prepare_here, tmp_path, capsys):
     source = write_jsonl(tmp_path / "texts.jsonl", ["aabb€", "ab漢漢", "a\ufffd"])
     prepare_here("chars", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1,

@@ -51,6 +51,12 @@ def test_a_size_that_is_given_leaves_the_others_their_ratio(last):
         assert (i, j, 1) in nearest_by_brute_force(96 // last, (1 / 3, 2 / 3, 0))
 
 
+@pytest.mark.parametrize("d, exponents", [(127, (0.94, 0.06, 0)), (53, (0.9, 0.05, 0.05))])
+def test_exponents_that_no_larger_width_has(d, exponents):
+    with pytest.raises(ValueError, match=f"^{d} does not split into about .*; a width of [0-9]+ would$"):
+        nearest_triples(d, exponents)
+
+
 @pytest.mark.parametrize("d", [97, 766, 1009])
 def test_a_width_without_near_divisors_names_widths_that_have_them(d):
     """About √d each: neither a prime nor twice a prime splits like that."""

@@ -123,6 +123,16 @@ def test_logits_and_greedy_texts_are_those_of_the_model(case, exported):
     assert torch.equal(text, greedy(there, prompt, max_new_tokens=6, use_cache=False))
 
 
+def test_routers_stay_in_float32_in_a_model_of_bfloat16(tmp_path):
+    gpt = make_model(struct="btt", num_experts=4)
+    export.export(str(save_checkpoint(tmp_path / "ckpt.pt", gpt)), str(tmp_path / "hf"))
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True,
+                                                              dtype=torch.bfloat16)
+    routers = {name: p for name, p in there.state_dict().items() if name.endswith((".router", ".balance"))}
+    assert routers and {p.dtype for p in routers.values()} == {torch.float32}
+    assert there.wte.weight.dtype == torch.bfloat16 and there(random_ids(1, 8)).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("settings", [dict(bias=True, weight_norm=True),
                                       dict(tie_embeddings=True, vocab_size=1030),
                                       dict(gelu="tanh", norm_eps=0.1, attention_scale=0.3, bias=True)])
