@@ -137,8 +137,8 @@ def evaluate_text() -> None:
     nats = score_text(model, ids, longest, step, batch_size, amp)
     print(f"{eval}: {count:,} tokens of {size:,} bytes, each after {longest - step + 1:,} tokens or more, "
           "fewer at the start")
-    if getattr(tok, "unknown", None) is not None and (unknown := (ids[1:] == tok.ids[tok.unknown]).sum()):
-        print(f"{unknown:,} of them are the unknown mark: the loss does not tell those characters apart")
+    if tok.unknown_id is not None and (unknown := (ids[1:] == tok.unknown_id).sum()):
+        print(f"{unknown:,} of them are the unknown mark: the loss does not tell what it stands for apart")
     print(f"{nats / count:.4f} nats per token, perplexity {math.exp(min(nats / count, 700)):.4f}, "
           f"{nats / math.log(2) / size:.4f} bits per byte")
 

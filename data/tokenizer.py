@@ -112,6 +112,7 @@ class CharTokenizer:
         self.chars, self.unknown, self.normalization = chars, unknown, normalization
         self.ids = {char: i for i, char in enumerate(chars)}
         self.vocab_size, self.dtype = len(chars), smallest_dtype(len(chars))
+        self.unknown_id = self.ids.get(unknown)
         self.start = self.ids.get("\n", 0)
 
     def encode(self, text: str) -> list[int]:
@@ -178,6 +179,7 @@ class TiktokenTokenizer:
                           "to the network once, or set TIKTOKEN_CACHE_DIR to tiktoken's cache") from error
         self.name, self.vocab_size, self.dtype = name, self.bpe.n_vocab, smallest_dtype(self.bpe.n_vocab)
         self.end_of_text = self.start = self.bpe.eot_token
+        self.unknown_id = None
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a prompt: "<|endoftext|>" in it is the end-of-text token."""
@@ -236,6 +238,7 @@ class FileTokenizer:
             raise ValueError(f"its vocabulary has no token {' or '.join(map(str, names))}: name the one that "
                              "ends a text with --end-of-text")
         self.end_of_text = self.start = found[0] if found else end_of_text
+        self.unknown_id = vocabulary.get(getattr(self.tokenizer.model, "unk_token", None))
         # One byte that is no part of a character makes all bytes beside it U+FFFD.
         self.bytes = {i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name)}
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import model
-from data.tokenizer import CharTokenizer, TiktokenTokenizer
+from data.tokenizer import CharTokenizer, FileTokenizer, TiktokenTokenizer
 from tests.conftest import ROOT, Hostile
 from tests.runs import in_float64
 
@@ -320,6 +320,19 @@ def test_the_loss_of_one_token(parrot, tmp_path):
     with torch.no_grad():
         nats = -gpt(torch.tensor([[50256]]))[0][0, -1].double().log_softmax(-1)[e].item()
     assert check_scores(*here(out_dir=parrot, eval=tmp_path / "text.txt"), 1, 1, nats) == "33"
+
+
+def test_unknown_words_of_a_text_are_counted(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "b": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = dict(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=4)
+    torch.save({"model": model.GPT(model.GPTConfig(**config)).state_dict(), "model_args": config,
+                "tokenizer": FileTokenizer(words.to_str()).to_meta()}, tmp_path / "ckpt.pt")
+    (tmp_path / "text.txt").write_text("b other b words")
+    printed, _ = here(out_dir=tmp_path, eval=tmp_path / "text.txt")
+    assert "2 of them are the unknown mark" in printed
 
 
 def test_unknown_characters_of_a_text_are_counted(tmp_path):
