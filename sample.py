@@ -35,8 +35,18 @@ device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: 
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
 kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # for einsums; auto: c on CPUs, else torch
 prepare_output()
-config = configure(globals())
+given = set()  # filled by configure(): the keys that the command line or a config file sets
+config = configure(globals(), given=given)
 globals().update(config)
+if eval is not None:
+    reason, unused = "with --eval", {"start", "prompts", "num_samples", "max_new_tokens", "temperature",
+                                     "top_k", "top_p", "stop", "stop_at_end"}
+elif prompts is not None:
+    reason, unused = "with --prompts", {"start", "window", "stride"}
+else:
+    reason, unused = "without --eval", {"window", "stride"}
+for name in sorted(given & unused):
+    fail(f"--{name} has no effect {reason}")
 
 import json
 import math

@@ -322,6 +322,15 @@ def test_the_loss_of_one_token(parrot, tmp_path):
     assert check_scores(*here(out_dir=parrot, eval=tmp_path / "text.txt"), 1, 1, nats) == "33"
 
 
+@pytest.mark.parametrize("flags, words", [
+    (dict(eval="a.txt", top_p=0.9), "--top_p has no effect with --eval"),
+    (dict(eval="a.txt", prompts="b.txt"), "--prompts has no effect with --eval"),
+    (dict(prompts="b.txt", start="x"), "--start has no effect with --prompts"),
+    (dict(window=8), "--window has no effect without --eval")])
+def test_a_flag_without_effect_is_refused(flags, words, refused):
+    assert words in refused(**flags)
+
+
 def test_unknown_words_of_a_text_are_counted(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
