@@ -230,7 +230,7 @@ ONE_SIZE = ["--n_embd=256", "--n_layer=3"]   # of the paper's many
 
 
 @pytest.mark.parametrize("plan, count, flags", [
-    ("cpu", 30, []), ("cpu_rates", 80, []), ("cpu_seeds", 10, []), ("taxonomy", 36, []),
+    ("cpu", 30, []), ("cpu_rates", 80, []), ("cpu_seeds", 20, []), ("taxonomy", 36, []),
     ("search_controls", 6, []), ("cpu_widths", 10, []),
     ("lr_transfer", 54, []), ("paper", 25, ONE_SIZE), ("paper_moe", 8, ONE_SIZE)])
 def test_every_model_of_a_plan_can_be_made(run, python_text, tmp_path, plan, count, flags):
@@ -339,7 +339,7 @@ def test_sweeps_share_a_plan(sweep):
 def held(sweep):
     """A sweep whose run goes on until the file 'hold' is removed."""
     (sweep.folder / "hold").touch()
-    thread, results = sweep.start(ONE, "--expiry=2")
+    thread, results = sweep.start(ONE, "--expiry=10")
     yield sweep, thread, results
     if thread.is_alive():
         for job in sweep.jobs():
@@ -367,9 +367,9 @@ def gone(pid):
 
 def test_a_run_at_work_is_left_alone(held):
     sweep, thread, results = held
-    done = sweep(ONE, "--expiry=2", "--wait=False")
+    done = sweep(ONE, "--expiry=10", "--wait=False")
     assert done.returncode == 0 and "0 of 1 finished, 0 failed, 1 in the hands of others" in done.stdout
-    done = sweep(ONE, "--expiry=3", "--wait=False")
+    done = sweep(ONE, "--expiry=11", "--wait=False")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "another expiry" in done.stderr
     (sweep.folder / "hold").unlink()
     thread.join()
@@ -383,7 +383,7 @@ def test_a_dead_sweeps_run_is_taken_at_once(held):
     kill(job["parent"])
     kill(job["pid"])
     (sweep.folder / "hold").unlink()
-    assert "1 of 1 finished" in sweep(ONE, "--expiry=2", "--wait=False").stdout and len(sweep.jobs()) == 2
+    assert "1 of 1 finished" in sweep(ONE, "--expiry=10", "--wait=False").stdout and len(sweep.jobs()) == 2
 
 
 def test_a_train_py_that_outlives_its_sweep_is_left_alone(sweep):
