@@ -336,10 +336,10 @@ def test_sweeps_share_a_plan(sweep):
 
 
 @pytest.fixture
-def held(sweep):
-    """A sweep whose run goes on until the file 'hold' is removed."""
+def held(sweep, request):
+    """A sweep whose run goes on until the file 'hold' is removed. By parameter its expiry, in seconds."""
     (sweep.folder / "hold").touch()
-    thread, results = sweep.start(ONE, "--expiry=10")
+    thread, results = sweep.start(ONE, f"--expiry={getattr(request, 'param', 10)}")
     yield sweep, thread, results
     if thread.is_alive():
         for job in sweep.jobs():
@@ -422,6 +422,7 @@ def test_a_start_beside_another_train_py_is_no_failure(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("held", [2], indirect=True)
 def test_a_hung_sweeps_run_is_taken_over(held):
     """A machine that sleeps: its sweep and train.py are stopped. When they wake, they leave the run to the
     other."""
