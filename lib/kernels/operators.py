@@ -44,6 +44,7 @@ def is_available(name: str, device_type: str, dtype: torch.dtype) -> bool:
     return True
 
 
+@functools.cache
 def _has_tensor_cores() -> bool:
     """Whether the GPU is one that Triton compiles for: from compute capability 8.0 on, or of AMD."""
     known = torch.cuda.is_available() and not torch.version.hip

@@ -185,6 +185,8 @@ def test_kernel_of_ones_own_choice(auto):
 
 
 def test_triton_needs_a_gpu_of_capability_8(auto, monkeypatch):
+    has_tensor_cores = operators._has_tensor_cores.__wrapped__   # without its cache
+    monkeypatch.setattr(operators, "_has_tensor_cores", has_tensor_cores)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     operators.use_kernel("triton", "cuda", "float16")
