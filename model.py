@@ -357,7 +357,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def balance_routers(self, steps: Iterable[Iterable]) -> None:
         """Steps of rebalance, each by the mean load and variance of some batches (X, Y), of any numbers of
-        sequences, at rates of 5 / (5 + i): the biases settle, and since the sum diverges, at any value."""
+        sequences, at rates of 5 / (5 + i): the biases settle, and can reach any value, since the sum of the
+        rates diverges."""
         self.eval()
         for i, batches in enumerate(steps):
             load, variance, count = 0, 0, 0

@@ -35,21 +35,11 @@ device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: 
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
 kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # for einsums; auto: c on CPUs, else torch
 prepare_output()
-given = set()  # filled by configure(): the keys that the command line or a config file sets
-config = configure(globals(), given=given)
-globals().update(config)
-if eval is not None:
-    reason, unused = "with --eval", {"start", "prompts", "num_samples", "max_new_tokens", "temperature",
-                                     "top_k", "top_p", "stop", "stop_at_end"}
-elif prompts is not None:
-    reason, unused = "with --prompts", {"start", "window", "stride"}
-else:
-    reason, unused = "without --eval", {"window", "stride"}
-for name in sorted(given & unused):
-    fail(f"--{name} has no effect {reason}")
+globals().update(configure(globals()))
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,11 +47,22 @@ import torch
 
 from data import tokenizer
 from lib import kernels
+from lib.commands import key_of
 from lib.device import autocast, choose_device, choose_dtype, use_device
 from lib.evaluation import score_text
 from lib.stop import StopText
 from model import load_checkpoint
 
+if eval is not None:
+    mode, unused = "with --eval", {"start", "prompts", "num_samples", "max_new_tokens", "temperature",
+                                   "top_k", "top_p", "stop", "stop_at_end"}
+elif prompts is not None:
+    mode, unused = "with --prompts", {"start", "window", "stride"}
+else:
+    mode, unused = "without --eval", {"window", "stride"}
+for name in sorted(unused & {key_of(word) for word in sys.argv[1:]}):   # a config file may have defaults
+    if globals()[name] is not None:
+        fail(f"--{name} has no effect {mode}")
 try:
     device, device_type = choose_device(device)
     use_device(device)
@@ -148,7 +149,7 @@ def evaluate_text() -> None:
     print(f"{eval}: {count:,} tokens of {size:,} bytes, each after {longest - step + 1:,} tokens or more, "
           "fewer at the start")
     if tok.unknown_id is not None and (unknown := (ids[1:] == tok.unknown_id).sum()):
-        print(f"{unknown:,} of them are the unknown mark: the loss does not tell what it stands for apart")
+        print(f"{unknown:,} of them are the unknown mark: the loss does not distinguish what it stands for")
     print(f"{nats / count:.4f} nats per token, perplexity {math.exp(min(nats / count, 700)):.4f}, "
           f"{nats / math.log(2) / size:.4f} bits per byte")
 

@@ -5,7 +5,7 @@
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
         train.py config/btt_moe.py                              two nodes of four: the same command on both
     python train.py config/btt_moe.py --init_from=resume        go on where a run ended
-    torchrun --max-restarts=3 --nproc_per_node=8 train.py config/btt_moe.py --init_from=auto
+    torchrun --max-restarts=3 --nproc_per_node=8 train.py config/btt_moe.py
                                                                 and go on by itself when a process dies
 
 Config files and --key=value override the keys below, from left to right; --help lists them.
@@ -50,7 +50,7 @@ aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 �
 router_balance_rate: NonNegativeFloat = 0.0  # step of biases that even out the experts' load; 0: none
 weight_norm: bool | None = None         # cap each core at its initial rms, with a gain; None: all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
-head_aligned: bool | None = None        # φ of q, k, v and γ of o follow heads; None: monarch, btt, no experts
+head_aligned: bool | None = None        # φ of q, k, v, γ of o follow heads; None: if monarch, btt, no experts
 dyad_blocks: PositiveInt = 4            # of struct 'dyad': blocks of each of its two matrices
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # what it permutes: 'it' inputs, 'ot' outputs, 'dt' both
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width; others have a factor
@@ -248,7 +248,7 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
 # resuming drops the points from this iteration on, but keeps its evaluation if that is not made again
 is_due = lambda i: i % eval_interval == 0 or i >= max_iters  # the evaluation before iteration i
 logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master, is_due(progress.iteration))
-if checkpoints.settings.get("out_dir", out_dir) != out_dir:  # a copy of a run is a run of its own
+if os.path.realpath(checkpoints.settings.get("out_dir", out_dir)) != os.path.realpath(out_dir):  # a copy
     progress.wandb_id = None
 if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)

@@ -9,7 +9,7 @@ gradient_accumulation_steps = 8     # 64 x 8 x 128 = 65,536
 n_layer = 3
 n_head = 12                         # heads of 64
 n_embd = 768
-head_aligned = False                # as in the paper's runs
+head_aligned = False                # as in the paper's runs; older runs of monarch, btt: None
 max_iters = 100_000
 learning_rate = 3e-3
 decay_lr = False

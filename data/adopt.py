@@ -98,7 +98,7 @@ def main():
     described = describe_vocabulary(args, folder, largest)
     if count_ids(described) > 2 ** (8 * common.DTYPES[args.dtype].itemsize):
         raise ValueError(f"the vocabulary {described['name']} has {count_ids(described):,} tokens, more than "
-                         f"ids of type {args.dtype} can tell apart: give --dtype=uint32")
+                         f"ids of type {args.dtype} can tell apart: give a wider --dtype")
     meta = {"tokenizer": described, "vocab_size": count_ids(described), "dtype": args.dtype, **counts,
             "source": source}
     with common.work_folder(folder):    # not beside a prepare.py

@@ -44,7 +44,7 @@ def collect_alphabet(documents, min_count: int, num_proc: int | None) -> tuple[C
     replaced = int(counts[rare].sum())
     print(f"{counts.sum():,} characters, {len(characters):,} different ones in the vocabulary"
           + (f"; {rare.sum():,} others, which occur fewer than {min_count} times each and {replaced:,} times "
-             "in all, become the unknown mark U+FFFD" if unknown else ""))
+             "in all, become the unknown mark U+FFFD" if rare.any() else ""))
     return (CharTokenizer("".join(sorted(characters)), unknown, "NFC"),
             {"min_count": min_count, "rare_characters": int(rare.sum()), "replaced": replaced})
 

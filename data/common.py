@@ -461,7 +461,7 @@ def write_dataset(out_dir: Path, work: Path, tokenizer: Tokenizer, splits: dict[
     share = meta["val_tokens"] / (meta["train_tokens"] + meta["val_tokens"])
     if share > max(0.2, 3 * source.get("val_fraction", 1)):
         print(f"the validation split has {share:.0%} of all tokens, since documents are held out whole, and "
-              "these differ much in size; a single one would be cut in two")
+              "these are few, or differ much in size: join them into one file, which is cut in two")
     print(f"wrote {out_dir}")
 
 

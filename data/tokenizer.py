@@ -238,7 +238,8 @@ class FileTokenizer:
             raise ValueError(f"its vocabulary has no token {' or '.join(map(str, names))}: name the one that "
                              "ends a text with --end-of-text")
         self.end_of_text = self.start = found[0] if found else end_of_text
-        self.unknown_id = vocabulary.get(getattr(self.tokenizer.model, "unk_token", None))
+        described = json.loads(text).get("model") or {}  # Unigram has unk_id, others unk_token
+        self.unknown_id = vocabulary.get(described.get("unk_token"), described.get("unk_id"))
         # One byte that is no part of a character makes all bytes beside it U+FFFD.
         self.bytes = {i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name)}
 

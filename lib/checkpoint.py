@@ -132,7 +132,9 @@ class Checkpoints:
                 if made_by is not None and not set(made_by) & set(checkpoint.get("agents", ())):
                     checkpoint = None
         except ValueError as e:
-            problem = str(e) if made_by is None else None
+            # after a restart by torchrun it may be this run's own
+            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+            problem = str(e) if made_by is None or restarted else None
         report = checkpoint and checkpoint["iteration"], problem, problem is not None and os.path.exists(path)
         iterations, problems, unreadable = zip(*distributed.gather(report))
         source = max((rank for rank, i in enumerate(iterations) if i is not None),
@@ -237,7 +239,7 @@ class Checkpoints:
 
     def advice(self) -> str:
         """describe(), and how to go on from there."""
-        how = "; the same command with --init_from=resume goes on"
+        how = "; to go on, give the same command with --init_from=resume"
         return self.describe() + (how if self.saved_at is not None else "")
 
     def describe(self) -> str:
@@ -247,8 +249,8 @@ class Checkpoints:
 
 
 def name_of_agent() -> str | None:
-    """The torchrun, of all machines and times, that has started this process; None without one. It starts the
-    processes of a run again and again."""
+    """The torchrun that has started this process, and restarts it, by a name that no other one has on any
+    machine; None without one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     started = ""

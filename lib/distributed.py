@@ -41,7 +41,8 @@ def name_of_start(store, rank: int, world_size: int, seconds: float = 1800.0) ->
     addresses of dead processes in it, and the nodes of a run may differ in how many restarts they count.
 
     Each rank answers rank 0's word, with one of its own, and rank 0 repeats the answer: what an earlier start
-    has left there lacks one of both. Raises RuntimeError where a rank is missing after so many seconds.
+    has left there lacks one of the two words. Raises RuntimeError where a rank is missing after so many
+    seconds.
     """
     word, deadline = secrets.token_hex(8), time.monotonic() + seconds
 

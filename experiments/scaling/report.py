@@ -332,7 +332,8 @@ def write_report(folders: list[str], out: str, *, base: str | None, floor: float
         notes += remarks(fit)
     source = "how its structure's runs scatter about the law, since none differ in their seed alone"
     if noise:
-        source = f"{noise:.2%} between seeds, or more where a structure's runs scatter more about its law"
+        source = (f"{noise:.2%} between seeds (÷ √n in a mean of n), or more where a structure's runs "
+                  "scatter more about its law")
     text = [f"{len(runs)} runs of {len(labels)} structures. Losses: {runs[0].config['loss']}. Budgets C: "
             "training FLOPs (2 per multiply-add, backward twice the forward, attention and routers "
             "included; embeddings are looked up, and cost none). Intervals: "

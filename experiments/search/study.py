@@ -340,13 +340,13 @@ class Search:
     def is_behind(self, trial: optuna.Trial, step: int) -> bool:
         """The pruner's decision, which is stored: Optuna's pruners do not repeat it after a kill. Named
         structures go on whatever it is, but it is asked for: others are compared with those it knows."""
-        if step == self.space.evals:
+        named, pruned_at = "named" in trial.user_attrs, trial.user_attrs.get("pruned_at")
+        if step == self.space.evals or named and pruned_at:     # it takes no part in later comparisons
             return False
-        behind = trial.user_attrs.get("pruned_at") == step or trial.should_prune()
-        behind = behind and "named" not in trial.user_attrs
+        behind = pruned_at == step or trial.should_prune()
         if behind:
             trial.set_user_attr("pruned_at", step)
-        return behind
+        return behind and not named
 
     def store_run(self, trial: optuna.Trial, run: launcher.Run) -> None:
         start = next((p for p in read_log(run.folder) if p.get("type") == "run"), {})

@@ -4,7 +4,7 @@ The operator is opaque to torch.compile and its shapes do not depend on the rout
 the result of the first product, again. Its body is chosen when it runs (use_kernel):
 
     c       on CPUs, in float32 and float64: einsum.c, if it can be compiled
-    triton  on CUDA, in bfloat16, float16 and float32
+    triton  on CUDA from capability 8.0 on, in bfloat16, float16 and float32
     torch   everywhere, in every type
 """
 import functools

@@ -96,4 +96,4 @@ def test_what_ends_the_process_leaves_the_checks_before(run, tmp_path):
     done = run("experiments.gpu_check", *SMALL, f"--out={tmp_path}", before=end_at_the_first_run,
                TRITON_INTERPRET="0")
     names = [c["check"] for c in json.loads((tmp_path / "gpu_check.json").read_text())["checks"]]
-    assert done.returncode == 9 and names[-1] == "time of btt_moe c 16 float32" and len(names) > 30
+    assert done.returncode == 9 and names[-1].startswith("time of btt_moe") and len(names) > 20
