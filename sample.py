@@ -35,7 +35,8 @@ device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: 
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on GPUs that have it
 kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # for einsums; auto: c on CPUs, else torch
 prepare_output()
-globals().update(configure(globals()))
+config = configure(globals())
+globals().update(config)
 
 import json
 import math
@@ -61,7 +62,7 @@ elif prompts is not None:
 else:
     mode, unused = "without --eval", {"window", "stride"}
 for name in sorted(unused & {key_of(word) for word in sys.argv[1:]}):   # a config file may have defaults
-    if globals()[name] is not None:
+    if config[name] is not None:
         fail(f"--{name} has no effect {mode}")
 try:
     device, device_type = choose_device(device)
