@@ -39,7 +39,8 @@ STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends
 # losses compare if these are equal
 COMPARABLE = ("dataset", "block_size", "vocab_size", "windows", "loss")
 VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")    # as intended
-SAME_RESULT = ("device", "backend", "kernel", "eval_iters", "eval_tokens")  # but for rounding
+# but for rounding; eval_iters and eval_tokens are in 'windows'
+SAME_RESULT = ("device", "backend", "kernel", "eval_iters", "eval_tokens")
 SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
 HUBER = 1.345       # residuals beyond so many standard deviations count less
 
