@@ -1,5 +1,5 @@
-"""Config files and --key=value over the annotated, commented globals of a script; a later argument wins. A
-user's mistake ends in one sentence and exit status 1. Standard library only: torch is slow."""
+"""Override a script's annotated globals by config files and --key=value, of which the last one wins. A user's
+mistake ends in one sentence and exit status 1. Imports no torch, which is slow to load."""
 import ast
 import contextlib
 import difflib
@@ -51,17 +51,16 @@ def configure(namespace: dict, argv: list[str] | None = None, given: set[str] | 
 
 
 def fail(message: str) -> NoReturn:
-    """Print `error: message` as one line on stderr, once a machine under torchrun; exit with status 1."""
+    """Print `error: message` as one line on stderr, once per machine under torchrun; exit with status 1."""
     line = " ".join(message.split())
     print_once("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), sys.stderr)
     raise SystemExit(1)
 
 
 def print_once(text: str, stream: TextIO) -> None:
-    """Print a text once a machine under torchrun; "?" stands for letters that the terminal does not have."""
+    """Print a text once per machine under torchrun."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        encoding = stream.encoding or "utf-8"
-        print(text.encode(encoding, "replace").decode(encoding), file=stream)
+        print(text, file=stream)
 
 
 def structure_config(name: str) -> dict:
@@ -125,12 +124,13 @@ def parse(key: Key, text: str) -> object:
 
 def coerce(key: Key, value: object) -> object:
     """Return a value in the key's type; raise ValueError, with a sentence, if it does not fit."""
-    def is_number(x):  # exact types: True is an int, and numpy's numbers do not belong in a checkpoint
+    def is_number(x):  # exact types: True is an int
         return type(x) in (int, float) and abs(x) <= sys.float_info.max
 
-    if value is None and key.optional:
-        return None
+    value = value.item() if getattr(value, "shape", None) == () else value  # numpy's
     or_none = ", or None" * key.optional
+    if value is None and or_none:
+        return None
     if is_number(value) and (key.type is float or key.type is int and value == int(value)):
         value = key.type(value)
     elif key.type is tuple and type(value) in (tuple, list) and all(map(is_number, value)):
@@ -168,10 +168,10 @@ def nearest(name: str, known: dict | list, prefix: str = "") -> str:
 
 
 def print_help(namespace: dict, keys: dict[str, Key], config: dict) -> None:
-    """Print the usage, and by group each key with its present value, type, limits or choices, and comment."""
+    """Print the docstring, the usage, and each key: its present value, type, limits or choices, comment."""
     module, script = namespace.get("__spec__"), os.path.basename(namespace["__file__"])
     program = f"-m {module.name}".removesuffix(".__main__") if module else script
-    lines = [f"usage: python {program} [config file | --key=value] ...; a later one wins"]
+    lines = [f"{namespace.get('__doc__') or ''}\nusage: python {program} [config | --key=value] ...".lstrip()]
     for key in keys.values():
         if "\n" + key.heading not in lines:
             lines.append("\n" + key.heading)
@@ -198,8 +198,8 @@ def run_file(arg: str, path: str, keys: dict[str, Key], config: dict, given: set
     except (Exception, SystemExit) as error:
         fail(show(arg)[1:-1] + describe(error, path))
     for node in tree.body[ast.get_docstring(tree) is not None:]:
-        if isinstance(node, ast.Expr) or getattr(node, "value", node) is None:  # JSON, YAML, or == for =
-            fail(f"{show(arg)[1:-1]} line {node.lineno} sets no key: write key = value")
+        if (v := getattr(node, "value", node)) is None or type(node) is ast.Expr and type(v) is not ast.Call:
+            fail(f"{show(arg)[1:-1]} line {node.lineno} sets no key: write key = value")  # JSON, a == 1
     stored = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
     lines = dict.fromkeys(keys, "") | {node.id: f" line {node.lineno}" for node in stored}
     for name, line in lines.items():

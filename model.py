@@ -36,8 +36,7 @@ class GPTConfig(LayerConfig):
     layers: str = "all"             # which projections are structured: 'all', 'attn', 'mlp'; others are dense
     ffn_experts: int = 0            # standard MoE: experts that are whole MLPs
     qk_norm: bool = True            # layer norm of queries and keys, per head
-    # φ of q, k, v and γ of the output projection run over the heads; None: for monarch and btt without
-    # experts
+    # φ of q, k, v and γ of o are the heads; None: for monarch and btt where num_experts is 0
     head_aligned: bool | None = None
     gelu: str = "exact"             # or its 'tanh' approximation
     norm_eps: float = 1e-5          # of every layer norm
@@ -247,7 +246,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, aux: list | None, cache: KVCache | None = None) -> Tensor:
         x = x + self.branch_scale * self.attn(self.ln_1(x), aux, cache)
         h = self.ln_2(x)
-        h = self.mlp(h, aux) if isinstance(self.mlp, MLP) else apply_layer(self.mlp, h, aux)
+        h = apply_layer(self.mlp, h, aux) if isinstance(self.mlp, structured.MoE) else self.mlp(h, aux)
         return x + self.branch_scale * self.dropout(h)
 
 
@@ -269,8 +268,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = layer_norm(config, config.n_embd)
-        # lm_head starts at zero: the first loss is ln(vocab_size)
-        self.lm_head = (None if config.tie_embeddings else  # the weights of wte
+        # lm_head starts at zero: the first loss is ln(vocab_size). None: forward uses the weights of wte
+        self.lm_head = (None if config.tie_embeddings else
                         structured.linear("dense", config.n_embd, padded, zero_init=True))
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.02)
@@ -281,9 +280,9 @@ class GPT(nn.Module):
 
         With targets (B, T; -1 is ignored) logits are (B, T, V) and loss is the cross-entropy alone, in nats
         per token; without, logits are those of the last position, (B, 1, V), and loss is None. With a cache,
-        idx are the tokens that follow those already read. Without return_logits, None stands for the logits:
-        gigabytes that nobody then keeps, and that compiled code need not write, nor differentiate. Raises
-        ValueError when more than block_size tokens are in sight.
+        idx are the tokens that follow those already read. Without return_logits the logits are returned as
+        None, which saves their memory in training. Raises ValueError when more than block_size tokens are in
+        sight.
         """
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
@@ -351,14 +350,13 @@ class GPT(nn.Module):
 
     def rebalance(self, load: Tensor, variance: Tensor, rate: float | Tensor) -> None:
         """Moves the biases of each router against its load: load (R, E) and variance (R,) as in ModelAux."""
-        for router, *report in zip(self.routers().values(), load, variance):
-            router.rebalance(*report, rate)
+        for moe, shares, var in zip(self.routers().values(), load, variance, strict=True):
+            moe.rebalance(shares, var, rate)
 
     @torch.no_grad()
     def balance_routers(self, steps: Iterable[Iterable]) -> None:
         """Steps of rebalance, each by the mean load and variance of some batches (X, Y), of any numbers of
-        sequences, at rates of 5 / (5 + i): the biases settle, and can reach any value, since the sum of the
-        rates diverges."""
+        sequences. The rate of step i is 1 / (1 + i / 5), so that the biases settle."""
         self.eval()
         for i, batches in enumerate(steps):
             load, variance, count = 0, 0, 0
@@ -429,30 +427,24 @@ class GPT(nn.Module):
         if idx.shape[1] < 1:
             raise ValueError("generation needs a prompt of at least one token")
         known = idx[:, :0] if known is None else known
-        with fixed_cores(self):
-            yield from self._stream(idx, max_new_tokens, (temperature, top_k, top_p, generator), use_cache,
-                                    known)
-
-    def _stream(self, idx: Tensor, max_new_tokens: int, sampling: tuple, use_cache: bool,
-                known: Tensor) -> Iterator[Tensor]:
         block_size = self.config.block_size
-        window = idx[:, -block_size:]
-        cache = None
-        for i in range(max_new_tokens):
-            if window.shape[1] > block_size:
-                window, cache = window[:, -max(1, block_size - block_size // 4):], None
-            if not use_cache:
-                logits, _ = self(window)
-            elif cache is None:
-                cache = KVCache(self.config, idx.shape[0], idx.device, self._cache_dtype(idx.device))
-                logits, _ = self(window, cache=cache)
-            else:
-                logits, _ = self(window[:, -1:], cache=cache)
-            token = _sample(logits[:, -1], *sampling)  # (B, 1)
-            if i < known.shape[1]:
-                token = torch.where(known[:, i:i + 1] < 0, token, known[:, i:i + 1])
-            window = torch.cat([window, token], dim=1)
-            yield token
+        window, cache = idx[:, -block_size:], None
+        with fixed_cores(self):
+            for i in range(max_new_tokens):
+                if window.shape[1] > block_size:
+                    window, cache = window[:, -max(1, block_size - block_size // 4):], None
+                if not use_cache:
+                    logits, _ = self(window)
+                elif cache is None:
+                    cache = KVCache(self.config, idx.shape[0], idx.device, self._cache_dtype(idx.device))
+                    logits, _ = self(window, cache=cache)
+                else:
+                    logits, _ = self(window[:, -1:], cache=cache)
+                token = _sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B, 1)
+                if i < known.shape[1]:
+                    token = torch.where(known[:, i:i + 1] < 0, token, known[:, i:i + 1])
+                window = torch.cat([window, token], dim=1)
+                yield token
 
     def generate(self, idx: Tensor, max_new_tokens: int, *args, **options) -> Tensor:
         """The prompt idx (B, T) and max_new_tokens more, (B, T + max_new_tokens): options as of stream."""

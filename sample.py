@@ -60,7 +60,7 @@ if eval is not None:
 elif prompts is not None:
     mode, unused = "with --prompts", {"start", "window", "stride"}
 else:
-    mode, unused = "without --eval", {"window", "stride"}
+    mode, unused = "without --eval or --prompts", {"window", "stride", "batch_size"}
 for name in sorted(unused & {key_of(word) for word in sys.argv[1:]}):   # a config file may have defaults
     if config[name] is not None:
         fail(f"--{name} has no effect {mode}")
@@ -96,10 +96,10 @@ end_of_text = tok.end_of_text if stop_at_end else None
 
 # ---- Texts, and their tokens -------------------------------------------------------------------------------
 
-def read_text(path: str, what: str, newline: str | None = None) -> str:
-    """The text of a file, or of stdin if the path is "-"."""
+def read_text(path: str, what: str) -> str:
+    """The text of a file, or of stdin if the path is "-"; line ends become newlines, as in training data."""
     try:
-        with open(0 if path == "-" else path, encoding="utf-8-sig", newline=newline) as f:
+        with open(0 if path == "-" else path, encoding="utf-8-sig") as f:
             return f.read()
     except (OSError, ValueError) as e:
         fail(f"the {what} {'on stdin' if path == '-' else path} cannot be read: {e}")
@@ -133,14 +133,14 @@ def encode(text: str, what: str, function=tok.encode) -> list[int]:
 # ---- The loss of a text ------------------------------------------------------------------------------------
 
 def evaluate_text() -> None:
-    """Prints the model's cross-entropy on the file `eval`, as a new text, after tok.start."""
+    """Prints the model's cross-entropy on the file `eval`; its first token is predicted from tok.start."""
     longest = window or block_size
     step = stride or max(1, longest // 2)
     if longest > block_size:
         fail(f"window = {longest} is more than the {block_size} tokens that the model can see")
     if step > longest:
         fail(f"stride = {step} must not exceed window = {longest}: tokens in between would not be scored")
-    text = read_text(eval, "text", newline="")  # every byte counts
+    text = read_text(eval, "text")
     ids = np.array(encode(text, "text", tok.encode_ordinary), np.int64)
     count, size = len(ids), len(text.encode())
     if not count:

@@ -257,7 +257,7 @@ class Structured(nn.Module):
             if config.weight_norm and not norm_follows:
                 self.register_parameter(f"gain_{name}", nn.Parameter(torch.ones(num_experts or 1)))
         self.bias = nn.Parameter(torch.zeros(*lead, d_out)) if config.bias else None
-        self.fixed: dict[str, Tensor] = {}  # the cores as they act, while model.fixed_cores keeps them
+        self.fixed: dict[str, Tensor] = {}  # core(name) of each, which model.fixed_cores keeps for generation
 
     def fans(self) -> dict[str, tuple[int, int]]:
         """{parameter name: (fan_in, fan_out)} of each core; of one expert, where there are experts."""
@@ -268,7 +268,7 @@ class Structured(nn.Module):
         return math.sqrt(min(fan_in, fan_out)) / fan_in
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
-        """{parameter name: factor on the learning rate} for Adam: d0 / (factors · fan_in) for a core, else 1.
+        """{parameter name: factor on the learning rate} for Adam: d0 / (n · fan_in) for one of n, else 1.
 
         Where a norm follows, times the initial rms of the output: changes count relative to it (docs/mup.md).
         """
@@ -280,7 +280,7 @@ class Structured(nn.Module):
         return multipliers
 
     def core(self, name: str) -> Tensor:
-        """The core as it acts, normalized and scaled: (batch, out, in), with experts (E, batch, out, in)."""
+        """The core, normalized and times its gain: (batch, out, in), with experts (E, batch, out, in)."""
         core = self.fixed.get(name, getattr(self, name))
         if self.weight_norm and name not in self.fixed:
             gain = getattr(self, f"gain_{name}", None)
@@ -447,11 +447,11 @@ class Dyad(Structured):
 
 class Aux(NamedTuple):
     """What a router reports of one batch."""
-    switch: Tensor  # () load balance: E · Σ_e (mean probability of e) · load_e; 1 when balanced
-    z: Tensor       # () mean over tokens of logsumexp(logits)²: ST-MoE, arXiv 2202.08906
+    load_balance: Tensor  # () E · Σ_e (mean probability of e) · load_e; 1 when balanced
+    z_loss: Tensor  # () mean over tokens of logsumexp(logits)²: ST-MoE, arXiv 2202.08906
     load: Tensor    # (E,) share of assignments to each expert, without gradient
     variance: Tensor  # () mean over tokens of the variance of a token's logits, without gradient
-    loss = property(lambda self: self.switch + 0.1 * self.z)  # (), to be added to the model's
+    loss = property(lambda self: self.load_balance + 0.1 * self.z_loss)  # (), to be added to the model's
 
 
 class MoE(nn.Module):
@@ -465,7 +465,7 @@ class MoE(nn.Module):
 
     Experts are chosen by logits + balance, logits = router @ x. `balance` is a buffer of biases, which
     `rebalance` moves against the load: they change which experts are chosen, not the gate weights (after Wang
-    et al., arXiv 2408.15664, whose steps have one size; ours are proportional to what is amiss).
+    et al., arXiv 2408.15664, whose step size is fixed; ours is proportional to 1 - load ÷ mean load).
     """
 
     def __init__(self, d_in: int, experts: nn.Module, num_experts: int, top_k: int):
@@ -476,7 +476,7 @@ class MoE(nn.Module):
         router = torch.randn(num_experts, d_in)
         router -= router.mean(dim=1, keepdim=True)
         self.router = nn.Parameter(router * math.sqrt(min(d_in, num_experts)) / d_in)  # (E, d_in)
-        self.register_buffer("balance", torch.zeros(num_experts))  # (E,)
+        self.register_buffer("balance", torch.zeros(num_experts))  # (E,) the experts' biases
 
     def forward(self, x: Tensor, return_aux: bool = False, logits: Tensor | None = None):
         """x (..., d_in) -> y (..., d_out), or (y, Aux). logits (T, E): the router's, where they are known."""
@@ -507,9 +507,9 @@ class MoE(nn.Module):
 
     def _aux(self, logits: Tensor, chosen: Tensor) -> Aux:
         load = self._counts(chosen).to(logits.dtype) / chosen.numel()
-        switch, z = kernels.router_losses(logits, load)
+        load_balance, z_loss = kernels.router_losses(logits, load)
         variance = (logits.detach() - logits.detach().mean(dim=1, keepdim=True)).square().mean()
-        return Aux(switch, z, load, variance)
+        return Aux(load_balance, z_loss, load, variance)
 
     @torch.no_grad()
     def rebalance(self, load: Tensor, variance: Tensor, rate: float | Tensor) -> None:

@@ -5,8 +5,7 @@
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
         train.py config/btt_moe.py                              two nodes of four: the same command on both
     python train.py config/btt_moe.py --init_from=resume        go on where a run ended
-    torchrun --max-restarts=3 --nproc_per_node=8 train.py config/btt_moe.py
-                                                                and go on by itself when a process dies
+    torchrun --max-restarts=3 train.py config/btt_moe.py        go on by itself when a process dies
 
 Config files and --key=value override the keys below, from left to right; --help lists them.
 """
@@ -22,7 +21,7 @@ eval_interval: PositiveInt = 2000       # iterations between evaluations; each w
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
 eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation, if eval_tokens is None
 eval_tokens: PositiveInt | None = None  # tokens of an evaluation, whatever batch_size is
-log_interval: PositiveInt = 10          # iterations between log lines; what was skipped is reported then too
+log_interval: PositiveInt = 10          # iterations between log lines; skipped iterations are reported then
 sample_tokens: NonNegativeInt = 256     # tokens of the sample that is printed at the end; 0 for none
 # wandb
 wandb_log: bool = False                 # send the numbers of log.jsonl to wandb too
@@ -47,16 +46,16 @@ num_experts: NonNegativeInt = 0         # experts inside every structured projec
 top_k: PositiveInt = 2                  # experts that each token uses
 ffn_experts: NonNegativeInt = 0         # standard MoE: experts that are whole MLPs; 0: none
 aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 · z loss), mean over routers
-router_balance_rate: NonNegativeFloat = 0.0  # step of biases that even out the experts' load; 0: none
-weight_norm: bool | None = None         # cap each core at its initial rms, with a gain; None: all but dense
+router_balance_rate: NonNegativeFloat = 0.0  # step size of the experts' biases; 0: none, no calibration
+weight_norm: bool | None = None         # cap each core's rms at its init_std; None: for all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
-head_aligned: bool | None = None        # φ of q, k, v, γ of o follow heads; None: if monarch, btt, no experts
+head_aligned: bool | None = None        # φ of q, k, v, γ of o = n_head; None: monarch, btt, num_experts 0
 dyad_blocks: PositiveInt = 4            # of struct 'dyad': blocks of each of its two matrices
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # what it permutes: 'it' inputs, 'ot' outputs, 'dt' both
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width; others have a factor
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
 mup_base_width: PositiveInt = 128       # d0: a dense layer of width d learns at learning_rate · d0 / d
-mup: bool = True                        # False, as from GPT-2: one rate for all; scales stay
+mup: bool = True                        # False (from GPT-2): one rate for all; init and scales stay
 max_iters: NonNegativeInt = 600000      # iterations
 weight_decay: NonNegativeFloat = 0.1    # each iteration multiplies every matrix by 1 - lr · weight_decay
 beta1: UnitFloat = 0.9                  # decay of the first moment
@@ -74,7 +73,7 @@ device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: 
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 if a GPU has it
 kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # for einsums; auto: c on CPUs, else torch
 compile: bool | None = None             # torch.compile the model; None: on GPUs
-prepare_output(keep_going=True)  # a closed terminal or a full disk behind it does not stop training
+prepare_output(keep_going=True)  # a closed terminal, or a full disk that stdout is on, does not stop it
 given = set()  # filled by configure(): the keys that the command line or a config file sets
 config = configure(globals(), given=given)
 globals().update(config)
@@ -171,9 +170,12 @@ meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, read 
 vocab_size = meta["vocab_size"]
 tokens_per_iter = sequences_per_iter * block_size
 settings = config | start_settings | dict(vocab_size=vocab_size)
-val_windows = validation_windows(settings)
-batches = or_fail(lambda: Batches(splits, block_size=block_size, batch_size=batch_size, seed=seed,
-                                  sequences=sequences_per_iter, val_windows=val_windows, device=device))
+batches = or_fail(lambda: Batches(
+    splits, block_size=block_size, batch_size=batch_size, seed=seed, sequences=sequences_per_iter,
+    val_windows=validation_windows(settings), device=device))
+digests = dict(trained_on=batches.train_digest(), measured_on=batches.val_digest())
+same = {key: value for key, value in config.items() if key not in ("out_dir", "dataset", "device")}
+or_fail(distributed.require_same, same | digests | dict(tokenizer=meta["tokenizer"], torch=torch.__version__))
 # every id of both files is read once; the processes of a machine share the work
 or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_size)
 
@@ -182,7 +184,7 @@ or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_
 fields = [f.name for f in dataclasses.fields(GPTConfig) if f.name in settings]
 gpt_config = or_fail(lambda: GPTConfig(**{name: settings[name] for name in fields}))
 model_args = dataclasses.asdict(gpt_config)
-# every key with the value that is used, logged and saved (rank, theta and eval_tokens may stay None)
+# from here on every key has the value that is used, logged and saved (rank, theta, eval_tokens may be None)
 config = {key: model_args.get(key, globals()[key]) for key in config}
 
 def make_model() -> GPT:
@@ -211,21 +213,19 @@ def any_signal() -> int:
     return int(all_reduce_max(signals.received))
 
 
-def save_checkpoint(val_loss: float | None = None) -> int:
-    """Writes all that a run needs to go on, if the disk takes it; returns any_signal(). A collective."""
+def save_checkpoint(val_loss: float | None = None) -> None:
+    """Writes all that a run needs to go on, if the disk takes it."""
     if master:
         contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), model_args=model_args, config=config,
                         tokenizer=meta["tokenizer"], seed=seed, **dataclasses.asdict(progress))
         checkpoints.save(contents, val_loss, logger)
-    return any_signal()  # the other ranks wait here
 
 
-src_rank = or_fail(checkpoints.open, init_from)  # whose checkpoint all start from; locks out_dir
-resuming, measured_on = checkpoints.resumes, batches.val_digest()
-progress = Progress() if src_rank is None else or_fail(
-    checkpoints.load, src_rank, raw_model, optimizer, scaler, config, meta["tokenizer"], measured_on, device)
-progress.measured_on = measured_on
+src_rank = or_fail(checkpoints.open, init_from)  # rank with the checkpoint; locks out_dir, renames old files
+resuming = checkpoints.resumes
+progress = Progress(**digests) if src_rank is None else or_fail(
+    checkpoints.load, src_rank, raw_model, optimizer, scaler, config, meta["tokenizer"], digests, device)
 model = torch.compile(raw_model, dynamic=False) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model, device_ids=[ddp_local_rank] if device_type == "cuda" else None,
@@ -245,11 +245,11 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
        f"{kernels.describe_body(device_type, dtype)}"
        + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
-# resuming drops the points from this iteration on, but keeps its evaluation if that is not made again
+# resuming drops the points from this iteration on, but for an evaluation that is not made again; -1: all
 is_due = lambda i: i % eval_interval == 0 or i >= max_iters  # the evaluation before iteration i
 logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master, is_due(progress.iteration))
-if os.path.realpath(checkpoints.settings.get("out_dir", out_dir)) != os.path.realpath(out_dir):  # a copy
-    progress.wandb_id = None
+if os.path.realpath(checkpoints.settings.get("out_dir", out_dir)) != os.path.realpath(out_dir):
+    progress.wandb_id = None  # a copy of the out_dir has a wandb run of its own
 if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
     logger.start_wandb(project=wandb_project, name=wandb_run_name, config=config, id=progress.wandb_id,
@@ -296,7 +296,7 @@ def train_step() -> bool:
     state = np.random.SeedSequence((seed, progress.iteration, ddp_rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))  # 63 bits
     micro_steps = gradient_accumulation_steps // ddp_world_size
-    total, router_stats = torch.zeros((), device=device), 0
+    mean_loss, router_stats = torch.zeros((), device=device), 0
     for micro_step in range(micro_steps):
         if micro_step and any_signal():
             optimizer.zero_grad(set_to_none=True)
@@ -308,13 +308,13 @@ def train_step() -> bool:
             with amp:
                 _, loss, aux = model(X, Y, return_aux=True, return_logits=False)
             scaler.scale((loss + aux_loss_weight * aux.loss) / micro_steps).backward()
-        total += loss.detach() / micro_steps
+        mean_loss += loss.detach() / micro_steps
         router_stats += torch.cat([aux.load, aux.variance[:, None]], dim=1) / micro_steps  # (R, E + 1)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     progress.tokens += tokens_per_iter
     progress.flops += float(tokens_per_iter * train_flops_per_token)
-    finite = finite_steps.step(all_reduce_mean(total), norm, learning_rate_at(progress.iteration),
+    finite = finite_steps.step(all_reduce_mean(mean_loss), norm, learning_rate_at(progress.iteration),
                                dataclasses.replace(progress))  # a copy: the result is read iterations later
     if num_routers and router_balance_rate:
         router_stats = all_reduce_mean(router_stats)
@@ -340,12 +340,12 @@ def log_point(kind: str, at: Progress = progress, **values) -> None:
     logger.log(type=kind, iter=at.iteration, tokens=at.tokens, flops=at.flops, **values)
 
 
-def evaluate_and_save() -> int:
-    """Evaluates, logs and, if the loss is finite, saves; a signal ends it before. Returns any_signal()."""
+def evaluate_and_save() -> None:
+    """Evaluates, logs and, if the loss is finite, saves; a signal ends it before."""
     result = evaluate(model.module if ddp else model, batches,  # compiled, without DDP
                       (num_routers, experts_per_router), amp, any_signal)
     if result is None:
-        return any_signal()
+        return
     val_loss, load = result
     entropy = torch.special.entr(load).sum(1)  # (R,) nats
     if math.isfinite(val_loss):
@@ -355,7 +355,8 @@ def evaluate_and_save() -> int:
         print0("  " + line)
     log_point("eval", val_loss=val_loss, best_val_loss=progress.best_val_loss, router_load=load.tolist(),
               router_entropy=entropy.tolist(), router_max_load=[max(l) * len(l) for l in load.tolist()])
-    return save_checkpoint(val_loss) if math.isfinite(val_loss) else any_signal()
+    if math.isfinite(val_loss):
+        save_checkpoint(val_loss)
 
 
 def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
@@ -391,20 +392,18 @@ if src_rank is None and num_routers and router_balance_rate:
 signals.deferring = True
 training_started = last_report = time.perf_counter()
 iterations_since_report = 0
-while not (stop_signal := any_signal()):
+while True:
     evaluates = is_due(progress.iteration)
     if evaluates or progress.iteration % checkpoint_interval == 0:
         read_results()
     paused_at = time.perf_counter()
     if evaluates:
-        stop_signal = evaluate_and_save()
+        evaluate_and_save()
     elif progress.iteration % checkpoint_interval == 0 and next_loss_is_finite():
-        stop_signal = save_checkpoint()
+        save_checkpoint()
     last_report += time.perf_counter() - paused_at  # the time of an iteration does not include these
-    if stop_signal or progress.iteration >= max_iters:
+    if any_signal() or progress.iteration >= max_iters or not train_step():  # rank 0's file is waited for
         break
-    if not train_step():
-        continue
     iterations_since_report += 1
     if progress.iteration % log_interval == 0:
         read_results()
@@ -412,6 +411,7 @@ while not (stop_signal := any_signal()):
             report(*finite_steps.last, time.perf_counter() - last_report, iterations_since_report)
             last_report, iterations_since_report = time.perf_counter(), 0
     progress.iteration += 1
+stop_signal = any_signal()
 read_results()
 saved = all_reduce_max(float(checkpoints.saved_at == progress.iteration))
 if stop_signal and not saved and next_loss_is_finite():

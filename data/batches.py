@@ -55,6 +55,14 @@ class Batches:
             sha.update(self.splits["val"][start:start + self.block_size + 1].tobytes())
         return sha.hexdigest()
 
+    def train_digest(self, samples: int = 1024, size: int = 64) -> str:
+        """A digest of the number of training tokens, and of samples of them from all over the file."""
+        tokens = self.splits["train"]
+        sha = hashlib.sha256(f"{len(tokens)} tokens".encode())
+        for start in (len(tokens) * i // samples for i in range(samples)):
+            sha.update(tokens[start:start + size].tobytes())
+        return sha.hexdigest()
+
     def _windows(self, split: str, starts) -> tuple[Tensor, Tensor]:
         data, T = self.splits[split], self.block_size
         windows = np.stack([data[s:s + T + 1] for s in starts])  # (B, T + 1)

@@ -28,15 +28,14 @@ TRAIN_DEFAULTS = {name: key.default for name, key in TRAIN_KEYS.items()}
 NOT_IN_NAMES = (*NO_EFFECT, "init_from")    # keys of train.py that are no part of a run's name
 
 
-def split_arguments(script: str, doc: str, commands: tuple[str, ...]) -> tuple[str, list, list, list]:
-    """(command, files, flags of the script, flags of train.py) of a command line; prints the doc for --help.
+def split_arguments(script: str, commands: tuple[str, ...]) -> tuple[str, list, list, list]:
+    """(command, files, flags of the script, flags of train.py) of a command line.
 
     The first command alone takes files and flags of train.py. Keys of both and unknown ones count as the
     script's.
     """
     prepare_output(keep_going=True)
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(doc)
         return "", [], ["--help"], []
     command, *rest = sys.argv[1:] or [""]
     if command not in commands:

@@ -5,7 +5,6 @@ files as they were: training goes on.
 """
 import contextlib
 import dataclasses
-import hashlib
 import math
 import os
 import shutil
@@ -34,6 +33,7 @@ class Progress:
     skipped: int = 0            # iterations whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     wandb_id: str | None = None
+    trained_on: str | None = None   # digest of the training tokens
     measured_on: str | None = None  # digest of the validation windows that best_val_loss belongs to
 
     def count(self, finite: bool) -> bool:
@@ -150,13 +150,13 @@ class Checkpoints:
         self.opened = path, checkpoint if source == distributed.rank() else None
         return source, older
 
-    def load(self, source: int, model, optimizer, scaler, config: dict, tokenizer: dict, measured_on: str,
+    def load(self, source: int, model, optimizer, scaler, config: dict, tokenizer: dict, digests: dict,
              device: str) -> Progress:
         """Puts the checkpoint that open() found on the rank `source` into model, optimizer and scaler of
         every rank, says so, and returns its counters. A run that does not resume takes the weights alone.
 
-        config: the keys of train.py. measured_on: the digest of the validation windows; best losses of others
-        are forgotten. Raises ValueError if the checkpoint does not fit this run.
+        config: the keys of train.py. digests: trained_on and measured_on, as in Progress, of this run's data;
+        best losses on other data are forgotten. Raises ValueError if the checkpoint does not fit this run.
         """
         path, checkpoint = self.opened
         self.opened = path, None
@@ -183,20 +183,19 @@ class Checkpoints:
         state = [model.state_dict(), optimizer.state_dict(), scaler.state_dict(),
                  dataclasses.asdict(progress)]
         distributed.broadcast_tensors(tensors_of(state), source, device)
-        if len(set(distributed.gather(digest(state)))) > 1:
-            raise ValueError(f"the processes differ after the start from {self.place}: does every node have "
-                             "the same command, code and versions?")
         if self.resumes:
             self.saved_at = checkpoint["iteration"]
             self.settings = {key: value for key, value in checkpoint["config"].items() if value is not None}
             if "max_iters" in self.settings:  # old checkpoints lack what it stood for
                 self.settings.setdefault("lr_decay_iters", self.settings["max_iters"])
-            self._find_best(progress, measured_on)
+            self._find_best(progress, digests["measured_on"])
         print0(f"resuming {self.place} at iteration {progress.iteration}" if self.resumes else
                f"starting from the weights of {self.place}")
         for key, before, value in changed_settings(self.settings, config):
             print0(f"  {key} = {value!r} from here on; it was {before!r}")
-        return progress
+        if progress.trained_on not in (None, digests["trained_on"]):
+            print0("  the training tokens are others from here on")
+        return dataclasses.replace(progress, **digests)
 
     def _find_best(self, progress: Progress, measured_on: str) -> None:
         """The best losses so far, of progress and of ckpt_best.pt, as far as they were measured on the same
@@ -417,25 +416,3 @@ def without_values(state):
     if isinstance(state, (list, tuple)):
         return type(state)(map(without_values, state))
     return state
-
-
-def digest(state) -> str:
-    """A digest of nested dicts and lists: equal for equal values and equal tensors, on whatever device."""
-    def text(part):
-        if isinstance(part, torch.Tensor):
-            return f"{part.dtype} {tuple(part.shape)} {_checksum(part)}"
-        if isinstance(part, dict):
-            return {key: text(value) for key, value in part.items()}
-        return [text(value) for value in part] if isinstance(part, (list, tuple)) else repr(part)
-    return hashlib.sha256(repr(text(state)).encode()).hexdigest()
-
-
-def _checksum(tensor: torch.Tensor, size: int = 1 << 16) -> int:
-    """A polynomial of the tensor's bits, with odd coefficients, modulo 2^64: exact on any device."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    whole = len(data) // 8 * 8
-    coefficients = 2 * torch.arange(size, device=tensor.device) * 0x9E3779B97F4A7C1 + 1  # int64, they wrap
-    total = 0
-    for part in (*data[:whole].view(torch.int64).split(size), data[whole:].long()):
-        total = total * 0x2545F4914F6CDD1D + (part * coefficients[:len(part)]).sum().item()
-    return total % 2 ** 64

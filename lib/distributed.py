@@ -141,6 +141,17 @@ def on_all_ranks(function, *args):
     return result
 
 
+def require_same(values: dict) -> None:
+    """Raises ValueError, which names them, where ranks differ in the values of a dict."""
+    everyone = gather(values)
+    different = [key for key in values if any(other[key] != values[key] for other in everyone)]
+    if different:
+        on = ["; ".join(f"{key} = {str(other[key])[:80]}" for key in different) for other in everyone]
+        other = next(i for i, text in enumerate(on) if text != on[0])
+        raise ValueError(f"the processes differ: {on[0]} on rank 0, and {on[other]} on rank {other}; all "
+                         "need the same command, data and versions")
+
+
 def excepthook(kind, error, traceback) -> None:
     """A sys.excepthook: one sentence when another rank is lost, the traceback of any other error."""
     if issubclass(kind, RuntimeError) and PEER_IS_LOST.search(str(error)):

@@ -39,13 +39,22 @@ class Output(io.RawIOBase):
             return len(data)
 
 
+def excepthook(kind, error, traceback) -> None:
+    """A sys.excepthook: no traceback where Ctrl-C ends a program; its exit status is that of SIGINT."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def prepare_output(keep_going: bool = False) -> None:
-    """Every program calls it first: letters that stdout and stderr lack become "?", and a failed write has no
-    traceback.
+    """Every program calls it first: letters that stdout and stderr lack become "?", and neither a failed
+    write nor Ctrl-C has a traceback.
 
     keep_going: the program has more to do than to print, and goes on without its output (see Output). Streams
     that are not the program's own, such as those of a test, stay as they are.
     """
+    sys.excepthook = excepthook
     for name, going_on in (("stdout", keep_going), ("stderr", True)):
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):

@@ -368,12 +368,7 @@ def test_help_of_a_package_says_how_to_start_it():
     for name in ("package/__main__", "module"):
         write(f"folder/{name}.py", SCRIPT)
     for name in ("folder.package", "folder.module"):
-        assert program("-m", name, "--help").stdout.startswith(f"usage: python -m {name} [")
-
-
-def test_help_on_a_terminal_without_the_letters():
-    result = program("script.py", "--help", PYTHONIOENCODING="ascii")
-    assert result.returncode == 0 and result.stderr == "" and "the structure's own ?d" in result.stdout
+        assert program("-m", name, "--help").stdout.startswith(f"A script.\nusage: python -m {name} [")
 
 
 # Config files
@@ -454,7 +449,7 @@ def test_a_file_with_a_byte_order_mark_and_another_locale():
     ("import sys\nsys.exit(0)", ["a.py line 2: SystemExit"]),
     ("raise SystemExit('bye')", ["line 1: SystemExit"]),
     ('{"rank": 4}', ["a.py line 1 sets no key"]), ("rank: 4", ["line 1 sets no key"]),
-    ("rank == 4", ["line 1 sets no key"]), ("top_k = 2\ndict(rank=4)", ["line 2 sets no key"]),
+    ("rank == 4", ["line 1 sets no key"]), ("top_k = 2\n(4, rank)", ["line 2 sets no key"]),
     ("rank", ["line 1 sets no key"]), ("[" * 150 + "]" * 150, ["sets no key"]),
     ("del rank\ntop_k = rank", ["a.py line 2: NameError: name 'rank' is not defined"])])
 def test_a_wrong_file_is_refused_in_one_sentence(monkeypatch, folder, source, parts):
@@ -464,6 +459,14 @@ def test_a_wrong_file_is_refused_in_one_sentence(monkeypatch, folder, source, pa
     write("broken.py", "\nx =")
     message = error(write("a.py", source))
     assert message.startswith("error: a.py") and all(part in message for part in parts), message
+
+
+def test_a_file_may_call_and_compute_with_numpy():
+    """What it calls need not set a key; what numpy computes is a number like any other."""
+    code = "import numpy as np\nprint('hi')\ntop_k = np.int64(3)\nlearning_rate = np.sqrt(0.25)"
+    config, status, out, _ = run(write("a.py", code))
+    assert status is None and out == "hi\n"
+    assert same(config["top_k"], 3) and same(config["learning_rate"], 0.5)
 
 
 def test_a_file_that_is_not_text():

@@ -203,7 +203,8 @@ def test_aux_is_the_mean_of_what_the_routers_report(kind, routers):
     assert len(reports) == routers and aux.load.shape == (routers, 4 if routers else 0)
     torch.testing.assert_close(aux.load.sum(1), torch.ones(routers, dtype=torch.float64))
     zero = torch.zeros((), dtype=torch.float64)
-    torch.testing.assert_close(aux.loss, sum((r.switch + 0.1 * r.z for r in reports), zero) / max(1, routers))
+    losses = [r.load_balance + 0.1 * r.z_loss for r in reports]
+    torch.testing.assert_close(aux.loss, sum(losses, zero) / max(1, routers))
     if routers:  # cross-entropy alone is the loss; the routers' own gradient comes from aux.loss
         assert set(torch.autograd.grad(aux.loss, [m.router for m in model.modules() if isinstance(m, MoE)]))
 

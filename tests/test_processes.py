@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import model
-from lib.checkpoint import digest, tensors_of
-from tests.conftest import ROOT, SMALL, THREADS
+from lib.checkpoint import tensors_of
+from tests.conftest import ROOT, SMALL, THREADS, TINY
 from tests.runs import assert_one_sentence, assert_same_course, in_float64, load, read_log
 
 SHORT = dict(n_layer=1, max_iters=8, eval_interval=4, before=in_float64)
@@ -155,18 +155,28 @@ def test_a_run_from_scratch_leaves_no_checkpoint_behind_on_any_node(nodes, parts
     assert "ckpt.pt" not in os.listdir(tmp_path / "1" / "out")
 
 
-def test_a_digest_sees_every_bit_and_no_layout():
-    state = {"a": torch.arange(200_003.0), "b": [torch.tensor(3, dtype=torch.int32), 1.5]}
-    same = {"a": state["a"].repeat_interleave(2)[::2], "b": [torch.tensor(3, dtype=torch.int32), 1.5]}
-    assert digest(state) == digest(same)
-    seen = {digest(state)}
-    for place in (0, 1, 77_777, 200_002):
-        changed = state["a"].clone()
-        changed[place] = torch.nextafter(changed[place], torch.tensor(1e9))
-        seen.add(digest(state | {"a": changed}))
-    swapped = state["a"].clone()
-    swapped[[5, 131_077]] = swapped[[131_077, 5]]
-    for other in ({"a": swapped}, {"a": state["a"].double()}, {"b": [state["b"][0], 1.25]},
-                  {"b": [state["b"][0] + 1, 1.5]}):
-        seen.add(digest(state | other))
-    assert len(seen) == 9
+def second_rank(*arguments):
+    """More arguments for the second of two processes."""
+    if os.environ["RANK"] == "1":
+        sys.argv += arguments
+
+
+def with_another_rate():
+    second_rank("--learning_rate=0.5")
+
+
+def with_other_data():
+    second_rank(f"--dataset={os.environ['OTHER']}")
+
+
+@pytest.mark.parametrize("before, word", [(with_another_rate, "learning_rate = 0.5 on rank 1"),
+                                          (with_other_data, "trained_on = ")], ids=["settings", "data"])
+def test_processes_that_differ_do_not_train(before, word, run, flags, python_text, tmp_path):
+    """On two nodes it may be an old config file, or another Python's library in data/python_char."""
+    other = shutil.copytree(python_text, tmp_path / "other")
+    ids = bytearray((other / "train.bin").read_bytes())
+    ids[:100] = bytes(100)
+    (other / "train.bin").write_bytes(ids)
+    done = run("train.py", *flags(**TINY), processes=2, before=before, OTHER=str(other))
+    assert_one_sentence(done, "the processes differ", word)
+    assert not (tmp_path / "out").exists()

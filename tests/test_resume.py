@@ -267,3 +267,20 @@ def test_resume_from_what_is_no_checkpoint(contents, run, flags, trained, tmp_pa
         torch.save(load(trained(**TINY) / "ckpt.pt") | {"config": Hostile(str(made))}, ckpt)
     assert_one_sentence(run("train.py", *flags(**TINY, init_from="resume")), str(ckpt))
     assert not made.exists()
+
+
+@pytest.mark.parametrize("changed", [None, "first", "length"])
+def test_other_training_tokens_are_told(changed, run, flags, python_text, tmp_path):
+    """A resume is exact where nothing has changed; a dataset that was made again is not the same for long."""
+    data = shutil.copytree(python_text, tmp_path / "data")
+    settings = TINY | dict(dataset=data, max_iters=2)
+    assert run("train.py", *flags(**settings)).returncode == 0
+    ids = bytearray((data / "train.bin").read_bytes())
+    ids[:200] = bytes(200) if changed == "first" else ids[:200]
+    ids += bytes(1) if changed == "length" else b""
+    (data / "train.bin").write_bytes(ids)
+    meta = json.loads((data / "meta.json").read_text()) | dict(train_tokens=len(ids))
+    (data / "meta.json").write_text(json.dumps(meta))
+    done = run("train.py", *flags(**settings | dict(init_from="resume", max_iters=4)))
+    assert done.returncode == 0, done.stderr
+    assert ("training tokens are others" in done.stdout) == (changed is not None)

@@ -302,7 +302,7 @@ def test_router_reports_its_losses_and_load():
     close(aux.variance, sum(((row - row.mean()) ** 2).mean() for row in logits) / 23)
     z = sum(row.exp().sum().log() ** 2 for row in logits) / 23
     switch = 5 * (probability * share).sum()
-    for got, expected in ((aux.switch, switch), (aux.z, z), (aux.loss, switch + 0.1 * z)):
+    for got, expected in ((aux.load_balance, switch), (aux.z_loss, z), (aux.loss, switch + 0.1 * z)):
         close(got, expected)
         close(*(torch.autograd.grad(loss, moe.router, retain_graph=True)[0] for loss in (got, expected)))
 
@@ -311,7 +311,7 @@ def test_balanced_router_has_switch_loss_1():
     moe = make("btt", 4, 4, num_experts=4, top_k=1)
     with torch.no_grad():
         moe.router.copy_(torch.eye(4) * 3)
-    close(moe(torch.eye(4, dtype=torch.float64), return_aux=True)[1].switch, torch.tensor(1.0).double())
+    close(moe(torch.eye(4, dtype=torch.float64), return_aux=True)[1].load_balance, torch.tensor(1.0).double())
 
 
 @pytest.fixture
@@ -372,10 +372,10 @@ def test_router_works_in_float32_under_autocast(struct, dtype):
     x = (torch.rand(50, 16) + 0.5).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, aux = moe(x, return_aux=True)
-    assert y.dtype == torch.bfloat16 and aux.z.dtype == torch.float32
+    assert y.dtype == torch.bfloat16 and aux.z_loss.dtype == torch.float32
     assert aux.load.tolist() == [0, 1, 0]
     exact = (x.double() @ router.double().T).logsumexp(1).square().mean().item()
-    assert aux.z.item() == pytest.approx(exact, rel=1e-5)
+    assert aux.z_loss.item() == pytest.approx(exact, rel=1e-5)
     gates = (x.double() @ router.double().T).softmax(1)[:, 1:2].float()
     expected = x.float() @ moe.experts.to_dense()[1].T * gates
     assert (y.float() - expected).norm() < 0.02 * expected.norm()

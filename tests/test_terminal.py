@@ -1,7 +1,9 @@
 """Every program with a terminal that lacks the letters, a pipe that nobody reads, and a full disk."""
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,15 @@ def test_a_dataset_does_not_need_the_output(closed_pipe, tmp_path):
     done = start(PREPARE, "--source", tmp_path / "text.txt", "--out-dir", tmp_path, stdout=closed_pipe,
                  stderr=closed_pipe)
     assert done.returncode == 0 and (tmp_path / "meta.json").exists()
+
+
+def test_ctrl_c_has_no_traceback(snowmen):
+    """And the exit status is that of the signal."""
+    process = subprocess.Popen([sys.executable, SAMPLE, *snowmen, "--max_new_tokens=1000000000"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process:
+        assert process.stdout.read(4)  # it is at work
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b"interrupted\n"
+    assert process.returncode == -signal.SIGINT

@@ -23,7 +23,6 @@ from lib.figure import figure, log_ticks, optional_figures, save, style
 from lib.log import NO_EFFECT, format_duration, read_log, validation_windows
 from lib.table import markdown_table
 from lib.terminal import prepare_output
-from tools.places import split_places
 
 # what to compare
 losses: tuple = ()              # validation losses at which FLOPs and time are compared; (): common ones
@@ -247,7 +246,13 @@ def draw(runs: list[Run], folder: str) -> None:
 
 
 def compare(places: list[str]) -> None:
-    """Prints the tables and writes the figure. Raises ValueError for a place without a run."""
+    """Prints the tables and writes the figure. A folder without a log among several, such as out-compare
+    itself, is passed over. Raises ValueError for another place without a run."""
+    without = [p for p in places if os.path.isdir(p) and not os.path.exists(os.path.join(p, "log.jsonl"))]
+    if len(without) < len(places):
+        places = [place for place in places if place not in without]
+        for place in without:
+            print(f"{place} has no log.jsonl, and is passed over\n")
     runs = [read_run(place) for place in places]
     if len({run.name for run in runs}) < len(runs):
         for run, place in zip(runs, places):
@@ -265,8 +270,8 @@ def compare(places: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    places, flags = split_places(arguments, __doc__)
-    globals().update(configure(globals(), flags))
+    places = [argument for argument in arguments if not argument.startswith("-")]
+    globals().update(configure(globals(), [flag for flag in arguments if flag not in places]))
     if not places:
         fail("compare needs the folders of some runs: python -m tools.compare out-a out-b")
     try:

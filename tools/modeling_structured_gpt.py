@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel, StoppingCriteria,
+                          StoppingCriteriaList)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -196,6 +197,16 @@ class Block(GradientCheckpointingLayer):
         return x + self.branch_scale * self.dropout(self.mlp(self.ln_2(x)))
 
 
+class EndOfPositions(StoppingCriteria):
+    """Ends texts of `most` tokens."""
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self.most, device=input_ids.device)
+
+
 class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = StructuredGPTConfig
     _no_split_modules = ["Block"]
@@ -261,6 +272,11 @@ class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache},
                                         hidden_states=tuple(states) if output_hidden_states else None)
         return output if return_dict else output.to_tuple()
+
+    def generate(self, *args, stopping_criteria=None, **kwargs):
+        """GenerationMixin.generate, but a text also ends when it has block_size tokens, its prompt's too."""
+        ends = StoppingCriteriaList([*(stopping_criteria or ()), EndOfPositions(self.config.block_size)])
+        return super().generate(*args, stopping_criteria=ends, **kwargs)
 
 
 def find_positions(attention_mask: Tensor | None, past: int, T: int, device) -> Tensor:

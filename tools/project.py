@@ -17,7 +17,6 @@ from typing import Literal
 from configurator import (HERE, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, configure,
                           fail, read_keys)
 from lib.terminal import prepare_output
-from tools.places import split_places
 
 # what the projections become
 struct: str = "btt"                     # low_rank, kronecker, monarch, tt, btt, einsum, dyad or dense
@@ -278,8 +277,8 @@ def run(place: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    places, flags = split_places(arguments, __doc__)
-    globals().update(configure(globals(), flags))
+    places = [argument for argument in arguments if not argument.startswith("-")]
+    globals().update(configure(globals(), [flag for flag in arguments if flag not in places]))
     if len(places) != 1:
         fail("project needs one checkpoint: python -m tools.project out-dense --struct=btt")
     try:

@@ -50,7 +50,7 @@ level: Annotated[float, ("above", 0), ("below", 1)] = 0.9  # probability of the 
 out: str = "out-fit"            # folder of the tables and figures
 
 command, plans, own_flags, train_flags = launcher.split_arguments(
-    __file__, __doc__, ("sweep", "fit", "plot", "transfer"))
+    __file__, ("sweep", "fit", "plot", "transfer"))
 globals().update(configurator.configure(globals(), own_flags))
 
 import signal

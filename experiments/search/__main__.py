@@ -59,7 +59,7 @@ times: PositiveFloat = 4.0      # FLOPs of a run there, in those of a trial
 seeds: tuple = (1, 2)           # of each
 
 
-command, files, own_flags, train_flags = launcher.split_arguments(__file__, __doc__, ("run", "report"))
+command, files, own_flags, train_flags = launcher.split_arguments(__file__, ("run", "report"))
 config = configurator.configure(globals(), own_flags)
 globals().update(config)
 

@@ -219,12 +219,11 @@ def test_a_log_of_the_first_version(capsys, no_figure):
     assert row[0] == "log_v1.jsonl" and row[1] == "1.6596" and row[3] == "40"
 
 
-@pytest.mark.parametrize("text", [None, "", "3\n", '{"type": "run"}', '{"type": "run", "config": {}}\n',
+@pytest.mark.parametrize("text", ["", "3\n", '{"type": "run"}', '{"type": "run", "config": {}}\n',
                                   '{"type": "run", "config": 3}\n',
                                   json.dumps(start()) + '\n{"type": "eval"}\n'])
 def test_what_is_no_run_is_one_sentence(text, two, tmp_path, capsys):
-    if text is not None:
-        (tmp_path / "log.jsonl").write_text(text)
+    (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(SystemExit):
         compare.main([two[0], str(tmp_path)])
     printed = capsys.readouterr()
@@ -246,3 +245,15 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(two, tmp_path, capsys, 
     with pytest.raises(SystemExit):
         compare.main([*two, f"--out={tmp_path / 'file'}"])
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_among_runs_is_passed_over(two, tmp_path, no_figure, capsys):
+    """As out-compare is in out-*; but not one that is alone, or a file, or a folder that is not there."""
+    (tmp_path / "out-compare").mkdir()
+    compare.main([*two, str(tmp_path / "out-compare")])
+    printed = capsys.readouterr().out
+    assert "out-compare has no log.jsonl, and is passed over" in printed and len(tables(printed)[0]) == 2
+    for places in ([tmp_path / "out-compare"], [*two, tmp_path / "nowhere"]):
+        with pytest.raises(SystemExit):
+            compare.main(list(map(str, places)))
+        assert "is no run" in capsys.readouterr().err

@@ -123,6 +123,15 @@ def test_logits_and_greedy_texts_are_those_of_the_model(case, exported):
     assert torch.equal(text, greedy(there, prompt, max_new_tokens=6, use_cache=False))
 
 
+@pytest.mark.parametrize("options", [{}, dict(num_beams=2), dict(use_cache=False)], ids=str)
+def test_a_text_ends_where_the_positions_do(options, exported):
+    """The defaults of a pipeline ask for more."""
+    there, prompt, most = exported(make_model()), random_ids(2, 8), SHAPE["block_size"]
+    text = greedy(there, prompt, max_new_tokens=1000, **options)
+    assert torch.equal(text, greedy(there, prompt, max_new_tokens=most - 8, **options))
+    assert text.shape == (2, most)
+
+
 def test_routers_stay_in_float32_in_a_model_of_bfloat16(tmp_path):
     gpt = make_model(struct="btt", num_experts=4)
     export.export(str(save_checkpoint(tmp_path / "ckpt.pt", gpt)), str(tmp_path / "hf"))
@@ -216,7 +225,7 @@ def test_more_than_block_size_tokens_are_refused(pair):
     with pytest.raises(ValueError, match="25 tokens.* 24"):
         there(random_ids(1, 25))
     with pytest.raises(ValueError, match="25 tokens.* 24"):
-        greedy(there, random_ids(1, 14))
+        greedy(there, random_ids(1, 25))
 
 
 def test_hidden_states_are_given_and_attention_weights_refused(pair):
