@@ -495,7 +495,7 @@ class MoE(nn.Module):
         """x (T, d_in), logits (T, E) -> y (T, d_out), chosen (T, k), with rows gathered by expert."""
         chosen = kernels.choose(logits, self.balance, self.top_k)
         gates = kernels.gate_weights(logits, chosen)  # (T, k)
-        order = chosen.flatten().argsort(stable=True)  # (T·k,) assignments by expert
+        order = chosen.flatten().to(torch.int16).argsort(stable=True)  # (T·k,) assignments by expert
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         rows = kernels.dispatch(x, order, place.view(chosen.shape))  # (T·k, d_in)
         y = self.experts(rows, self._counts(chosen).cumsum(0))  # (T·k, d_out)

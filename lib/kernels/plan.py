@@ -8,6 +8,7 @@ order of rows depends on the choices alone.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,12 +33,15 @@ def make_plan(experts: Tensor, num_experts: int, rows: int) -> Plan:
     T, k = experts.shape
     device, N = experts.device, T * k
     tiles = (N + num_experts * (rows - 1)) // rows  # Σ ceil(n_e / P) is never more
-    by_expert, order = experts.flatten().sort(stable=True)  # order: (T·k,) assignments by expert
-    counts = (by_expert == torch.arange(num_experts, device=device)[:, None]).sum(1)  # (E,)
-    tile_end = (counts + rows - 1).div(rows, rounding_mode="floor").cumsum(0)  # (E,) in tiles
+    # order: (T·k,) assignments by expert; a radix sort of short integers makes few passes
+    by_expert, order = experts.flatten().to(torch.int16).sort(stable=True)
+    by_expert = by_expert.long()
+    end = torch.searchsorted(by_expert, torch.arange(num_experts, device=device), right=True)  # (E,) in order
+    start = F.pad(end[:-1], (1, 0))
+    tiles_of_each = (end - start + rows - 1).div(rows, rounding_mode="floor")
+    tile_end = tiles_of_each.cumsum(0)  # (E,) in tiles
     # an expert's rows move from the end of the expert before it to the beginning of its first tile
-    moved = (tile_end * rows).roll(1) - counts.cumsum(0).roll(1)
-    moved[:1] = 0
+    moved = (tile_end - tiles_of_each) * rows - start
     row = torch.arange(N, device=device) + moved[by_expert]  # (T·k,)
     row_choice = torch.full((tiles * rows,), N, device=device).scatter_(0, row, order)
     row_token = torch.where(row_choice < N, row_choice, 0).div(k, rounding_mode="floor")

@@ -6,7 +6,8 @@ Letters are those of the contraction (structured.py), where the first core comes
     first (E, g, rfd, a)    second (E, f, e, grb)
 
 Three primitives make the six products of a layer: rows_to_z and z_to_rows (x -> z -> y, and dy -> dz -> dx
-with the cores' roles exchanged), and core_gradient.
+with the cores' roles exchanged), and core_gradient. z has its features first, (..., rfd, Pb): what rearranges
+it for the second core then copies along the rows, and for one matrix with b = d = 1 there is no copy.
 """
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ def _rows(x: Tensor, tiles: int, layout: tuple) -> Tensor:
     """x (N, gba) -> (t, g, Pb, a), and with y's layout (N, fde) -> (t, f, Pd, e); turned: x[g, a, b]."""
     g, b, a, turned = layout
     x = x.view(tiles, -1, g, a, b).mT if turned else x.view(tiles, -1, g, b, a)
-    return x.transpose(1, 2).reshape(tiles, g, -1, a)
+    x = x.transpose(1, 2).reshape(tiles, g, -1, a)
+    return x if tiles == 1 else x.contiguous()  # else each of two products would copy it
 
 
 def _rows_back(x: Tensor, layout: tuple) -> Tensor:
@@ -37,35 +39,35 @@ def _rows_back(x: Tensor, layout: tuple) -> Tensor:
 
 
 def _z_for_second(z: Tensor, sizes) -> Tensor:
-    """z (t, g, Pb, rfd) -> (t, f, Pd, grb)."""
+    """z (t, g, rfd, Pb) -> (t, f, grb, Pd)."""
     a, b, g, d, e, f, r = sizes
-    z = z.view(z.shape[0], g, -1, b, r, f, d).permute(0, 5, 2, 6, 1, 4, 3)  # (t, f, P, d, g, r, b)
-    return z.reshape(z.shape[0], f, -1, g * r * b)
+    z = z.view(z.shape[0], g, r, f, d, -1, b).permute(0, 3, 1, 2, 6, 5, 4)  # (t, f, g, r, b, P, d)
+    return z.reshape(z.shape[0], f, g * r * b, -1)
 
 
 def _z_for_first(z: Tensor, sizes) -> Tensor:
-    """The way back of _z_for_second: (t, f, Pd, grb) -> (t, g, Pb, rfd)."""
+    """The way back of _z_for_second: (t, f, grb, Pd) -> (t, g, rfd, Pb)."""
     a, b, g, d, e, f, r = sizes
-    z = z.view(z.shape[0], f, -1, d, g, r, b).permute(0, 4, 2, 6, 5, 1, 3)  # (t, g, P, b, r, f, d)
-    return z.reshape(z.shape[0], g, -1, r * f * d)
+    z = z.view(z.shape[0], f, g, r, b, -1, d).permute(0, 2, 3, 1, 6, 5, 4)  # (t, g, r, f, d, P, b)
+    return z.reshape(z.shape[0], g, r * f * d, -1)
 
 
 def rows_to_z(rows: Tensor, core: Tensor) -> Tensor:
-    """rows (t, groups, n, K), each tile's core (t, groups, M, K) -> (t, groups, n, M)."""
-    return rows @ core.mT
+    """rows (t, groups, n, K), each tile's core (t, groups, M, K) -> (t, groups, M, n)."""
+    return core @ rows.mT
 
 
 def z_to_rows(z: Tensor, core: Tensor) -> Tensor:
-    """z (t, groups, n, M), each tile's core (t, groups, K, M) -> (t, groups, n, K)."""
-    return z @ core.mT
+    """z (t, groups, M, n), each tile's core (t, groups, K, M) -> (t, groups, n, K)."""
+    return z.mT @ core.mT
 
 
 def core_gradient(left: Tensor, right: Tensor, tile_expert: Tensor, like: Tensor) -> Tensor:
-    """left (t, groups, n, M), right (t, groups, n, K) -> (E, groups, M, K), summed over an expert's tiles.
+    """left (t, groups, M, n), right (t, groups, n, K) -> (E, groups, M, K), summed over an expert's tiles.
 
     The sum over tiles is a product with a one-hot matrix, in at least float32: deterministic, no atomics.
     """
-    tiles = left.mT @ right  # (t, groups, M, K)
+    tiles = left @ right  # (t, groups, M, K)
     if len(like) == 1 and len(tiles) == 1:
         return tiles.to(like.dtype)
     dtype = torch.promote_types(tiles.dtype, torch.float32)
@@ -132,10 +134,10 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
         row_gate = F.pad(gates.flatten(), (0, 1)).index_select(0, plan.row_choice)  # 0 in padding rows
         dys = dys * row_gate[:, None].to(dys.dtype)
     dys = _rows(dys, tiles, of_y)  # (t, f, Pd, e)
-    z = _z_for_second(rows_to_z(xs, w1), sizes)  # (t, f, Pd, grb)
+    z = _z_for_second(rows_to_z(xs, w1), sizes)  # (t, f, grb, Pd)
     tile_expert = None if plan is None else plan.tile_expert
-    dsecond = core_gradient(dys, z, tile_expert, second)
-    dz = _z_for_first(rows_to_z(dys, w2.mT), sizes)  # (t, g, Pb, rfd)
+    dsecond = core_gradient(dys.mT, z.mT, tile_expert, second)
+    dz = _z_for_first(rows_to_z(dys, w2.mT), sizes)  # (t, g, rfd, Pb)
     dfirst = core_gradient(dz, xs, tile_expert, first)
     dx_rows = z_to_rows(dz, w1.mT)  # (t, g, Pb, a)
     dx = _sum_over_choices(_rows_back(dx_rows, of_x), plan)
