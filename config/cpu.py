@@ -1,6 +1,6 @@
 # A CPU, in minutes to an hour: characters of Python's own standard library, 128 at a time, 3 layers. No
-# download: python data/python_char/prepare.py. Close to the scale of experiments/plans/cpu.py; that of the
-# search, which sets n_embd, max_iters and eval_interval itself.
+# download: python data/python_char/prepare.py. About the scale of experiments/plans/cpu.py.
+# experiments.search uses this file and sets n_embd, max_iters and eval_interval itself.
 dataset = "python_char"
 block_size = 128
 batch_size = 16

@@ -1,7 +1,7 @@
 # The paper's protocol (Potapczynski et al., arXiv 2410.02117), for a GPU: characters of OpenWebText, 128 at a
-# time, 65,536 a step, 100,000 steps at a constant 3e-3. One of its sizes: 3 layers of width 768 (it has
-# widths 256 to 4096, and 3, 6 and 9 layers; experiments/plans/paper.py has all, and says what is the paper's
-# and what is ours). Data: python data/openwebtext_char/prepare.py.
+# time, 65,536 a step, 100,000 steps at a constant 3e-3. One of its sizes: 3 layers of width 768.
+# experiments/plans/paper.py has widths 256 to 4096 and 3 and 6 layers, and says what is the paper's and what
+# is ours; paper_moe.py has experts, and 9 layers too. Data: python data/openwebtext_char/prepare.py.
 dataset = "openwebtext_char"
 block_size = 128
 batch_size = 64
@@ -9,7 +9,7 @@ gradient_accumulation_steps = 8     # 64 x 8 x 128 = 65,536
 n_layer = 3
 n_head = 12                         # heads of 64
 n_embd = 768
-head_aligned = False                # as in the paper's runs; older runs of monarch, btt: None
+head_aligned = False                # off, as in the paper; our older monarch and btt runs had the default, on
 max_iters = 100_000
 learning_rate = 3e-3
 decay_lr = False

@@ -3,8 +3,9 @@
 #     python -m experiments.scaling sweep experiments/plans/search_controls.py --runs=out-search/controls
 #
 # - All structures of the search have the rate 3e-3. BTT-MoE's best is lower (cpu_rates.py); is that of dense?
-# - Dense of width 48 is ahead of the frontier in results/scaling, and BTT-MoE behind. Is it the width, or the
-#   number of heads: 4 here, and heads of 32 there, so that widths 32 and 64 have 1 and 2?
+# - When results/scaling had only widths 32, 64 and 128, dense of width 48 was ahead of its frontier and
+#   BTT-MoE behind: is it the width or the number of heads? Here there are 4; there, heads of 32 dimensions,
+#   so that widths 32 and 64 have 1 and 2 heads.
 from experiments.plans.cpu import *  # noqa: F403
 del head_size, n_embd  # noqa: F821
 _btt_moe = dict(struct="btt", num_experts=8, top_k=2, n_embd=64, learning_rate=1.5e-3)
