@@ -58,8 +58,7 @@ def fail(message: str) -> NoReturn:
 
 
 def print_once(text: str, stream: TextIO) -> None:
-    """Print a text once per machine under torchrun."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes of a machine, under torchrun
         print(text, file=stream)
 
 
@@ -198,7 +197,8 @@ def run_file(arg: str, path: str, keys: dict[str, Key], config: dict, given: set
     except (Exception, SystemExit) as error:
         fail(show(arg)[1:-1] + describe(error, path))
     for node in tree.body[ast.get_docstring(tree) is not None:]:
-        if (v := getattr(node, "value", node)) is None or type(node) is ast.Expr and type(v) is not ast.Call:
+        v = getattr(node, "value", node)  # a call, such as print(...), may do what it likes
+        if v is None or type(node) is ast.Expr and (type(v) is not ast.Call or ast.unparse(v.func) == "dict"):
             fail(f"{show(arg)[1:-1]} line {node.lineno} sets no key: write key = value")  # JSON, a == 1
     stored = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
     lines = dict.fromkeys(keys, "") | {node.id: f" line {node.lineno}" for node in stored}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import structured
 from lib import kernels
+from lib.checkpoint import read_checkpoint
 from structured import LayerConfig
 
 
@@ -481,19 +482,15 @@ def lr_multipliers(module: nn.Module, base_width: int | None) -> dict[str, float
 def load_checkpoint(place: str) -> tuple[str, dict, GPT]:
     """The path, the contents and the model, for evaluation, of a checkpoint or of an out_dir's ckpt.pt.
 
-    Nothing of it is executed; its tensors are mapped, not read. Raises FileNotFoundError or another OSError
-    if the file cannot be read, and ValueError if it holds no such model.
+    Nothing of it is executed; its tensors are mapped, not read. Raises ValueError if there is none, or it
+    holds no such model.
     """
     path = os.path.join(place, "ckpt.pt") if os.path.isdir(place) else place
+    checkpoint = read_checkpoint(path, dict(model=dict, model_args=dict))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         with torch.device("meta"):  # the weights are those of the file
             model = GPT(GPTConfig(**checkpoint["model_args"]))
         model.load_state_dict(checkpoint["model"], assign=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no checkpoint {path}: train one first") from None
-    except OSError:
-        raise
     except Exception as e:
         raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__})") from None
     return path, checkpoint, model.eval()

@@ -78,9 +78,7 @@ amp = autocast(device_type, dtype)
 
 try:
     path, checkpoint, model = load_checkpoint(out_dir)
-except FileNotFoundError as e:
-    fail(f"{e}, or give --out_dir")
-except (OSError, ValueError) as e:
+except ValueError as e:
     fail(str(e))
 try:
     tok = tokenizer.from_meta(checkpoint)

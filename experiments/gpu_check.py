@@ -230,12 +230,12 @@ def write_tokens(folder: str) -> None:
     """A dataset of random tokens of GPT-2's vocabulary; the smaller ones are the likelier."""
     os.makedirs(folder)
     ids = (50257 * np.random.default_rng(0).random(300_000) ** 4).astype(np.uint16)
-    splits = dict(train=ids[:-60_000], val=ids[-60_000:])
-    for split, part in splits.items():
+    meta = dict(vocab_size=50257, dtype="uint16", tokenizer=dict(name="gpt2"))
+    for split, part in dict(train=ids[:-60_000], val=ids[-60_000:]).items():
         part.tofile(os.path.join(folder, f"{split}.bin"))
+        meta[f"{split}_tokens"] = len(part)
     with open(os.path.join(folder, "meta.json"), "w") as f:
-        json.dump(dict(vocab_size=50257, dtype="uint16", tokenizer=dict(name="gpt2"),
-                       **{f"{split}_tokens": len(part) for split, part in splits.items()}), f)
+        json.dump(meta, f)
 
 
 def check_training(name: str, options: list[str], folder: str, launcher: list[str]) -> None:

@@ -305,16 +305,16 @@ def save_checkpoint(path: str, contents: dict, best_path: str | None) -> OSError
     return failure
 
 
-def read_checkpoint(path: str) -> dict:
+def read_checkpoint(path: str, needed: dict[str, type] = CONTENTS) -> dict:
     """The contents of a checkpoint, its tensors mapped from the file rather than read into memory.
 
-    Nothing of it is executed. Raises ValueError if it cannot be read, or is not a checkpoint of train.py.
+    Nothing of it is executed. Raises ValueError if it cannot be read, or lacks something that is needed.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}: use --init_from=scratch, or another "
-                         "--out_dir") from None
+        raise ValueError(f"there is no checkpoint {path}: train one first (--init_from=scratch), or give "
+                         "another --out_dir") from None
     except (PermissionError, IsADirectoryError) as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from None
     except Exception as e:
@@ -322,7 +322,7 @@ def read_checkpoint(path: str) -> dict:
                          "or put ckpt_best.pt in its place") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint of train.py: it holds a {type(checkpoint).__name__}")
-    wrong = [name for name, kind in CONTENTS.items() if not isinstance(checkpoint.get(name), kind)]
+    wrong = [name for name, kind in needed.items() if not isinstance(checkpoint.get(name), kind)]
     if wrong:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks a sound {', '.join(wrong)}")
     return checkpoint

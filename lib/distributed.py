@@ -25,14 +25,15 @@ def connect(backend: str) -> None:
     """Joins the process group that the environment describes, if any. Raises ValueError if that fails."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
+    both = WITH_HOSTS.get(backend, backend)
     try:
         store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(name_of_start(store, rank, world_size), store)
-        both = WITH_HOSTS.get(backend, backend)
         dist.init_process_group(both, store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as e:
+        advice = "; set GLOO_SOCKET_IFNAME to the network interface of the nodes" if "gloo" in both else ""
         raise ValueError(f"the {os.environ['WORLD_SIZE']} processes cannot be connected by backend "
-                         f"{backend!r}: {str(e).splitlines()[0]}") from None
+                         f"{both!r}: {str(e).splitlines()[0]}{advice}") from None
     sys.excepthook = excepthook
 
 

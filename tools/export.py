@@ -46,10 +46,7 @@ def export(source: str, folder: str | None) -> str:
     Raises ValueError or OSError, in one sentence, where one of them is of no use or a package is missing.
     """
     check_folder(folder)
-    try:
-        path, checkpoint, model = load_checkpoint(source)
-    except FileNotFoundError as e:
-        raise ValueError(f"{e}, or give --ckpt") from None
+    path, checkpoint, model = load_checkpoint(source)
     tok = tokenizer.from_meta(checkpoint)
     folder = os.path.realpath(folder)
     work = f"{folder}.{os.getpid()}.tmp"

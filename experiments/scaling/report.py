@@ -1,6 +1,5 @@
 """What runs have to say about scaling, as tables, csv files and remarks; fit.py has the mathematics."""
 import csv
-import itertools
 import json
 import math
 import os
@@ -50,23 +49,6 @@ def handover_remarks(fit: Fit) -> list[str]:
             notes.append(f"{fit.label}: {one.name} has ended before {other.name} gets ahead of it, and the "
                          f"frontier between {x[i]:.2g} and {x[i + 1]:.2g} FLOPs is not known; a longer run "
                          "would tell")
-    return notes
-
-
-def worse_though_larger(runs: list[MeasuredRun], noise: float) -> list[str]:
-    """Runs whose loss is above that of a smaller run of the same structure and rate after the same tokens."""
-    def settings(run: MeasuredRun) -> list:
-        return [run.config.get(key) for key in ("learning_rate", "decay_lr", "seed", "weight_decay")]
-
-    notes = []
-    for run, other in itertools.permutations(runs, 2):
-        tokens = min(run.last, other.last)
-        mine, smaller = run.loss_after(tokens), other.loss_after(tokens)
-        if (run.label == other.label and settings(run) == settings(other)
-                and run.per_token["flops"] > 1.2 * other.per_token["flops"]
-                and tokens >= max(run.first, other.first) and mine > smaller * (1 + max(0.02, 4 * noise))):
-            notes.append(f"{run.name}: outlier, {mine:.3f} after {tokens:,.0f} tokens where the smaller "
-                         f"{other.name} has {smaller:.3f}; kept")
     return notes
 
 
@@ -327,7 +309,7 @@ def write_report(folders: list[str], out: str, *, base: str | None, floor: float
     noise, seeds = seed_noise(groups)
     fits, left_out = fit_all(mean_of_seeds(groups), base, window=window, floor=floor, samples=samples,
                              noise=noise)
-    notes += short + left_out + worse_though_larger(runs, noise or 0.0)
+    notes += short + left_out
     for fit in fits["flops"].values():
         notes += remarks(fit)
     source = "how its structure's runs scatter about the law, since none differ in their seed alone"

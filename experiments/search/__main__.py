@@ -38,7 +38,7 @@ trials: PositiveInt = 40        # trials that are trained, pruned ones included,
 named: bool = True              # the named structures come first, and are not pruned
 sampler: Literal["tpe", "random"] = "tpe"
 sampler_seed: Seed | None = None  # for jobs=1; None: a different one each time. Each process needs its own
-pruner: Literal["halving", "hyperband", "none"] = "halving"  # halving: successive halving
+pruner: Literal["halving", "none"] = "halving"  # halving: successive halving
 first_rung: PositiveInt = 2     # evaluations before the pruner's first decision; the next: times reduction
 reduction: Annotated[int, ("at least", 2), ("below", 2**31)] = 2  # one trial in so many goes on at a rung
 # equal compute
@@ -65,12 +65,11 @@ globals().update(config)
 
 import math
 import os
-import random
 import signal
 
 from experiments.search import space as points
 from experiments.search import study as studies
-from experiments.search.space import LEVELS, Point, Space
+from experiments.search.space import Point, Space
 from experiments.search.study import TrialState, optuna
 from lib.commands import key_of
 
@@ -130,8 +129,8 @@ def make_space() -> Space:
     return space
 
 
-def describe(space: Space, draws: int = 300) -> None:
-    """Print the request, the models of the named structures, and how many of some random θ have a model."""
+def describe(space: Space) -> None:
+    """Print the request, and the models of the named structures."""
     print(f"{trials} trials of {flops:.3g} training FLOPs, {space.flops_per_token:,.0f} a token, as a dense "
           f"model of width {dense_width}: {flops / space.flops_per_token:,.0f} tokens; {len(space.widths)} "
           f"widths from {space.widths[0]} to {space.widths[-1]}")
@@ -142,16 +141,6 @@ def describe(space: Space, draws: int = 300) -> None:
                   f"{first.max_iters:7,} iterations  {first.flops / flops:.1%} of the FLOPs")
         else:
             print(f"  {name}: {point}")
-    rng, reasons = random.Random(0), []
-    for _ in range(draws):
-        try:
-            theta = points.theta_of(*(rng.randrange(len(levels)) for levels in LEVELS.values()))
-            space.point(theta, rng.choice(space.experts), rng.choice(space.top_ks))
-        except ValueError as error:
-            reasons.append(str(error))
-    intense = sum("has ν" in reason for reason in reasons)
-    print(f"of {draws} random θ, {intense} are above ν = {max_nu:g}, {len(reasons) - intense} of the others "
-          "have no width at these FLOPs")
 
 
 def run() -> int:

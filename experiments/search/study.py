@@ -59,11 +59,9 @@ def make_sampler(kind: str, seed: int | None = None) -> optuna.samplers.BaseSamp
 
 
 def make_pruner(kind: str, first_rung: int, reduction: int, evals: int) -> optuna.pruners.BasePruner:
-    """'halving', 'hyperband' or 'none'. The resource is the number of evaluations."""
+    """'halving' or 'none'. The resource is the number of evaluations."""
     if kind == "halving":
         return optuna.pruners.SuccessiveHalvingPruner(first_rung, reduction)
-    if kind == "hyperband":
-        return optuna.pruners.HyperbandPruner(first_rung, evals, reduction)
     return optuna.pruners.NopPruner()
 
 

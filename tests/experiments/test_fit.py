@@ -246,8 +246,7 @@ def test_fit_names_what_it_leaves_out(fitted):
                  "list: left out, its log was not written by train.py",
                  "rises: left out, diverged: its validation loss ends",
                  "short: unfinished, at iteration 40000 of 1000000\n",
-                 "decays: unfinished, at iteration 40000 of 1000000; left out",
-                 "short: outlier"):
+                 "decays: unfinished, at iteration 40000 of 1000000; left out"):
         assert f"- {line}" in text
     # 1 ± 0.01: the standard deviation of two, one degree of freedom
     assert "a run's relative noise is 1.41% between seeds" in text
