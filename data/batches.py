@@ -21,8 +21,9 @@ class Batches:
                  val_windows: int, seed: int, device: str):
         for split, tokens in splits.items():
             if len(tokens) <= block_size:
+                remedy = "a larger --val-fraction" if split == "val" else "more text"
                 raise ValueError(f"{split}.bin of the dataset holds {len(tokens)} tokens, too few for "
-                                 f"block_size = {block_size}")
+                                 f"block_size = {block_size}: make it again with {remedy}")
         self.splits, self.block_size, self.sequences = splits, block_size, sequences
         self.batch_size, self.val_windows, self.seed, self.device = batch_size, val_windows, seed, device
         self.val_batches = -(-val_windows // batch_size)

@@ -27,6 +27,7 @@ from lib.terminal import prepare_output
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SPLIT_SEED = 2357  # nanoGPT's, so that the validation documents of OpenWebText are the same
+VAL_FRACTION = 0.05  # of a text of the user's own, which is small beside OpenWebText
 FEW_TOKENS = 10_000  # fewer validation tokens than this are worth a remark
 
 # The hub's parquet version (80 files, 8,013,769 documents); the revision keeps the data the same tomorrow.
@@ -140,12 +141,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f"error: {message}")
 
 
-def parse_arguments(doc: str, folder: Path, *, val_fraction: float, has_default_text: bool = True,
-                    more: dict[str, dict] | None = None) -> argparse.Namespace:
+def parse_arguments(doc: str, folder: Path, *, val_fraction: float = VAL_FRACTION,
+                    has_default_text: bool = True, more: dict[str, dict] | None = None) -> argparse.Namespace:
     """Parses a prepare script's command line. Data goes to `folder`, the script's own, by default.
 
+    val_fraction      the default for the script's own text, and with --ascii; for others it is VAL_FRACTION
     has_default_text  whether the script has a text where neither --source nor --dataset is given
-    more             {"--name": options of argparse} of further arguments
+    more              {"--name": options of argparse} of further arguments
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
@@ -159,8 +161,9 @@ def parse_arguments(doc: str, folder: Path, *, val_fraction: float, has_default_
         help="field of .jsonl and .parquet files, and of --dataset (default: text)")
     add("--max-documents", type=int, metavar="N", help="take the first N documents (default: all)")
     add("--out-dir", type=Path, default=folder, help="where the dataset goes (default: beside the script)")
-    add("--val-fraction", type=float, default=val_fraction,
-        help="share held out for validation (default: %(default)s)")
+    of_openwebtext = "" if val_fraction == VAL_FRACTION else f"; of OpenWebText {val_fraction}"
+    add("--val-fraction", type=float, metavar="X",
+        help=f"share held out for validation (default: {VAL_FRACTION}{of_openwebtext})")
     # a container often grants fewer cores than the machine has
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--num-proc", type=int, default=cores, metavar="N", help="processes (default: all cores)")
@@ -177,6 +180,9 @@ def parse_arguments(doc: str, folder: Path, *, val_fraction: float, has_default_
         if getattr(args, name, None) is not None and not (args.dataset or args.source and "source" in other):
             parser.error(f"--{name.replace('_', '-')} belongs to {other}, which is not given")
     args.text_field = args.text_field or "text"
+    if args.val_fraction is None:
+        default_text = not (args.source or args.dataset) or getattr(args, "ascii", False)
+        args.val_fraction = val_fraction if default_text else VAL_FRACTION
     if not 0 < args.val_fraction < 1:
         parser.error(f"--val-fraction must be between 0 and 1; got {args.val_fraction}")
     for name in ("max_documents", "num_proc", "min_count"):

@@ -18,7 +18,7 @@ from data.characters import MIN_COUNT, write_characters  # noqa: E402
 
 
 def main():
-    args = common.parse_arguments(__doc__, HERE, val_fraction=0.05, has_default_text=False, more=MIN_COUNT)
+    args = common.parse_arguments(__doc__, HERE, has_default_text=False, more=MIN_COUNT)
     with common.work_folder(args.out_dir) as work:
         write_characters(args, work)
 

@@ -70,7 +70,7 @@ def write_library(args, work):
 
 
 def main():
-    args = common.parse_arguments(__doc__, HERE, val_fraction=0.05, more=MIN_COUNT)
+    args = common.parse_arguments(__doc__, HERE, more=MIN_COUNT)
     with common.work_folder(args.out_dir) as work:
         if args.source or args.dataset:
             write_characters(args, work)

@@ -1,5 +1,6 @@
 """data/batches.py: how a batch comes to a GPU."""
 import numpy as np
+import pytest
 import torch
 
 from data.batches import Batches
@@ -27,3 +28,11 @@ def test_a_batch_goes_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch):
     for X, Y in (batches.train(0, 2, 5), batches.val(1)):
         assert torch.equal(X[:, 1:], Y[:, :-1])
     assert calls == ["pinned", ("cuda:1", True)] * 2
+
+
+@pytest.mark.parametrize("split, remedy", [("train", "make it again with more text"),
+                                           ("val", "make it again with a larger --val-fraction")])
+def test_a_split_that_is_too_small_says_what_to_do(split, remedy):
+    splits = {name: np.arange(5 if name == split else 6, dtype=np.uint8) for name in ("train", "val")}
+    with pytest.raises(ValueError, match=rf"{split}.bin .* holds 5 tokens, too few .* = 5: {remedy}"):
+        Batches(splits, block_size=5, sequences=1, batch_size=1, val_windows=1, seed=1, device="cpu")

@@ -196,12 +196,28 @@ def test_openwebtext(tiktoken_cache, tmp_path, num_proc):
     assert not (out / "prepare.tmp").exists()
 
 
-def test_openwebtext_holds_out_a_two_thousandth(prepare_here, tiktoken_cache, tmp_path):
+@pytest.mark.parametrize("name, arguments, count", [
+    ("openwebtext", [], 2), ("openwebtext", ["--source"], 101), ("openwebtext", ["--dataset"], 101),
+    ("openwebtext_char", [], 2), ("openwebtext_char", ["--source"], 101),
+    ("openwebtext_char", ["--ascii", "--source"], 2), ("chars", ["--source"], 101),
+    ("python_char", ["--source"], 101)])
+def test_a_twentieth_is_held_out_but_of_openwebtext(prepare_here, tiktoken_cache, monkeypatch, tmp_path, name,
+                                                    arguments, count):
+    """Of 2,001 documents; of OpenWebText, for which --ascii stands too, it is a two-thousandth."""
+    import datasets
+
     texts = [f"{i}" for i in range(2001)]
-    source = write_jsonl(tmp_path / "texts.jsonl", texts)
-    prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1)
-    val = documents_of(tokenizer.TiktokenTokenizer(), read(tmp_path / "out")[1]["val"])
-    assert set(val) == {texts[i] for i in held_out(2, 2001)}
+    (tmp_path / "texts").mkdir()
+    path = write_jsonl(tmp_path / "texts" / "texts.jsonl", texts)
+    if not arguments:
+        hub = datasets.Dataset.from_dict({"text": texts})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    elif arguments[-1] == "--dataset":
+        path = path.parent
+    prepare_here(name, *arguments, *[path][:len(arguments)], "--out-dir", tmp_path / "out", "--num-proc", 1)
+    meta, splits = read(tmp_path / "out")
+    val = tokenizer.from_meta(meta).decode(splits["val"]).replace("<|endoftext|>", "\n").split("\n")[:-1]
+    assert set(val) == {texts[i] for i in held_out(count, 2001)} and len(val) == count
 
 
 def test_openwebtext_of_txt_jsonl_parquet_and_a_folder(prepare_here, tiktoken_cache, tmp_path):
