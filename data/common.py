@@ -28,6 +28,7 @@ DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SPLIT_SEED = 2357  # nanoGPT's, so that the validation documents of OpenWebText are the same
 VAL_FRACTION = 0.05  # of a text of the user's own, which is small beside OpenWebText
+SOURCE = ("library", "adopted", "paths", "dataset", "config", "split", "revision", "max_documents")
 FEW_TOKENS = 10_000  # fewer validation tokens than this are worth a remark
 
 # The hub's parquet version (80 files, 8,013,769 documents); the revision keeps the data the same tomorrow.
@@ -236,6 +237,20 @@ def work_folder(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_out_dir(out_dir: Path, source: dict) -> None:
+    """Raises ValueError if out_dir holds a dataset of another source, as meta.json describes it by SOURCE. A
+    meta.json that cannot be read counts as none."""
+    try:
+        old = json.loads((out_dir / "meta.json").read_text(encoding="utf-8"))["source"]
+        old, new = ({key: given[key] for key in SOURCE if key in given} for given in (old, source))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if old != new:
+        named = ", ".join(f"{key} {value}" for key, value in old.items()) or "an unknown source"
+        raise ValueError(f"{out_dir} holds a dataset of {named}: give another --out-dir, or remove its "
+                         "meta.json")
+
+
 # ---- Documents ---------------------------------------------------------------------------------------------
 
 
@@ -351,6 +366,9 @@ def load_documents(args: argparse.Namespace, work: Path, nfc: bool = False):
         files = tuple(find_files(args.source))  # a list would be the shards of the generator
         source = {"paths": args.source, "files": len(files)} | source
     elif not args.dataset:
+        source = {"dataset": HUB_DATASET, "revision": HUB_REVISION}
+    check_out_dir(args.out_dir, source)
+    if not (args.source or args.dataset):
         print(f"loading {HUB_DATASET} at revision {HUB_REVISION}")
         try:
             documents = datasets.load_dataset(HUB_DATASET, revision=HUB_REVISION, split="train",
@@ -358,7 +376,7 @@ def load_documents(args: argparse.Namespace, work: Path, nfc: bool = False):
         except Exception as error:  # the hub's errors share no base class
             raise OSError(f"{HUB_DATASET} could not be loaded ({type(error).__name__}: {error}): try again, "
                           "or give local files with --source") from error
-        return documents.select_columns("text"), {"dataset": HUB_DATASET, "revision": HUB_REVISION}
+        return documents.select_columns("text"), source
     try:
         documents = datasets.Dataset.from_generator(
             _rows, features=datasets.Features({"text": datasets.Value("large_string")}), cache_dir=str(work),

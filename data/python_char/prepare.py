@@ -52,6 +52,8 @@ def split_files(texts, val_fraction):
 
 
 def write_library(args, work):
+    source = {"library": "Python standard library", "python": platform.python_version()}
+    common.check_out_dir(args.out_dir, source)
     library = sysconfig.get_path("stdlib")
     texts = {name: text for name, text in sorted(library_files(Path(library))) if text}
     kept = {name: text for name, text in texts.items() if is_plain(text)}
@@ -64,8 +66,7 @@ def write_library(args, work):
     tokenizer = CharTokenizer(CHARACTERS)
     splits = {split: (tokenizer.encode_ordinary(text + "\n") for text in files)
               for split, files in split_files(kept, args.val_fraction).items()}
-    source = {"library": "Python standard library", "python": platform.python_version(),
-              "documents": len(kept), "left_out": left_out, "val_fraction": args.val_fraction}
+    source |= {"documents": len(kept), "left_out": left_out, "val_fraction": args.val_fraction}
     common.write_dataset(args.out_dir, work, tokenizer, splits, source)
 
 

@@ -337,7 +337,8 @@ def test_the_hub_is_asked_for_one_revision(monkeypatch, tmp_path):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     args = dict.fromkeys(("source", "dataset", "config", "split", "revision", "max_documents", "num_proc"))
-    documents, source = common.load_documents(argparse.Namespace(**args), tmp_path)
+    args = argparse.Namespace(out_dir=tmp_path, **args)
+    documents, source = common.load_documents(args, tmp_path)
     assert documents.column_names == ["text"]
     assert (asked["name"], asked["split"]) == ("Skylion007/openwebtext", "train")
     assert re.fullmatch("[0-9a-f]{40}", asked["revision"])
@@ -485,8 +486,11 @@ def test_a_dataset_by_name_is_streamed(prepare_here, hub_folder, tmp_path, argum
     (["--text-field", "body", "--config", "large"], "large"),
     (["--dataset", "nobody/nothing"], "the dataset nobody/nothing: ")])
 def test_a_dataset_that_cannot_be_read_is_one_sentence(prepare_here, hub_folder, existing, arguments, reason):
+    given = dict(zip((a[2:] for a in arguments[::2]), arguments[1::2]))
+    given.pop("text-field", None)
+    out = existing(**{"dataset": str(hub_folder)} | given)
     with pytest.raises(ValueError, match=re.escape(reason)):
-        prepare_here("chars", "--dataset", hub_folder, "--out-dir", existing, "--num-proc", 1, *arguments)
+        prepare_here("chars", "--dataset", hub_folder, "--out-dir", out, "--num-proc", 1, *arguments)
 
 
 def test_a_dataset_is_asked_for_as_it_was_named(monkeypatch, tmp_path):
@@ -574,10 +578,16 @@ def first_dataset(tmp_path_factory):
 
 @pytest.fixture
 def existing(first_dataset, tmp_path):
-    """A folder with a dataset, which must be the same after the test."""
+    """existing(paths=["a.txt"]) -> a folder with a dataset of that source, the same after the test."""
     out = Path(shutil.copytree(first_dataset, tmp_path / "existing"))
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    yield out
+    meta = json.loads((out / "meta.json").read_text())
+    before = {}
+
+    def existing(**source):
+        (out / "meta.json").write_text(json.dumps(meta | {"source": source}))
+        before.update((path.name, path.read_bytes()) for path in out.iterdir())
+        return out
+    yield existing
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -636,19 +646,61 @@ def test_a_bad_source_leaves_the_dataset_that_was_there(prepare_here, existing, 
                                                         reason):
     (tmp_path / file).write_bytes(data)
     with pytest.raises(ValueError, match=re.escape(reason)):
-        prepare_here(*name.split(), "--source", tmp_path / file, "--out-dir", existing, "--num-proc", 1)
+        prepare_here(*name.split(), "--source", tmp_path / file, "--num-proc", 1,
+                     "--out-dir", existing(paths=[str(tmp_path / file)]))
 
 
 def test_a_bad_source_is_one_sentence_of_the_program(existing, tmp_path):
     (tmp_path / "letter.txt").write_bytes(b"x")
-    done = prepare("chars", "--source", tmp_path / "letter.txt", "--out-dir", existing)
+    out = existing(paths=[str(tmp_path / "letter.txt")])
+    done = prepare("chars", "--source", tmp_path / "letter.txt", "--out-dir", out)
     assert "one character" in refused(done)
 
 
 def test_folder_without_sources(existing, tmp_path):
     (tmp_path / "none").mkdir()
-    done = prepare("openwebtext_char", "--source", tmp_path / "none", "--out-dir", existing)
+    out = existing(paths=[str(tmp_path / "none")])
+    done = prepare("openwebtext_char", "--source", tmp_path / "none", "--out-dir", out)
     assert "holds no" in refused(done)
+
+
+@pytest.mark.parametrize("arguments, source, named", [
+    ("chars --source a.txt", {"paths": ["b.txt"], "files": 1}, "paths ['b.txt']"),
+    ("chars --source a.txt", {"adopted": "nanoGPT", "val_sha256": "0"}, "adopted nanoGPT"),
+    ("chars --source a.txt", {"paths": ["a.txt"], "max_documents": 5}, "paths ['a.txt'], max_documents 5"),
+    ("chars --source a.txt", {}, "an unknown source"),
+    ("openwebtext --source a.txt b.txt", {"paths": ["b.txt", "a.txt"]}, "paths ['b.txt', 'a.txt']"),
+    ("openwebtext --dataset a/b", {"dataset": "a/b", "config": "el"}, "dataset a/b, config el"),
+    ("openwebtext_char", {"library": "Python standard library"}, "library Python standard library"),
+    ("openwebtext_char", {"dataset": "Skylion007/openwebtext"}, "dataset Skylion007/openwebtext"),
+    ("python_char --source a.txt", {"library": "Python standard library"}, "library Python standard library"),
+    ("python_char", {"paths": ["a.txt"]}, "paths ['a.txt']")])
+def test_a_dataset_of_another_source_is_not_overwritten(prepare_here, tiktoken_cache, existing, monkeypatch,
+                                                        tmp_path, arguments, source, named):
+    """Nor is the new source read."""
+    import datasets
+
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    reason = f"existing holds a dataset of {named}: give another --out-dir, or remove its meta.json"
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        prepare_here(*arguments.split(), "--out-dir", existing(**source), "--num-proc", 1)
+
+
+@pytest.mark.parametrize("meta", ["same", None, b"{", b"\xff", b"[]", b"[" * 100_000])
+def test_a_dataset_of_the_same_source_is_made_again(prepare_here, tmp_path, meta):
+    """Whatever its text, alphabet and share were before; so is one of which a kill left no meta.json."""
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    for text, more in (("old text" * 9, ()), ("new", ("--min-count", 1, "--val-fraction", 0.4))):
+        path.write_text(text)
+        prepare_here("chars", "--source", path, "--out-dir", out, "--num-proc", 1, *more)
+        assert sum(map(len, texts_of(out).values())) == len(text) + 2
+        if meta is None:
+            (out / "meta.json").unlink()
+        elif meta != "same":
+            (out / "meta.json").write_bytes(meta)
 
 
 @pytest.mark.parametrize(
@@ -670,7 +722,7 @@ def test_folder_without_sources(existing, tmp_path):
 )
 def test_bad_argument(prepare_here, existing, arguments, reason):
     with pytest.raises((SystemExit, ValueError), match=re.escape(reason)):  # common.run makes them alike
-        prepare_here("openwebtext_char", "--out-dir", existing, *arguments)
+        prepare_here("openwebtext_char", "--out-dir", existing(), *arguments)
 
 
 def test_two_at_once_do_not_delete_each_others_work(tmp_path):
@@ -696,12 +748,14 @@ def test_no_vocabulary(existing, tmp_path):
     proxy = "http://127.0.0.1:9"
     nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "HTTPS_PROXY": proxy, "https_proxy": proxy,
                "NO_PROXY": "", "no_proxy": ""}
-    done = prepare("openwebtext", "--source", tmp_path / "a.txt", "--out-dir", existing, **nowhere)
+    out = existing(paths=[str(tmp_path / "a.txt")])
+    done = prepare("openwebtext", "--source", tmp_path / "a.txt", "--out-dir", out, **nowhere)
     assert "TIKTOKEN_CACHE_DIR" in refused(done)
 
 
 def test_no_hub(existing, tmp_path):
-    done = prepare("openwebtext_char", "--out-dir", existing, "--num-proc", 1, HF_HOME=str(tmp_path / "hub"))
+    out = existing(dataset=common.HUB_DATASET, revision=common.HUB_REVISION)
+    done = prepare("openwebtext_char", "--out-dir", out, "--num-proc", 1, HF_HOME=str(tmp_path / "hub"))
     assert "--source" in refused(done)
 
 
@@ -804,7 +858,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.skipif(os.name == "nt", reason="os.kill ends the process on Windows")
 def test_interrupt(existing, tmp_path):
     script = ROOT / "data" / "python_char" / "prepare.py"
-    command = [sys.executable, "-c", INTERRUPTED, script, "--out-dir", existing]
+    out = existing(library="Python standard library", python="2.7")  # another Python may go on
+    command = [sys.executable, "-c", INTERRUPTED, script, "--out-dir", out]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
