@@ -272,7 +272,7 @@ def test_the_perplexity_of_a_text(parrot, tmp_path):
     token is text."""
     text = TEXT.replace("\r", "") + " naïve naïve"
     (tmp_path / "text.txt").write_text(text)
-    ids = torch.tensor([[50256, *TiktokenTokenizer().encode_ordinary(text)]])
+    ids = torch.tensor([[50256, *TiktokenTokenizer().encode_ordinary(text).tolist()]])
     with torch.no_grad():
         logits, _ = load_model(parrot)(ids, ids)
     nats = -logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None]).sum().item()

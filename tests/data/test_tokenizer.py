@@ -3,6 +3,7 @@ import json
 import random
 import re
 import sys
+import types
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_char_tokenizer_needs_distinct_characters(chars):
 def test_gpt2_known_ids(tiktoken_cache):
     gpt2 = tokenizer.TiktokenTokenizer()
     assert gpt2.vocab_size == 50257 and gpt2.end_of_text == 50256
-    assert gpt2.encode("Hello world") == gpt2.encode_ordinary("Hello world") == [15496, 995]
+    assert gpt2.encode("Hello world") == list(gpt2.encode_ordinary("Hello world")) == [15496, 995]
     assert gpt2.decode([15496, 995, 50256]) == "Hello world<|endoftext|>"
 
 
@@ -125,8 +126,9 @@ def test_another_encoding(small_cl100k):
     assert (tok.vocab_size, tok.dtype, tok.end_of_text, tok.start) == (100277, "uint32", 100257, 100257)
     assert tok.encode("hello<|endoftext|> w") == [256, 257, ord("o"), 100257, 258]
     text = "<|endoftext|>λ<|endofprompt|>"
-    assert tok.encode_ordinary(text) == small_cl100k.encode_ordinary(text)
-    assert tok.encode("<|endofprompt|>") == tok.encode_ordinary("<|endofprompt|>")  # in a prompt it is text
+    assert list(tok.encode_ordinary(text)) == small_cl100k.encode_ordinary(text)
+    named = "<|endofprompt|>"
+    assert tok.encode(named) == list(tok.encode_ordinary(named))  # in a prompt it is text
     assert tok.decode([256, 259, 100276]) == small_cl100k.decode([256, 259, 100276]) == "heλ<|endofprompt|>"
 
 
@@ -285,14 +287,72 @@ def test_gpt2_as_a_file_is_gpt2(tiktoken_cache):
     tok, gpt2 = tokenizer.FileTokenizer(made.to_str()), tokenizer.TiktokenTokenizer()
     assert (tok.vocab_size, tok.dtype, tok.end_of_text) == (gpt2.vocab_size, gpt2.dtype, gpt2.end_of_text)
     for text in (ANY, "Hello world", "\u2028 naïve\0 \ufffd"):
-        ids = gpt2.encode_ordinary(text)
-        assert tok.encode_ordinary(text) == ids and tok.encode(text) == gpt2.encode(text)
+        ids = list(gpt2.encode_ordinary(text))
+        assert list(tok.encode_ordinary(text)) == ids and tok.encode(text) == gpt2.encode(text)
         assert tok.decode(ids) == gpt2.decode(ids) == text
     chance = random.Random(3)
     for _ in range(50):  # of bytes that are no text
         ids = chance.choices(range(300), k=20)
         decode, other = tok.decoder(), gpt2.decoder()
         assert "".join(map(decode, ids)) + decode.flush() == "".join(map(other, ids)) + other.flush()
+
+
+# A long document is encoded in pieces
+
+
+LINES = ["hello", " wor", "w", "\n", "\n", "\n\n", ".\n", ". \n", "\r\n", "\n ", " \n", "\n/", "/", "\t",
+         "  ", "'s", "123", "é", "e\N{COMBINING ACUTE ACCENT}", "漢字", "🙂", "!", "\n" * 12, " " * 12]
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
+          r"\s*[\r\n]|\s+(?!\S)|\s")
+
+
+def recorded(function, texts):
+    """The function, which also appends the texts that it is given to a list."""
+    return lambda text, *args, **options: texts.append(text) or function(text, *args, **options)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", *MADE])
+def test_pieces_of_a_document_have_the_ids_of_the_whole(monkeypatch, tiktoken_cache, name):
+    """llama and unigram put a space before each text: for them there is no place to cut."""
+    import tiktoken
+
+    encoded = []
+    if name in MADE:
+        made = name()
+        tok = tokenizer.FileTokenizer(made.to_str())
+        monkeypatch.setattr(tok, "_encode", recorded(tok._encode, encoded))
+    else:
+        made = tiktoken.get_encoding("gpt2")
+        if name == "cl100k_base":  # its pattern, with GPT-2's pairs
+            made = tiktoken.Encoding(name, pat_str=CL100K, mergeable_ranks=made._mergeable_ranks,
+                                     special_tokens={"<|endoftext|>": 50256})
+            monkeypatch.setitem(tiktoken.registry.ENCODINGS, name, made)
+        tok = tokenizer.TiktokenTokenizer(name)
+        tok.bpe = types.SimpleNamespace(encode_ordinary=recorded(made.encode_ordinary, encoded))
+    monkeypatch.setattr(tokenizer, "PIECE", 300, raising=False)
+    chance = random.Random(5)
+    for size in [0, 1, 30, *[900] * 40]:
+        text = "".join(chance.choices(LINES, k=size))
+        expected = made.encode_ordinary(text) if name not in MADE else made.encode(
+            text, add_special_tokens=False).ids
+        encoded.clear()
+        ids = tok.encode_ordinary(text)
+        assert list(ids) == expected
+        pieces = [piece for piece in encoded if len(piece) > 400]  # others are looked at for a place to cut
+        if name in (llama, unigram):
+            assert text in encoded and len(pieces) <= 1
+        else:
+            assert all(len(piece) < 700 for piece in encoded)
+    assert ids.dtype == tok.dtype
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u3000"])
+def test_a_million_blanks(tiktoken_cache, blank):
+    """tiktoken panics at so many, with an error that is no Exception."""
+    gpt2, text = tokenizer.TiktokenTokenizer(), "a" + blank * 1_100_000 + "b"
+    assert gpt2.decode(gpt2.encode_ordinary(text)) == gpt2.decode(gpt2.encode(text)) == text
+    few = "a" + blank * 100_000 + "b"
+    assert list(gpt2.encode_ordinary(few)) == gpt2.bpe.encode_ordinary(few)
 
 
 def test_special_tokens_are_special_in_prompts_alone():
