@@ -262,41 +262,38 @@ def import_datasets():
     return datasets
 
 
-def find_files(paths: list[str]) -> list[tuple[str, Path]]:
-    """Returns [(name, path)] of the documents' files at `paths`. A folder stands for all such files below it;
-    a name does not depend on where the folder is. Raises ValueError if a path gives no file."""
+def find_files(paths: list[str]) -> list[Path]:
+    """Returns the documents' files at `paths`. A folder stands for all such files below it, in an order that
+    does not depend on where the folder is. Raises ValueError if a path gives no file."""
     found, kinds = [], ", ".join(SUFFIXES)
     for path in map(Path, paths):
         if path.is_dir():
             files = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
             if not files:
                 raise ValueError(f"the folder {path} holds no {kinds} file")
-            found += sorted((p.relative_to(path).as_posix(), p) for p in files)
+            found += sorted(files, key=lambda p: p.relative_to(path).as_posix())
         elif not path.exists():
             raise ValueError(f"the source {path} does not exist")
         elif path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"the source {path} is none of {kinds}, nor a folder of them")
         else:
-            found.append((path.name, path))
+            found.append(path)
     return found
 
 
-def read_documents(files: list[tuple[str, Path]], text_field: str, work: Path) -> Iterator[tuple[str, str]]:
-    """Yields (name, text) of every document that is not empty in the files of find_files. `work` is for
-    temporary files. Raises ValueError, one sentence that names the file, if one cannot be read."""
+def read_documents(files: Iterable[Path], text_field: str, work: Path) -> Iterator[str | None]:
+    """Yields the text of every document in the files of find_files. `work` is for temporary files. Raises
+    ValueError, one sentence that names the file, if one cannot be read."""
     import pyarrow
-    empty = True
-    for name, path in files:
+    for path in files:
         try:
-            for number, text in enumerate(_read_file(path, text_field, work)):
-                if text:
-                    empty = False
-                    yield f"{name}:{number}", text
-        # bytes that are not UTF-8 or not parquet are ValueErrors, a text of more than 2 GiB an ArrowException
+            yield from _read_file(path, text_field, work)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: texts must be UTF-8 (iconv -f latin1 -t utf-8 converts them): "
+                             f"{error}") from error
+        # bytes that are not parquet are a ValueError, a text of more than 2 GiB an ArrowException
         except (ValueError, OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{path}: {error}") from error
-    if empty:
-        raise ValueError("the source holds no text")
 
 
 def _read_file(path: Path, text_field: str, work: Path) -> Iterator[str | None]:
@@ -326,19 +323,18 @@ def _json_field(line: str, field: str, number: int) -> str:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number} is not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+    if not isinstance(row, dict) or not isinstance(row.get(field, 0), str | None):
         raise ValueError(f"line {number} has no string field {field!r} (see --text-field)")
-    return without_half_characters(row[field])
+    return without_half_characters(row[field] or "")
 
 
-def read_hub(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yields (name, text) of every document of --dataset that is not empty, as they are downloaded. Raises
-    ValueError, one sentence, if it cannot be read."""
-    empty = True
+def read_hub(args: argparse.Namespace) -> Iterator[str | None]:
+    """Yields the text of every document of --dataset, as they are downloaded. Raises ValueError, one
+    sentence, if it cannot be read."""
     try:
         rows = import_datasets().load_dataset(args.dataset, args.config, split=args.split or "train",
                                               revision=args.revision, streaming=True)
-        for number, row in enumerate(rows):
+        for row in rows:
             if args.text_field not in row:
                 raise ValueError(f"there is no field {args.text_field!r} among {', '.join(row)} (see "
                                  "--text-field)")
@@ -346,13 +342,9 @@ def read_hub(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             if not isinstance(text, str | None):
                 raise ValueError(f"the field {args.text_field!r} holds {type(text).__name__}, not strings "
                                  "(see --text-field)")
-            if text:
-                empty = False
-                yield f"{args.dataset}:{number}", text
+            yield text
     except Exception as error:  # the errors of the hub and of its formats share no base class
         raise ValueError(f"the dataset {args.dataset}: {error or type(error).__name__}") from error
-    if empty:
-        raise ValueError(f"the split {args.split or 'train'} of the dataset {args.dataset} holds no text")
 
 
 def load_documents(args: argparse.Namespace, work: Path, nfc: bool = False):
@@ -388,8 +380,13 @@ def load_documents(args: argparse.Namespace, work: Path, nfc: bool = False):
 
 def _rows(args: argparse.Namespace, files: tuple, work: Path, nfc: bool) -> Iterator[dict]:
     documents = read_documents(files, args.text_field, work) if files else read_hub(args)
-    for _, text in itertools.islice(documents, args.max_documents):
+    empty = True
+    for text in itertools.islice(filter(None, documents), args.max_documents):
+        empty = False
         yield {"text": unicodedata.normalize("NFC", text) if nfc else text}
+    if empty:
+        source = "source" if files else f"split {args.split or 'train'} of the dataset {args.dataset}"
+        raise ValueError(f"the {source} holds no text")
 
 
 def cut(text, val_fraction: float) -> tuple:

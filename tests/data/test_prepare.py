@@ -456,9 +456,10 @@ def test_no_text_is_one_sentence(prepare_here, tmp_path):
 
 @pytest.fixture
 def hub_folder(tmp_path):
-    """A folder as those of the hub: two splits, one of them in two files."""
+    """A folder as those of the hub: three splits, one of them in two files, and one without text."""
     (tmp_path / "hub").mkdir()
-    files = {"train-0": ["one", "δύο", None], "train-1": ["", "three", "four"], "test-0": ["x", "y"]}
+    files = {"train-0": ["one", "δύο", None], "train-1": ["", "three", "four"], "test-0": ["x", "y"],
+             "validation-0": [""]}
     for file, texts in files.items():
         rows = "".join(json.dumps({"n": 1, "body": text}) + "\n" for text in texts)
         (tmp_path / "hub" / f"{file}.jsonl").write_text(rows)
@@ -483,6 +484,7 @@ def test_a_dataset_by_name_is_streamed(prepare_here, hub_folder, tmp_path, argum
     ([], "there is no field 'text' among n, body (see --text-field)"),
     (["--text-field", "n"], "the field 'n' holds int, not strings"),
     (["--text-field", "body", "--split", "other"], "other"),
+    (["--text-field", "body", "--split", "validation"], "the split validation of the dataset /"),
     (["--text-field", "body", "--config", "large"], "large"),
     (["--dataset", "nobody/nothing"], "the dataset nobody/nothing: ")])
 def test_a_dataset_that_cannot_be_read_is_one_sentence(prepare_here, hub_folder, existing, arguments, reason):
@@ -499,8 +501,9 @@ def test_a_dataset_is_asked_for_as_it_was_named(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or [
         {"content": "a"}, {"content": None}, {"content": "b"}])
-    args = argparse.Namespace(dataset="a/b", config="el", split=None, revision="v1", text_field="content")
-    assert [text for _, text in common.read_hub(args)] == ["a", "b"]
+    args = argparse.Namespace(dataset="a/b", config="el", split=None, revision="v1", text_field="content",
+                              max_documents=None)
+    assert list(common._rows(args, (), tmp_path, nfc=False)) == [{"text": "a"}, {"text": "b"}]
     assert asked == [(("a/b", "el"), {"split": "train", "revision": "v1", "streaming": True})]
 
 
@@ -509,12 +512,13 @@ def test_a_dataset_is_asked_for_as_it_was_named(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def documents_in(tmp_path_factory):
-    """documents_in(paths, text_field="text") -> [(name, text)], read in this process."""
+    """documents_in(paths, text_field="text") -> the texts, read in this process."""
     work = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("USE_TORCH", "0")
-        yield lambda paths, text_field="text": list(
-            common.read_documents(common.find_files([str(path) for path in paths]), text_field, work))
+        args = argparse.Namespace(text_field="text", max_documents=None)
+        yield lambda paths: [row["text"] for row in common._rows(
+            args, tuple(common.find_files([str(path) for path in paths])), work, nfc=False)]
 
 
 FILES = {
@@ -534,6 +538,7 @@ FILES = {
     "Mixed.JsonL": (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
     "halves.jsonl": (b'{"text": "a\\ud83d b\\ud83d\\ude42"}\n', ["a\ufffd b🙂"]),
     "empty_rows.jsonl": (b'\n{"text": ""}\n \n{"text": "a"}\n', ["a"]),
+    "null.jsonl": (b'{"text": "a"}\n{"text": null}\n{"text": "b"}\n', ["a", "b"]),
 }
 
 
@@ -543,16 +548,16 @@ def test_documents_are_read_as_they_are(documents_in, tmp_path, file):
     (tmp_path / file).write_bytes(data)
     (tmp_path / "last.txt").write_text("last")
     documents = documents_in([tmp_path / file, tmp_path / "last.txt"])
-    assert [text for _, text in documents] == [*expected, "last"]
+    assert documents == [*expected, "last"]
 
 
 def test_a_long_jsonl_keeps_its_rows_in_order(documents_in, tmp_path):
     """It is longer than the 10 MB that `datasets` reads at a time."""
     texts = [f"{i} " * 100 for i in range(40_000)]
-    assert [text for _, text in documents_in([write_jsonl(tmp_path / "long.jsonl", texts)])] == texts
+    assert documents_in([write_jsonl(tmp_path / "long.jsonl", texts)]) == texts
 
 
-def test_names_and_order_do_not_depend_on_the_folder(documents_in, tmp_path):
+def test_the_order_does_not_depend_on_the_folder(documents_in, tmp_path):
     found = []
     for folder, order in (("one", 1), ("two/deeper", -1)):
         place = tmp_path / folder
@@ -561,8 +566,8 @@ def test_names_and_order_do_not_depend_on_the_folder(documents_in, tmp_path):
             (place / name).write_text(f"text of {name}")
         write_jsonl(place / "rows.jsonl", ["x", "y"])
         found.append(documents_in([place]))
-    names = ["a.txt:0", "b.txt:0", "rows.jsonl:0", "rows.jsonl:1", "sub.txt:0", "sub/a.txt:0"]
-    assert found[0] == found[1] and [name for name, _ in found[0]] == names
+    a, b, *rest = (f"text of {name}" for name in ("a.txt", "b.txt", "sub.txt", "sub/a.txt"))
+    assert found[0] == found[1] == [a, b, "x", "y", *rest]
 
 
 # User errors: one sentence, exit status 1, the dataset that was there untouched
@@ -602,19 +607,21 @@ def parquet(**columns):
     return file.getvalue()
 
 
+NOT_UTF8 = "texts must be UTF-8 (iconv -f latin1 -t utf-8 converts them)"
 BAD_FILES = {
     "missing.txt": (None, "does not exist"),
     "picture.png": (b"", ".jsonl"),
     "empty.txt": (b"", "no text"),
-    "latin.txt": (b"caf\xe9", "latin.txt: 'utf-8' codec"),
+    "latin.txt": (b"caf\xe9", f"latin.txt: {NOT_UTF8}"),
+    "little.txt": ("\N{BYTE ORDER MARK}a".encode("utf-16-le"), f"little.txt: {NOT_UTF8}"),
+    "big.txt": ("\N{BYTE ORDER MARK}a".encode("utf-16-be"), f"big.txt: {NOT_UTF8}"),
     "empty.jsonl": (b"\n", "no text"),
     "broken.jsonl": (b'{"text": "a"}\n{"text"\n', "broken.jsonl: line 2 is not JSON"),
     "deep.jsonl": (b'{"text": "a"}\n' + b"[" * 100_000, "deep.jsonl: line 2 is not JSON"),
     "field.jsonl": (b'{"body": "a"}\n', "field.jsonl: line 1 has no string field 'text' (see --text-field)"),
     "number.jsonl": (b'\n{"text": 3}\n', "number.jsonl: line 2"),
-    "null.jsonl": (b'{"text": "a"}\n{"text": null}\n', "null.jsonl: line 2"),
     "list.jsonl": (b"[1]\n", "list.jsonl: line 1"),
-    "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl: 'utf-8' codec"),
+    "latin.jsonl": (b'{"text": "caf\xe9"}\n', f"latin.jsonl: {NOT_UTF8}"),
     "broken.parquet": (b"PAR1 no", "broken.parquet: Parquet file size is 7 bytes"),
     "cut.parquet": (parquet(text=["a" * 99])[:-9], "cut.parquet: "),
     "numbers.parquet": (parquet(text=[1, 2]), "numbers.parquet: the column 'text' holds int64, not strings"),
