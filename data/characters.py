@@ -19,9 +19,11 @@ def is_plain(text: str | None) -> bool:
 def count_characters(batch: dict) -> dict:
     """{"text": [...]} -> {"code": [...], "count": [...]}: the code points in a batch of texts, and how often
     each occurs."""
-    text, counts = "".join(batch["text"]), np.zeros(0x110000, np.int64)
-    for first in range(0, len(text), size := 1 << 20):
-        counts += np.bincount(code_points(text[first:first + size]), minlength=len(counts))
+    counts = np.zeros(0x110000, np.int64)
+    for text in batch["text"]:
+        for first in range(0, len(text), size := 1 << 20):
+            found = np.bincount(code_points(text[first:first + size]))
+            counts[:len(found)] += found
     codes = counts.nonzero()[0]
     return {"code": codes, "count": counts[codes]}
 
@@ -30,8 +32,8 @@ def collect_alphabet(documents, min_count: int, num_proc: int | None) -> tuple[C
     """The vocabulary of a datasets.Dataset of texts in the form NFC, which it prints, and what meta.json says
     of it. A newline follows each text. Raises ValueError if no character occurs min_count times."""
     counts = np.zeros(0x110000, np.int64)
-    counted = documents.map(count_characters, batched=True, remove_columns=["text"], num_proc=num_proc,
-                            desc="counting characters")
+    counted = documents.map(count_characters, batched=True, batch_size=common.batch_size(documents),
+                            remove_columns=["text"], num_proc=num_proc, desc="counting characters")
     for batch in counted.with_format("numpy").iter(1 << 16):
         np.add.at(counts, batch["code"], batch["count"])
     rare = (0 < counts) & (counts < min_count)
@@ -56,7 +58,8 @@ def write_characters(args: argparse.Namespace, work: Path, plain: bool = False) 
     if plain:
         found = len(documents)
         documents = documents.filter(lambda batch: list(map(is_plain, batch["text"])), batched=True,
-                                     num_proc=args.num_proc, desc="leaving out other characters")
+                                     batch_size=common.batch_size(documents), num_proc=args.num_proc,
+                                     desc="leaving out other characters")
         left_out = found - len(documents)
         print(f"{found:,} documents, {left_out:,} left out for a character outside the 96")
         if not documents:

@@ -29,6 +29,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 SPLIT_SEED = 2357  # nanoGPT's, so that the validation documents of OpenWebText are the same
 VAL_FRACTION = 0.05  # of a text of the user's own, which is small beside OpenWebText
 SOURCE = ("library", "adopted", "paths", "dataset", "config", "split", "revision", "max_documents")
+BATCH_BYTES = 2 ** 28  # of documents that are worked on at once; a batch must have less than 2^31 ids
 FEW_TOKENS = 10_000  # fewer validation tokens than this are worth a remark
 
 # The hub's parquet version (80 files, 8,013,769 documents); the revision keeps the data the same tomorrow.
@@ -372,6 +373,7 @@ def load_documents(args: argparse.Namespace, work: Path, nfc: bool = False):
     try:
         documents = datasets.Dataset.from_generator(
             _rows, features=datasets.Features({"text": datasets.Value("large_string")}), cache_dir=str(work),
+            writer_batch_size=100,  # documents that are kept in memory: they may be books
             gen_kwargs={"args": args, "files": files, "work": work, "nfc": nfc})
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error
@@ -407,6 +409,11 @@ def split_documents(documents, val_fraction: float) -> dict:
     return {"train": both["train"], "val": both["test"]}
 
 
+def batch_size(documents) -> int:
+    """The number of documents that have BATCH_BYTES together, on average; 1000 at most."""
+    return max(1, min(1000, BATCH_BYTES // (1 + documents.data.nbytes // len(documents))))
+
+
 # ---- Writing -----------------------------------------------------------------------------------------------
 
 
@@ -422,12 +429,10 @@ def write_documents(args: argparse.Namespace, work: Path, documents, tokenizer: 
     """Splits the documents, tokenizes them and writes the dataset."""
     datasets = import_datasets()
     features = datasets.Features({"ids": datasets.Sequence(datasets.Value(tokenizer.dtype))})
-    mean = documents.data.nbytes // len(documents)
-    batch_size = max(1, min(1000, 2 ** 28 // (1 + mean)))   # a batch must have less than 2^31 ids
-    ids = {}
+    size, ids = batch_size(documents), {}
     for split, texts in split_documents(documents, args.val_fraction).items():
         encoded = texts.map(encode_documents, fn_kwargs={"tokenizer": tokenizer}, batched=True,
-                            batch_size=batch_size, writer_batch_size=batch_size, remove_columns=["text"],
+                            batch_size=size, writer_batch_size=size, remove_columns=["text"],
                             features=features, num_proc=args.num_proc, desc=f"tokenizing {split}")
         ids[split] = _shards(encoded, f"writing {split}.bin")
     source = source | {"documents": len(documents), "val_fraction": args.val_fraction}

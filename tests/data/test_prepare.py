@@ -394,6 +394,28 @@ def test_the_bytes_of_a_small_text(prepare_here, tmp_path, capsys):
     assert "7 characters, 3 different ones in the vocabulary\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["chars", "openwebtext_char --ascii"])
+def test_a_batch_of_large_documents_is_few(prepare_here, monkeypatch, tmp_path, name):
+    """Of 401 bytes and their places in the table, 409: two in a batch of 1,000 bytes."""
+    import datasets
+
+    sizes, functions = [], {f: getattr(datasets.Dataset, f) for f in ("map", "filter")}
+
+    def recorded(function):
+        def call(self, *args, batch_size=1000, **options):
+            sizes.append(batch_size)
+            return functions[function](self, *args, batch_size=batch_size, **options)
+        return call
+    for function in functions:
+        monkeypatch.setattr(datasets.Dataset, function, recorded(function))
+    monkeypatch.setattr(common, "BATCH_BYTES", 1000, raising=False)
+    texts = [f"{i:0401}" for i in range(10)]
+    source = write_jsonl(tmp_path / "texts.jsonl", texts)
+    prepare_here(*name.split(), "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1)
+    assert len(sizes) > 2 and set(sizes) == {2}
+    assert sorted("".join(texts_of(tmp_path / "out").values()).splitlines()) == texts
+
+
 def test_a_mark_that_is_rare_itself_stays(prepare_here, tmp_path):
     source = write_jsonl(tmp_path / "texts.jsonl", ["aaab", "bba\ufffd", "ab"])
     prepare_here("chars", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1,
