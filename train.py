@@ -208,20 +208,6 @@ num_routers, experts_per_router = len(raw_model.routers()), num_experts or ffn_e
 
 # ---- Checkpoints, torch.compile, DDP -----------------------------------------------------------------------
 
-def any_signal() -> int:
-    """The number of a signal that any rank has received, or 0. A collective."""
-    return int(all_reduce_max(signals.received))
-
-
-def save_checkpoint(val_loss: float | None = None) -> None:
-    """Writes all that a run needs to go on, if the disk takes it."""
-    if master:
-        contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict(), model_args=model_args, config=config,
-                        tokenizer=meta["tokenizer"], seed=seed, **dataclasses.asdict(progress))
-        checkpoints.save(contents, val_loss, logger)
-
-
 src_rank = or_fail(checkpoints.open, init_from)  # rank with the checkpoint; locks out_dir, renames old files
 resuming = checkpoints.resumes
 progress = Progress(**digests) if src_rank is None else or_fail(
@@ -278,6 +264,11 @@ if 0 < max_iters < warmup_iters:
 lr, lr_before = (learning_rate_at(progress.iteration, c) for c in (config, config | checkpoints.settings))
 if not math.isclose(lr, lr_before):
     print0(f"  the learning rate jumps to {lr:.3g}; by the checkpoint's settings it would be {lr_before:.3g}")
+
+
+def any_signal() -> int:
+    """The number of a signal that any rank has received, or 0. A collective."""
+    return int(all_reduce_max(signals.received))
 
 
 def balance_routers() -> None:
@@ -338,6 +329,15 @@ def next_loss_is_finite() -> bool:
 def log_point(kind: str, at: Progress = progress, **values) -> None:
     """A point of the log. Tokens and FLOPs include iteration `iter` in 'train' and 'skip', not in 'eval'."""
     logger.log(type=kind, iter=at.iteration, tokens=at.tokens, flops=at.flops, **values)
+
+
+def save_checkpoint(val_loss: float | None = None) -> None:
+    """Writes all that a run needs to go on, if the disk takes it."""
+    if master:
+        contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict(), model_args=model_args, config=config,
+                        tokenizer=meta["tokenizer"], seed=seed, **dataclasses.asdict(progress))
+        checkpoints.save(contents, val_loss, logger)
 
 
 def evaluate_and_save() -> None:

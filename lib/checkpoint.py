@@ -48,7 +48,8 @@ class Checkpoints:
 
     Rank 0 writes them, on its own node. The nodes may share out_dir or have one each, and rank 0 may be on
     another node the next time: the first rank of every node looks for checkpoints, and the newest is that of
-    all. open() and load() are collectives, which raise ValueError on every rank or on none.
+    all. start_settings(), open() and load(), to be called in this order, are collectives, which raise
+    ValueError on every rank or on none.
 
     saved_at      iteration of the last checkpoint, None before there is one
     place         where that is
