@@ -58,7 +58,7 @@ def fail(message: str) -> NoReturn:
 
 
 def print_once(text: str, stream: TextIO) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes of a machine, under torchrun
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine under torchrun
         print(text, file=stream)
 
 
@@ -127,9 +127,9 @@ def coerce(key: Key, value: object) -> object:
         return type(x) in (int, float) and abs(x) <= sys.float_info.max
 
     value = value.item() if getattr(value, "shape", None) == () else value  # numpy's
-    or_none = ", or None" * key.optional
-    if value is None and or_none:
+    if value is None and key.optional:
         return None
+    or_none = ", or None" * key.optional
     if is_number(value) and (key.type is float or key.type is int and value == int(value)):
         value = key.type(value)
     elif key.type is tuple and type(value) in (tuple, list) and all(map(is_number, value)):

@@ -223,8 +223,8 @@ class LayerConfig:
     def check_experts(self, name: str) -> None:
         """Raises ValueError for a number of experts, the field `name`, or a top_k that make no mixture."""
         experts = getattr(self, name)
-        if experts < 0 or experts == 1:
-            raise ValueError(f"{name} must be 0, for none, or at least 2; got {experts}")
+        if not (experts == 0 or 2 <= experts < 2 ** 15):  # sorted as 16-bit integers
+            raise ValueError(f"{name} must be below 32768 and 0, for none, or at least 2; got {experts}")
         if experts and not 1 <= self.top_k <= experts:
             raise ValueError(f"top_k must be between 1 and {name} = {experts}; got {self.top_k}")
 

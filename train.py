@@ -151,6 +151,8 @@ dtype = choose_dtype(dtype, device_type)
 backend = backend or ("nccl" if device_type == "cuda" else "gloo")
 amp = autocast(device_type, dtype)
 or_fail(distributed.connect, backend)
+of_each_rank = dict(out_dir=None, dataset=None, device=None, init_from=os.path.basename(init_from))
+or_fail(distributed.require_same, config | of_each_rank | dict(torch=torch.__version__))
 or_fail(kernels.use_kernel, kernel, device_type, dtype)
 compile = or_fail(choose_compile, compile, device)
 
@@ -174,10 +176,8 @@ batches = or_fail(lambda: Batches(
     splits, block_size=block_size, batch_size=batch_size, seed=seed, sequences=sequences_per_iter,
     val_windows=validation_windows(settings), device=device))
 digests = dict(trained_on=batches.train_digest(), measured_on=batches.val_digest())
-same = {key: value for key, value in config.items() if key not in ("out_dir", "dataset", "device")}
-or_fail(distributed.require_same, same | digests | dict(tokenizer=meta["tokenizer"], torch=torch.__version__))
-# every id of both files is read once; the processes of a machine share the work
-or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_size)
+or_fail(distributed.require_same, digests | dict(tokenizer=meta["tokenizer"]))
+or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_size)  # of every id
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
@@ -194,8 +194,7 @@ def make_model() -> GPT:
         torch.manual_seed(seed)
         return GPT(gpt_config).to(device)
     except (RuntimeError, MemoryError, OverflowError) as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"this model cannot be made here: {reason}") from None
+        raise ValueError(f"this model cannot be made here: {(str(e) or repr(e)).splitlines()[0]}") from None
 
 raw_model = or_fail(make_model)
 if gpt2_folder:
@@ -416,6 +415,7 @@ read_results()
 saved = all_reduce_max(float(checkpoints.saved_at == progress.iteration))
 if stop_signal and not saved and next_loss_is_finite():
     save_checkpoint()
+    any_signal()  # the other ranks wait for rank 0's file: torchrun gives it little time after their ends
 signals.stop_deferring(handled=stop_signal)
 if stop_signal:
     print0(f"stopped by {signal.Signals(stop_signal).name} at iteration {progress.iteration}: "

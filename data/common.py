@@ -290,7 +290,7 @@ def read_documents(files: Iterable[Path], text_field: str, work: Path) -> Iterat
         try:
             yield from _read_file(path, text_field, work)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: texts must be UTF-8 (iconv -f latin1 -t utf-8 converts them): "
+            raise ValueError(f"{path}: texts must be UTF-8 (iconv -f ENCODING -t utf-8 converts them): "
                              f"{error}") from error
         # bytes that are not parquet are a ValueError, a text of more than 2 GiB an ArrowException
         except (ValueError, OSError, pyarrow.ArrowException) as error:

@@ -314,8 +314,8 @@ def read_checkpoint(path: str, needed: dict[str, type] = CONTENTS) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}: train one first (--init_from=scratch), or give "
-                         "another --out_dir") from None
+        raise ValueError(f"there is no checkpoint {path}: train one first (--init_from=scratch), or name "
+                         "another one, such as an --out_dir") from None
     except (PermissionError, IsADirectoryError) as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from None
     except Exception as e:

@@ -1,7 +1,7 @@
 """The ranks of a run, as torchrun starts them.
 
-connect, all_reduce_*, gather, broadcast* and on_all_ranks are collectives: every rank must call them.
-Before connect(), and so without DDP, they act on this process alone.
+connect, all_reduce_*, gather, broadcast*, on_all_ranks and require_same are collectives: every rank must call
+them. Before connect(), and so without DDP, they act on this process alone.
 """
 import os
 import re
@@ -144,13 +144,14 @@ def on_all_ranks(function, *args):
 
 def require_same(values: dict) -> None:
     """Raises ValueError, which names them, where ranks differ in the values of a dict."""
-    everyone = gather(values)
-    different = [key for key in values if any(other[key] != values[key] for other in everyone)]
-    if different:
-        on = ["; ".join(f"{key} = {str(other[key])[:80]}" for key in different) for other in everyone]
-        other = next(i for i, text in enumerate(on) if text != on[0])
-        raise ValueError(f"the processes differ: {on[0]} on rank 0, and {on[other]} on rank {other}; all "
-                         "need the same command, data and versions")
+    first, *others = gather(values)
+    for rank, other in enumerate(others, 1):
+        keys = [key for key in first | other if first.get(key) != other.get(key)]
+        if keys:
+            on_first, on_other = ("; ".join(f"{key} = {str(there.get(key))[:80]}" for key in keys)
+                                  for there in (first, other))
+            raise ValueError(f"the processes differ: {on_first} on rank 0, and {on_other} on rank {rank}; "
+                             "all need the same command, data and versions")
 
 
 def excepthook(kind, error, traceback) -> None:

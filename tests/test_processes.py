@@ -165,12 +165,18 @@ def with_another_rate():
     second_rank("--learning_rate=0.5")
 
 
+def with_a_longer_start():
+    second_rank("--init_from=" + "x" * 100 + os.environ["RANK"] + ".pt")
+
+
 def with_other_data():
     second_rank(f"--dataset={os.environ['OTHER']}")
 
 
 @pytest.mark.parametrize("before, word", [(with_another_rate, "learning_rate = 0.5 on rank 1"),
-                                          (with_other_data, "trained_on = ")], ids=["settings", "data"])
+                                          (with_a_longer_start, "init_from = xxx"),
+                                          (with_other_data, "trained_on = ")],
+                         ids=["settings", "start", "data"])
 def test_processes_that_differ_do_not_train(before, word, run, flags, python_text, tmp_path):
     """On two nodes it may be an old config file, or another Python's library in data/python_char."""
     other = shutil.copytree(python_text, tmp_path / "other")

@@ -273,10 +273,12 @@ class StructuredGPTForCausalLM(PreTrainedModel, GenerationMixin):
                                         hidden_states=tuple(states) if output_hidden_states else None)
         return output if return_dict else output.to_tuple()
 
-    def generate(self, *args, stopping_criteria=None, **kwargs):
-        """GenerationMixin.generate, but a text also ends when it has block_size tokens, its prompt's too."""
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, stopping_criteria=None,
+                 **kwargs):
+        """GenerationMixin.generate, but texts also end when they have block_size tokens, prompts and padding
+        included."""
         ends = StoppingCriteriaList([*(stopping_criteria or ()), EndOfPositions(self.config.block_size)])
-        return super().generate(*args, stopping_criteria=ends, **kwargs)
+        return super().generate(inputs, generation_config, logits_processor, ends, **kwargs)
 
 
 def find_positions(attention_mask: Tensor | None, past: int, T: int, device) -> Tensor:

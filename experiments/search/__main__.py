@@ -154,7 +154,7 @@ def run() -> int:
     with studies.study_lock(out):
         found = studies.open_study(storage, study, out, expiry=expiry, create=True,
                                    sampler=studies.make_sampler(sampler, sampler_seed),
-                                   pruner=studies.make_pruner(pruner, first_rung, reduction, evals))
+                                   pruner=studies.make_pruner(pruner, first_rung, reduction))
         studies.begin(found, space, named, first_rung)
         if again := studies.retry_failed(found):
             print(f"{again} trials that have failed are tried again")

@@ -58,7 +58,7 @@ def make_sampler(kind: str, seed: int | None = None) -> optuna.samplers.BaseSamp
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=12)
 
 
-def make_pruner(kind: str, first_rung: int, reduction: int, evals: int) -> optuna.pruners.BasePruner:
+def make_pruner(kind: str, first_rung: int, reduction: int) -> optuna.pruners.BasePruner:
     """'halving' or 'none'. The resource is the number of evaluations."""
     if kind == "halving":
         return optuna.pruners.SuccessiveHalvingPruner(first_rung, reduction)

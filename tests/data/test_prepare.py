@@ -629,7 +629,7 @@ def parquet(**columns):
     return file.getvalue()
 
 
-NOT_UTF8 = "texts must be UTF-8 (iconv -f latin1 -t utf-8 converts them)"
+NOT_UTF8 = "texts must be UTF-8 (iconv -f ENCODING -t utf-8 converts them)"
 BAD_FILES = {
     "missing.txt": (None, "does not exist"),
     "picture.png": (b"", ".jsonl"),

@@ -302,7 +302,7 @@ def test_importances_say_which_parameter_decides():
 @pytest.mark.parametrize("kind", ["halving", "none"])
 def test_pruners_decide_at_the_rungs(kind):
     """Successive halving: one in `reduction` goes on at 2, 4, 8 ... evaluations."""
-    study, ends = make_study(pruner=make_pruner(kind, 2, 2, 8)), Counter()
+    study, ends = make_study(pruner=make_pruner(kind, 2, 2)), Counter()
     for i in range(32):
         trial = study.ask()
         for step in range(1, 9):
