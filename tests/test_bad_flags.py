@@ -33,11 +33,11 @@ log_interval=0 log_interval=-1 max_iters=-1 max_iters=1e18 warmup_iters=-1 lr_de
 max_skipped=0 max_skipped=-1 learning_rate=-1 learning_rate=1e300 min_lr=-1 min_lr=1 weight_decay=-0.1
 weight_decay=1e40 beta1=1 beta1=-0.1 beta2=1 beta2=2 grad_clip=-1 dropout=1 dropout=-0.1 dropout=2 seed=-1
 seed=99999999999999999999999 mup_base_width=0 mup_base_width=-1 aux_loss_weight=-1 router_balance_rate=-1
-num_experts=1 num_experts=-1 ffn_experts=1 ffn_experts=-3
+num_experts=1 num_experts=-1 ffn_experts=1 ffn_experts=-3 num_experts=32768 ffn_experts=1000000000
 """.split()
 
 TOO_LARGE = """
-n_layer=1000000000 n_embd=100000000 n_embd=1073741824 num_experts=1000000000 ffn_experts=1000000000
+n_layer=1000000000 n_embd=100000000 n_embd=1073741824
 """.split()
 
 NO_SUCH_CHOICE = """
