@@ -122,7 +122,7 @@ def read_prompts(path: str) -> list[str]:
     return found
 
 
-def encode(text: str, what: str, function=tok.encode) -> list[int]:
+def encode(text: str, what: str, function=tok.encode) -> list[int] | np.ndarray:
     try:
         return function(text)
     except ValueError as e:
