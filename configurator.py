@@ -87,7 +87,7 @@ def read_keys(path: str) -> dict[str, Key]:
             name, kind = ast.unparse(node.target), read_type(ast.unparse(node.annotation))
             key = Key(name, *kind, ast.literal_eval(node.value), heading, comment)
             keys[name] = key._replace(default=coerce(key, key.default))
-    raise ValueError(f"{path} does not call configure() at module level")
+    raise ValueError(f"{path} does not call configure()")
 
 
 def read_type(annotation: str) -> tuple[type, bool, tuple, tuple]:
@@ -199,7 +199,7 @@ def run_file(arg: str, path: str, keys: dict[str, Key], config: dict, given: set
     for node in tree.body[ast.get_docstring(tree) is not None:]:
         v = getattr(node, "value", node)  # a call, such as print(...), may do what it likes
         if v is None or type(node) is ast.Expr and (type(v) is not ast.Call or ast.unparse(v.func) == "dict"):
-            fail(f"{show(arg)[1:-1]} line {node.lineno} sets no key: write key = value")  # JSON, a == 1
+            fail(f"{show(arg)[1:-1]} line {node.lineno} sets no key: write key = value")  # JSON, say
     stored = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
     lines = dict.fromkeys(keys, "") | {node.id: f" line {node.lineno}" for node in stored}
     for name, line in lines.items():

@@ -37,7 +37,7 @@ class GPTConfig(LayerConfig):
     layers: str = "all"             # which projections are structured: 'all', 'attn', 'mlp'; others are dense
     ffn_experts: int = 0            # standard MoE: experts that are whole MLPs
     qk_norm: bool = True            # layer norm of queries and keys, per head
-    # φ of q, k, v and γ of o are the heads; None: for monarch and btt where num_experts is 0
+    # φ of q, k, v and γ of o are the heads; None: for monarch and btt, unless num_experts or layers = "mlp"
     head_aligned: bool | None = None
     gelu: str = "exact"             # or its 'tanh' approximation
     norm_eps: float = 1e-5          # of every layer norm
@@ -106,8 +106,8 @@ def apply_layer(layer: nn.Module, x: Tensor, aux: list | None, logits: Tensor | 
         return layer(x)
     if aux is None:
         return layer(x, logits=logits)
-    y, report = layer(x, return_aux=True, logits=logits)
-    aux.append(report)
+    y, layer_aux = layer(x, return_aux=True, logits=logits)
+    aux.append(layer_aux)
     return y
 
 
@@ -218,10 +218,10 @@ class MLPExperts(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        d, experts, own = config.n_embd, config.ffn_experts, layer_config(config, "mlp")
+        d, E, layer = config.n_embd, config.ffn_experts, layer_config(config, "mlp")
         self.gelu = gelu(config)
-        self.up = structured.make_experts(own, experts, d, 4 * d)
-        self.down = structured.make_experts(own, experts, 4 * d, d, zero_init=True)
+        self.up = structured.make_experts(layer, E, d, 4 * d)
+        self.down = structured.make_experts(layer, E, 4 * d, d, zero_init=True)
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         return self.down(self.gelu(self.up(rows, ends)), ends)
@@ -316,8 +316,8 @@ class GPT(nn.Module):
         layers = [m for b in self.blocks for m in (b.attn.q, b.attn.k, b.attn.v, b.attn.o, b.mlp)]
         flops = sum(m.flops_per_token() for m in layers)
         flops += self.config.n_layer * 4 * self.config.block_size * self.config.n_embd
-        head = 2 * self.wte.weight.numel() if self.lm_head is None else self.lm_head.flops_per_token()
-        return flops + head if output_layer else flops
+        last = 2 * self.wte.weight.numel() if self.lm_head is None else self.lm_head.flops_per_token()
+        return flops + last if output_layer else flops
 
     def num_params(self, active: bool = False) -> int:
         """Number of parameters; `active`: see num_params below."""

@@ -56,7 +56,7 @@ from model import load_checkpoint
 
 if eval is not None:
     mode, unused = "with --eval", {"start", "prompts", "num_samples", "max_new_tokens", "temperature",
-                                   "top_k", "top_p", "stop", "stop_at_end"}
+                                   "top_k", "top_p", "stop", "stop_at_end", "seed"}
 elif prompts is not None:
     mode, unused = "with --prompts", {"start", "window", "stride"}
 else:
@@ -164,7 +164,7 @@ class Continuation:
         self.decode, self.before_stop = tok.decoder(after=prompt), StopText(stop)
 
     def add(self, token: int) -> str:
-        """The text that this token completes."""
+        """The text that this token completes; "" for the prompt's own tokens, and after the end."""
         if self.unread or not self.left:
             self.unread = max(0, self.unread - 1)
             return ""

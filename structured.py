@@ -224,7 +224,7 @@ class LayerConfig:
         """Raises ValueError for a number of experts, the field `name`, or a top_k that make no mixture."""
         experts = getattr(self, name)
         if not (experts == 0 or 2 <= experts < 2 ** 15):  # sorted as 16-bit integers
-            raise ValueError(f"{name} must be below 32768 and 0, for none, or at least 2; got {experts}")
+            raise ValueError(f"{name} must be 0 (no experts), or at least 2 and below 32768; got {experts}")
         if experts and not 1 <= self.top_k <= experts:
             raise ValueError(f"top_k must be between 1 and {name} = {experts}; got {self.top_k}")
 
@@ -268,9 +268,9 @@ class Structured(nn.Module):
         return math.sqrt(min(fan_in, fan_out)) / fan_in
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
-        """{parameter name: factor on the learning rate} for Adam: d0 / (n · fan_in) for one of n, else 1.
+        """{parameter name: factor on Adam's learning rate}: d0 / (n · fan_in) for each of n cores, else 1.
 
-        Where a norm follows, times the initial rms of the output: changes count relative to it (docs/mup.md).
+        Where a norm follows, times the output's initial rms, the product of the cores' growth (docs/mup.md).
         """
         growth = [math.sqrt(min(fan_in, fan_out) / fan_in) for fan_in, fan_out in self._fans.values()]
         count, rms = (len(growth), math.prod(growth)) if self.cores_multiply else (1, growth[0])
@@ -332,8 +332,8 @@ class Einsum(Structured):
         elif ends is None:  # the operator wants a leading E, here 1
             y = kernels.einsum(rows, *(core[None] for core in cores), self.contraction, self.b_first)[0]
         else:
-            experts = torch.searchsorted(ends, torch.arange(len(rows), device=x.device), right=True)[:, None]
-            y = kernels.einsum(rows, *cores, self.contraction, self.b_first, experts=experts)[0]
+            expert = torch.searchsorted(ends, torch.arange(len(rows), device=x.device), right=True)[:, None]
+            y = kernels.einsum(rows, *cores, self.contraction, self.b_first, experts=expert)[0]
         return self.add_bias(y.view(*x.shape[:-1], self.d_out), ends)
 
     def mixture(self, x: Tensor, balance: Tensor, top_k: int, **routing) -> tuple[Tensor, ...]:
@@ -407,8 +407,8 @@ class Dyad(Structured):
         shape, fans = (D, d_out // D, d_in // D), (2 * d_in // D, 2 * d_out // D)
         super().__init__(d_in, d_out, dict(wl=shape, wu=shape), dict(wl=fans, wu=fans), config, **kwargs)
         self.blocks, self.variant = D, variant
-        if zero_init:  # both terms end the branch
-            nn.init.zeros_(self.wl), nn.init.zeros_(self.wu)
+        for core in (self.wl, self.wu) if zero_init else ():  # W is their sum: both start at zero
+            nn.init.zeros_(core)
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         D, lead, T = self.blocks, x.shape[:-1], x.numel() // self.d_in

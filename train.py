@@ -16,7 +16,7 @@ from lib.terminal import prepare_output
 
 # I/O
 out_dir: str | None = None              # for checkpoints and log.jsonl; None: out-<names of the config files>
-init_from: str = "scratch"              # scratch; resume; auto (resume if it can); or *.pt, gpt2, a FOLDER
+init_from: str = "scratch"              # scratch, resume, auto (resume if it can), *.pt, gpt2, GPT-2's folder
 eval_interval: PositiveInt = 2000       # iterations between evaluations; each writes a checkpoint
 checkpoint_interval: PositiveInt = 500  # iterations between checkpoints, besides those of evaluations
 eval_iters: PositiveInt = 200           # batches of batch_size in an evaluation, if eval_tokens is None
@@ -39,23 +39,23 @@ n_embd: PositiveInt = 768               # width
 dropout: UnitFloat = 0.0                # for pretraining 0 is good
 bias: bool = False                      # biases in projections and layer norms
 struct: str = "dense"                   # dense, low_rank, kronecker, monarch, tt, btt, einsum or dyad
-rank: PositiveInt | None = None         # ρ; None: d^θρ, but with experts 1 (low_rank: d / E; einsum: d^θρ)
+rank: PositiveInt | None = None         # ρ; None: d^θρ; with experts 1, but low_rank d / E, einsum d^θρ
 theta: tuple | None = None              # exponents of alpha beta gamma delta epsilon phi rho, for 'einsum'
 layers: Literal["all", "attn", "mlp"] = "all"  # which projections have the structure; others are dense
 num_experts: NonNegativeInt = 0         # experts inside every structured projection; 0: no experts
 top_k: PositiveInt = 2                  # experts that each token uses
 ffn_experts: NonNegativeInt = 0         # standard MoE: experts that are whole MLPs; 0: none
 aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 · z loss), mean over routers
-router_balance_rate: NonNegativeFloat = 0.0  # step size of the experts' biases; 0: none, no calibration
+router_balance_rate: NonNegativeFloat = 0.0  # step size of router biases that even out the load; 0: none
 weight_norm: bool | None = None         # cap each core's rms at its init_std; None: for all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
-head_aligned: bool | None = None        # φ of q, k, v, γ of o = n_head; None: monarch, btt, num_experts 0
+head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt without experts
 dyad_blocks: PositiveInt = 4            # of struct 'dyad': blocks of each of its two matrices
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # what it permutes: 'it' inputs, 'ot' outputs, 'dt' both
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width; others have a factor
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
 mup_base_width: PositiveInt = 128       # d0: a dense layer of width d learns at learning_rate · d0 / d
-mup: bool = True                        # False (from GPT-2): one rate for all; init and scales stay
+mup: bool = True                        # False: one rate for all, as from GPT-2; init and scales stay
 max_iters: NonNegativeInt = 600000      # iterations
 weight_decay: NonNegativeFloat = 0.1    # each iteration multiplies every matrix by 1 - lr · weight_decay
 beta1: UnitFloat = 0.9                  # decay of the first moment
@@ -73,7 +73,7 @@ device: str | None = None               # 'cuda', 'cuda:1', 'mps', 'cpu'; None: 
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 if a GPU has it
 kernel: Literal["auto", "torch", "c", "triton"] = "auto"  # for einsums; auto: c on CPUs, else torch
 compile: bool | None = None             # torch.compile the model; None: on GPUs
-prepare_output(keep_going=True)  # a closed terminal, or a full disk that stdout is on, does not stop it
+prepare_output(keep_going=True)  # training goes on when stdout fails: a closed terminal, a full disk
 given = set()  # filled by configure(): the keys that the command line or a config file sets
 config = configure(globals(), given=given)
 globals().update(config)
@@ -118,7 +118,6 @@ from lib import distributed, gpt2, kernels
 from lib.checkpoint import Checkpoints, Progress
 from lib.device import (autocast, check_memory, choose_compile, choose_device, choose_dtype, device_name,
                         peak_flops, peak_memory, use_device)
-from lib.distributed import all_reduce_max, all_reduce_mean, on_all_ranks
 from lib.evaluation import evaluate
 from lib.log import Logger, format_duration, print0, validation_windows
 from lib.signals import DeferredSignals
@@ -135,7 +134,7 @@ signals = DeferredSignals()
 def or_fail(function, *args):
     """function(*args) on every rank; a ValueError on one of them ends all with its message."""
     try:
-        return on_all_ranks(function, *args)
+        return distributed.on_all_ranks(function, *args)
     except ValueError as e:
         if ddp and not distributed.is_connected():  # the other ranks do not know of it
             sys.exit(f"error: rank {ddp_rank}: {e}")
@@ -151,15 +150,15 @@ dtype = choose_dtype(dtype, device_type)
 backend = backend or ("nccl" if device_type == "cuda" else "gloo")
 amp = autocast(device_type, dtype)
 or_fail(distributed.connect, backend)
-may_differ = dict(out_dir=None, dataset=None, device=None, init_from=os.path.basename(init_from))
-or_fail(distributed.require_same, config | may_differ | dict(torch=torch.__version__))
+masked = dict(out_dir=None, dataset=None, device=None, init_from=os.path.basename(init_from))
+or_fail(distributed.require_same, config | masked | dict(torch=torch.__version__))
 or_fail(kernels.use_kernel, kernel, device_type, dtype)
 compile = or_fail(choose_compile, compile, device)
 
 # ---- Settings that come with the weights -------------------------------------------------------------------
 
 checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
-# GPTConfig's fields and mup's keys of a checkpoint or, below, of a GPT-2; {} from scratch
+# what the weights to start from fix, of a checkpoint or, below, of a GPT-2: fields of GPTConfig, mup's keys
 start_settings = or_fail(checkpoints.start_settings, init_from, GPTConfig, config, given)
 gpt2_folder = None if start_settings else or_fail(gpt2.find, init_from)
 if gpt2_folder:
@@ -171,13 +170,13 @@ globals().update(start_settings)  # n_embd, block_size ... are those of the weig
 meta, splits = or_fail(open_dataset, dataset)  # splits: {name: token ids, read from the disk}
 vocab_size = meta["vocab_size"]
 tokens_per_iter = sequences_per_iter * block_size
-settings = config | start_settings | dict(vocab_size=vocab_size)
+settings = config | start_settings | dict(vocab_size=vocab_size)  # with fields that have no key
 batches = or_fail(lambda: Batches(
     splits, block_size=block_size, batch_size=batch_size, seed=seed, sequences=sequences_per_iter,
     val_windows=validation_windows(settings), device=device))
 digests = dict(trained_on=batches.train_digest(), measured_on=batches.val_digest())
 or_fail(distributed.require_same, digests | dict(tokenizer=meta["tokenizer"]))
-or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_size)  # of every id
+or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_size)  # all ids, shared out
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
@@ -230,11 +229,11 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
        f"{kernels.describe_body(device_type, dtype)}"
        + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
-# resuming drops the points from this iteration on, but for an evaluation that is not made again; -1: all
-is_due = lambda i: i % eval_interval == 0 or i >= max_iters  # the evaluation before iteration i
-logger = or_fail(Logger, out_dir, progress.iteration if resuming else -1, master, is_due(progress.iteration))
+eval_due = lambda i: i % eval_interval == 0 or i >= max_iters  # whether to evaluate before iteration i
+drop_from = progress.iteration if resuming else -1  # log.jsonl loses its points from here on; -1: all
+logger = or_fail(Logger, out_dir, drop_from, master, eval_due(progress.iteration))
 if os.path.realpath(checkpoints.settings.get("out_dir", out_dir)) != os.path.realpath(out_dir):
-    progress.wandb_id = None  # a copy of the out_dir has a wandb run of its own
+    progress.wandb_id = None  # a copy of the out_dir, or a moved one, has a wandb run of its own
 if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
     logger.start_wandb(project=wandb_project, name=wandb_run_name, config=config, id=progress.wandb_id,
@@ -267,7 +266,7 @@ if not math.isclose(lr, lr_before):
 
 def any_signal() -> int:
     """The number of a signal that any rank has received, or 0. A collective."""
-    return int(all_reduce_max(signals.received))
+    return int(distributed.all_reduce_max(signals.received))
 
 
 def balance_routers() -> None:
@@ -304,10 +303,10 @@ def train_step() -> bool:
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     progress.tokens += tokens_per_iter
     progress.flops += float(tokens_per_iter * train_flops_per_token)
-    finite = finite_steps.step(all_reduce_mean(mean_loss), norm, learning_rate_at(progress.iteration),
-                               dataclasses.replace(progress))  # a copy: the result is read iterations later
+    finite = finite_steps.step(distributed.all_reduce_mean(mean_loss), norm,
+                               learning_rate_at(progress.iteration), dataclasses.replace(progress))  # a copy
     if num_routers and router_balance_rate:
-        router_stats = all_reduce_mean(router_stats)
+        router_stats = distributed.all_reduce_mean(router_stats)  # load and variance in one
         raw_model.rebalance(router_stats[:, :-1], router_stats[:, -1], router_balance_rate * finite)
     scaler.update()  # float16: a smaller scale after gradients that are not finite
     optimizer.zero_grad(set_to_none=True)
@@ -322,7 +321,7 @@ def next_loss_is_finite() -> bool:
         X, Y = batches.train(progress.iteration, ddp_rank * batch_size, (ddp_rank + 1) * batch_size)
         _, loss = raw_model(X, Y, return_logits=False)
     raw_model.train()
-    return not all_reduce_max(float(not math.isfinite(loss.item())))
+    return not distributed.all_reduce_max(float(not math.isfinite(loss.item())))
 
 
 def log_point(kind: str, at: Progress = progress, **values) -> None:
@@ -379,11 +378,12 @@ def read_results() -> None:
         print0(f"iter {at.iteration:6d} | skipped, not finite: loss {loss}, gradient norm {norm}")
         log_point("skip", at, loss=loss, grad_norm=norm, skipped=progress.skipped)
         if progress.skipped_in_a_row >= max_skipped:
+            advice = distributed.broadcast(checkpoints.advice(), 0)  # rank 0 knows what it has saved
             logger.finish()
             distributed.disconnect()
             fail(f"the loss or the gradient was not finite in {progress.skipped_in_a_row} iterations in a "
-                 f"row, up to {at.iteration}: {checkpoints.advice()}, with another --learning_rate, "
-                 "--grad_clip or --seed (for other data), or a --dtype of more range")
+                 f"row, up to {at.iteration}: try another --learning_rate, --grad_clip or --seed (for other "
+                 f"data), or a --dtype of more range; {advice}")
 
 
 if src_rank is None and num_routers and router_balance_rate:
@@ -392,7 +392,7 @@ signals.deferring = True
 training_started = last_report = time.perf_counter()
 iterations_since_report = 0
 while True:
-    evaluates = is_due(progress.iteration)
+    evaluates = eval_due(progress.iteration)
     if evaluates or progress.iteration % checkpoint_interval == 0:
         read_results()
     paused_at = time.perf_counter()
@@ -401,7 +401,7 @@ while True:
     elif progress.iteration % checkpoint_interval == 0 and next_loss_is_finite():
         save_checkpoint()
     last_report += time.perf_counter() - paused_at  # the time of an iteration does not include these
-    if any_signal() or progress.iteration >= max_iters or not train_step():  # rank 0's file is waited for
+    if any_signal() or progress.iteration >= max_iters or not train_step():  # ranks await rank 0's file here
         break
     iterations_since_report += 1
     if progress.iteration % log_interval == 0:
@@ -412,10 +412,10 @@ while True:
     progress.iteration += 1
 stop_signal = any_signal()
 read_results()
-saved = all_reduce_max(float(checkpoints.saved_at == progress.iteration))
+saved = distributed.all_reduce_max(float(checkpoints.saved_at == progress.iteration))
 if stop_signal and not saved and next_loss_is_finite():
     save_checkpoint()
-    any_signal()  # the other ranks wait for rank 0's file: torchrun gives it little time after their ends
+    distributed.all_reduce_max(0.0)  # a barrier: torchrun kills rank 0 soon after another rank has ended
 signals.stop_deferring(handled=stop_signal)
 if stop_signal:
     print0(f"stopped by {signal.Signals(stop_signal).name} at iteration {progress.iteration}: "

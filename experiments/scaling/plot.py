@@ -11,7 +11,7 @@ from lib.figure import LOSS, figure, log_ticks, save, style
 
 AXIS_FIGURES = {"frontier": "flops", "frontier_without_output_layer": "flops_without_output_layer",
                 "wall_clock": "seconds"}
-FIGURES = (*AXIS_FIGURES, "multiplier", "taxonomy", "params")
+FIGURES = (*AXIS_FIGURES, "multiplier", "taxonomy")
 
 
 def draw_frontier(ax, fitted: dict, looks: dict, curves: list[dict], axis: str) -> None:
@@ -56,18 +56,6 @@ def draw_multipliers(ax, fitted: dict, looks: dict, base: str) -> list[float]:
             found += [m for _, m in points]
     log_ticks(ax, "x")
     return found
-
-
-def draw_params(ax, runs: list[dict], looks: dict, key: str) -> None:
-    """The end of every run; a line through the best of each size."""
-    for label, look in looks.items():
-        mine = [(r[key], r["val_loss"]) for r in runs if r["structure"] == label]
-        best = sorted({size: min(loss for s, loss in mine if s == size) for size, _ in mine}.items())
-        ax.plot(*zip(*mine), color=look["color"], marker=look["marker"], linestyle="none", markersize=3.5,
-                markerfacecolor="none", markeredgewidth=0.7)
-        ax.plot(*zip(*best), label=label, markersize=4.5, linewidth=1.3, **look)
-    log_ticks(ax, "x")
-    log_ticks(ax, "y")
 
 
 def draw_taxonomy(row, rows: list[dict]) -> None:
@@ -121,12 +109,7 @@ def draw(found: dict) -> dict[str, tuple]:
         draw_taxonomy(row, taxonomy["rows"])
         row[0].set_ylabel(f"{loss},\nat {taxonomy['budget']:.2g} FLOPs")
         drawn["taxonomy"] = fig, row[0]
-    fig, [row] = figure(2, sharey=True)
-    for ax, (key, what) in zip(row, (("params", "parameters"), ("active_params", "active parameters"))):
-        draw_params(ax, found["runs"], looks, key)
-        ax.set_xlabel(what)
-    row[0].set_ylabel(loss + ", at each run's end")
-    return drawn | {"params": (fig, row[0])}
+    return drawn
 
 
 def plot(folder: str) -> None:

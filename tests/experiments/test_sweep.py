@@ -18,7 +18,6 @@ import configurator
 from experiments import launcher
 from experiments.scaling import plan as plans
 from experiments.scaling.sweep import Job, Sweep
-from structured import Theta
 from tests.conftest import ROOT, ForkedProgram
 
 # Writes the log of a run that took no time. 'jobs' beside it says what was started. Where 'locks' exists, it
@@ -214,23 +213,11 @@ def test_a_mistake_is_one_sentence_of_the_program(run):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_taxonomy_plan_differs_in_one_thing_at_a_time():
-    plan = runpy.run_path(str(ROOT / "experiments" / "plans" / "taxonomy.py"))
-    thetas = [Theta(*own["theta"]) for own in plan["structures"].values()]
-    origin, seen = thetas[0], set()
-    assert (origin.omega, origin.psi, origin.nu) == (0, 1, 0.5)
-    for theta in thetas[1:]:
-        differing = {n for n in ("omega", "psi", "nu") if abs(getattr(theta, n) - getattr(origin, n)) > 1e-9}
-        assert len(differing) == 1
-        seen |= differing
-    assert seen == {"omega", "psi", "nu"}
-
-
 ONE_SIZE = ["--n_embd=256", "--n_layer=3"]   # of the paper's many
 
 
 @pytest.mark.parametrize("plan, count, flags", [
-    ("cpu", 30, []), ("cpu_rates", 80, []), ("cpu_seeds", 20, []), ("taxonomy", 36, []),
+    ("cpu", 30, []), ("cpu_rates", 80, []), ("cpu_seeds", 20, []),
     ("search_controls", 6, []), ("cpu_widths", 10, []),
     ("lr_transfer", 54, []), ("paper", 25, ONE_SIZE), ("paper_moe", 8, ONE_SIZE)])
 def test_every_model_of_a_plan_can_be_made(run, python_text, tmp_path, plan, count, flags):

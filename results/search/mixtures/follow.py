@@ -1,5 +1,5 @@
 # The three best of a search over mixtures, BTT-MoE 8/2 and dense, 4 times the FLOPs of a trial:
-#     python -m experiments.scaling sweep results/search/mixtures/follow.py --runs=out-search/follow --jobs=2
+#   python -m experiments.scaling sweep results/search/mixtures/follow.py --runs=out-mixtures/follow --jobs=2
 structures = \
 {'θ 1/3 0 2/3 2/9 1/9 2/3 0, 8 experts, top 2': {'n_embd': 40,
                                                  'struct': 'einsum',
