@@ -3,6 +3,7 @@
 The runs are in float64: in float32 the rounding of another order of summation may choose other experts.
 """
 import atexit
+import math
 import os
 import shutil
 import subprocess
@@ -127,6 +128,28 @@ def test_two_checkpoints_of_one_iteration_do_not_let_the_nodes_diverge(nodes, pa
     done = nodes([parts[6], parts["other"]], init_from="resume")
     assert done.returncode == 0, done.stderr
     assert_same_ends(tmp_path)
+
+
+def with_losses_that_stop_being_finite():
+    in_a_folder_of_its_own()
+    sys.stderr = open("stderr", "w", buffering=1)
+    forward, calls = model.GPT.forward, []
+
+    def spoiled(self, *args, **options):
+        logits, loss, *rest = forward(self, *args, **options)
+        calls.append(self.training)
+        return logits, loss * (math.nan if sum(calls) > 6 else 1), *rest  # from the third iteration on
+    model.GPT.forward = spoiled
+
+
+def test_every_node_says_where_the_checkpoint_is_when_losses_are_not_finite(run, flags, tmp_path):
+    """Rank 0 alone has written it."""
+    settings = NODES | dict(max_skipped=2, checkpoint_interval=1, router_balance_rate=0)
+    done = run("train.py", *flags(**settings), processes=2, before=with_losses_that_stop_being_finite,
+               NODES=str(tmp_path))
+    errors = [(tmp_path / rank / "stderr").read_text() for rank in "01"]
+    assert done.returncode == 1 and errors[0] == errors[1]
+    assert "2 iterations in a row" in errors[0] and "ckpt.pt is that of iteration 3" in errors[0]
 
 
 def test_a_broken_checkpoint_gives_way_to_a_whole_one(nodes, parts, tmp_path):
