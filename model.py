@@ -14,11 +14,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import structured
 from lib import kernels
 from lib.checkpoint import read_checkpoint
 from structured import LayerConfig
+
+# For generation: cuDNN, PyTorch's first choice on H100 and later, makes a plan for every new length of keys
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclasses.dataclass
@@ -182,8 +186,10 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.block_index, k, v)
             q, mask = q.to(k.dtype), _cache_mask(T, k.shape[2], x.device)  # q: layer norms give float32
         is_causal = cache is None or (mask is None and T > 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale,
-                                           dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        with contextlib.nullcontext() if cache is None else sdpa_kernel(NOT_CUDNN):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale,
+                dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, d)
         return self.resid_dropout(apply_layer(self.o, y, aux))
 

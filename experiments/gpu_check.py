@@ -5,9 +5,10 @@
     python -m experiments.gpu_check --device=cpu        small sizes, as the tests do
 
 For each body that computes einsums here (torch, triton; see lib/kernels/operators.py): errors of outputs and
-gradients against float64, an expert without tokens, runs that are bitwise the same, compiled layers against
-eager ones, launches without a wait of the host, and the time of layers beside nn.Linear. Then training runs
-of twenty iterations at GPT-2 small's sizes, each of its own process, and some with torchrun on all GPUs.
+gradients against float64, an expert without tokens, runs that are bitwise the same, layers, eager and
+compiled, against the torch body's, launches without a wait of the host, and the time of layers beside
+nn.Linear. Then generation, and training runs of twenty iterations at GPT-2 small's sizes, each of its own
+process, and some with torchrun on all GPUs.
 Prints each check, and writes all so far into <out>/gpu_check.json. The exit status is 1 if a check failed.
 """
 from typing import Annotated
@@ -42,6 +43,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import model
 import structured
 from experiments.launcher import whole_numbers
 from experiments.timing import ratios, take_turns
@@ -165,7 +167,7 @@ def poison(numbers: int) -> None:
 # ---- Layers ------------------------------------------------------------------------------------------------
 
 LAYERS = {"dense": dict(struct="dense"), "low_rank": dict(struct="low_rank"), "btt": dict(struct="btt"),
-          "kronecker": dict(struct="kronecker"), "dyad": dict(struct="dyad"),
+          "kronecker": dict(struct="kronecker"), "tt": dict(struct="tt"), "dyad": dict(struct="dyad"),
           "btt_moe": dict(struct="btt", num_experts=8), "dense_moe": dict(struct="dense", num_experts=8)}
 
 
@@ -176,23 +178,28 @@ def step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, amp) -> list[torch
     return [y, *torch.autograd.grad(y, [x, *layer.parameters()], dy.to(y.dtype))]
 
 
-def make_layer(name: str, width: int):
+def make_layer(name: str, width: int, rows: int = tokens):
     layer = structured.linear(d_in=width, d_out=width, **LAYERS[name]).to(device)
-    return (layer, torch.randn(tokens, width, device=device, requires_grad=True),
-            torch.randn(tokens, width, device=device))
+    return (layer, torch.randn(rows, width, device=device, requires_grad=True),
+            torch.randn(rows, width, device=device))
 
 
 def check_layer(name: str, body: str, dtype: torch.dtype) -> None:
-    """A compiled layer is one graph and agrees with the eager one; the host waits for neither."""
+    """A layer agrees with the torch body's, and compiled, as one graph, too; the host waits for neither. Rows
+    do not fill their last tile."""
     title = f"{body} {name} {widths[0]} {name_of(dtype)}"
-    kernels.use_kernel(body, device_type, name_of(dtype))
     amp = autocast(device_type, name_of(dtype))
-    layer, x, dy = make_layer(name, widths[0])
-    # as one vector: the gradient of a gain is one number, a sum whose terms cancel
-    eager, compiled = (torch.cat([t.flatten().float() for t in step(module, x, dy, amp)])
-                       for module in (layer, torch.compile(layer, fullgraph=True)))
-    error = ((compiled - eager).norm() / eager.norm()).item()
-    record(f"{title}: compiled is eager", error <= BOUNDS[dtype], error=error, bound=BOUNDS[dtype])
+    layer, x, dy = make_layer(name, widths[0], max(1, tokens - 3))
+
+    def outputs(module, body: str) -> torch.Tensor:
+        kernels.use_kernel(body, device_type, name_of(dtype))
+        # as one vector: the gradient of a gain is one number, a sum whose terms cancel
+        return torch.cat([t.flatten().float() for t in step(module, x, dy, amp)])
+
+    reference = outputs(layer, "torch")
+    for kind, module in (("eager", layer), ("compiled", torch.compile(layer, fullgraph=True))):
+        error = ((outputs(module, body) - reference).norm() / reference.norm()).item()
+        record(f"{title}: {kind} is torch's", error <= BOUNDS[dtype], error=error, bound=BOUNDS[dtype])
     reads_ends = name == "dense_moe" and not grouped.is_one_launch(x.to(dtype), 8)
     if on_gpu and not reads_ends:  # elsewhere a loop over experts reads back where their rows end
         torch.cuda.set_sync_debug_mode("error")
@@ -222,6 +229,31 @@ def time_layers(body: str, width: int, dtype: torch.dtype) -> None:
         beside = f" beside {body}" if name == "nn.Linear" else ""
         record(f"time of {name} {width} {name_of(dtype)}{beside}", True, ms=min(ms),
                ratio_to_linear=ratios(ms, times["nn.Linear"])[0], gigabytes_per_s=moved / min(ms) / 1e6)
+
+
+def check_generation(name: str) -> None:
+    """With a cache tokens are those without it, and new lengths cost no more than known ones."""
+    torch.manual_seed(0)
+    size = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024) if on_gpu else dict(
+        n_layer=2, n_head=2, n_embd=64, block_size=64)
+    gpt = model.GPT(model.GPTConfig(vocab_size=256, **size, **LAYERS[name])).to(device).eval()
+    for p in gpt.parameters():  # at their initial values all logits are zero
+        nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.dim() >= 2 else 1.0)
+    kernels.use_kernel("auto", device_type, "float32")
+    first, second = torch.randint(256, (2, 1, 8), device=device)
+    gpt.double()  # rounding changes no choice
+    with_cache, without = (gpt.generate(first, 40, temperature=0, use_cache=cache) for cache in (True, False))
+    record(f"generation of {name}: the cache changes no token", torch.equal(with_cache, without))
+    gpt.float()
+    times = []
+    with autocast(device_type, name_of(DTYPES[0])):
+        gpt.generate(second, 2)  # compiles and loads what there is to
+        for prompt in (first, first):
+            start = time.perf_counter()
+            gpt.generate(prompt, 50).tolist()  # waits for the GPU
+            times.append(1e3 * (time.perf_counter() - start) / 50)
+    record(f"time of generation of {name}, {name_of(DTYPES[0])}", not on_gpu or times[0] < 3 * times[1],
+           first_ms_per_token=times[0], ms_per_token=times[1])
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -291,10 +323,12 @@ for body in bodies(DTYPES[0]):  # one after the other: after an illegal access n
             attempt(f"{body} {width} {experts} {dtype}", check_mixture, body, width, experts, dtype)
     for kind in ("top 1", "given experts", *(["given logits"] if body != "c" else [])):
         attempt(f"{body} {kind}", check_mixture, body, widths[0], 8, DTYPES[0], kind)
-    for name in LAYERS if on_gpu else ["dense_moe"]:    # on a CPU compilation takes long
+    for name in LAYERS if on_gpu else ["btt", "dense_moe"]:    # on a CPU compilation takes long
         attempt(f"layer {name} {body}", check_layer, name, body, DTYPES[0])
     for width in widths:
         attempt(f"time of {body} at {width}", time_layers, body, width, DTYPES[0])
+for name in ("dense", "btt_moe"):
+    attempt(f"generation of {name}", check_generation, name)
 if training:
     if on_gpu:
         attempt("memory is released", torch.cuda.empty_cache)  # the runs are processes of their own

@@ -551,6 +551,21 @@ def test_cache_reads_each_token_once(kind):
     assert read == list(range(4, 13))
 
 
+def test_generation_does_without_cudnns_attention(monkeypatch):
+    """Whose plan is for one length of the keys, where every token has another. Training may take it."""
+    attention, allowed = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(*args, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **options)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    model = random_model()
+    model.generate(tokens(2, 3), 5)
+    assert allowed == [False] * 10  # two layers
+    model(tokens(2, 3))
+    assert allowed[10:] == [True] * 2
+
+
 def test_greedy_tokens_are_the_likeliest():
     model, idx = random_model(), tokens(2, 3)
     for token in model.stream(idx, 9, temperature=0):

@@ -7,10 +7,13 @@ scaled_dot_product_attention.
 Shapes: B batch, T new tokens, S tokens in sight, d n_embd, nh heads, hs = d / nh head size, E experts,
 k experts of a token, n rows: tokens. The letters of the einsums, g b a and f e d r, are at the class Einsum.
 """
+import contextlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel, StoppingCriteria,
                           StoppingCriteriaList)
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,6 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # the name that this version of transformers has for the cache of keys and values
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# for generation: cuDNN, PyTorch's first choice on H100 and later, makes a plan for every new length of keys
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class StructuredGPTConfig(PretrainedConfig):
@@ -166,9 +171,10 @@ class Attention(nn.Module):
         v = self.v(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = (t[:, :, :seen] for t in cache.update(k, v, self.layer))  # (B, nh, S, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale,
-                                           is_causal=mask is None and q.shape[2] > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        with contextlib.nullcontext() if cache is None else sdpa_kernel(NOT_CUDNN):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale,
+                                               is_causal=mask is None and q.shape[2] > 1,
+                                               dropout_p=self.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(x.shape))
 
 

@@ -12,10 +12,11 @@ For every group u and repeat v, a side maps a row's K numbers to N numbers of z,
     z_to_rows        row[p; u, v, k] = Σ_n core[u, n, k] · z[n, p]        z -> y, and dz -> dx
     core_gradient    dcore[u, n, k] = Σ_{p, v} z[n, p] · row[p; u, v, k]
 
-for tiles of P rows p, each with the core of one expert. z lies in memory as (tile, g, b, r, f, d, P): rows
-are contiguous whichever side reads it. Two more kernels, route and place, make the plan (plan.py says what
-that is); combine sums a token's k rows, and route_gradient is the backward of the gates. There are no
-atomics and nothing is read back: results are deterministic, and the host never waits.
+for tiles of P rows p, each with the core of one expert. A row lies in memory as [u, v, k], and z as (tile, g,
+b, r, f, d, P), so that what a program reads lies together, whichever side it is of. Two more kernels, route
+and place, make the plan (plan.py says what that is); combine sums a token's k rows, and route_gradient is the
+backward of the gates. There are no atomics and nothing is read back: results are deterministic, and the host
+never waits.
 
 Under TRITON_INTERPRET=1 the kernels run on CPU tensors, which tests them; not in bfloat16, which Triton's
 interpreter multiplies wrongly.
@@ -64,10 +65,10 @@ def _work(pid, U: tl.constexpr, V: tl.constexpr, blocks: tl.constexpr):
 def rows_to_z_kernel(rows, core, z, row_token, row_gate, tile_expert, T,
                      U: tl.constexpr, V: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
                      N1: tl.constexpr, N2: tl.constexpr, Z0: tl.constexpr, Z1: tl.constexpr,
-                     Z2: tl.constexpr, ZU: tl.constexpr, ZV: tl.constexpr, RU: tl.constexpr,
-                     RV: tl.constexpr, RK: tl.constexpr, CU: tl.constexpr, CN: tl.constexpr,
-                     CK: tl.constexpr, Z: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
-                     BK: tl.constexpr, PLANNED: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr):
+                     Z2: tl.constexpr, ZU: tl.constexpr, ZV: tl.constexpr, CU: tl.constexpr,
+                     CN: tl.constexpr, CK: tl.constexpr, Z: tl.constexpr, P: tl.constexpr,
+                     BN: tl.constexpr, BK: tl.constexpr, PLANNED: tl.constexpr, GATED: tl.constexpr,
+                     PRECISION: tl.constexpr):
     """One program per tile, group, repeat and block of N. Rows are read where their tokens are, and count
     times their gates."""
     pid = tl.program_id(0)
@@ -81,13 +82,13 @@ def rows_to_z_kernel(rows, core, z, row_token, row_gate, tile_expert, T,
     p = tl.arange(0, P)
     token, there = _tokens(tile * P + p, row_token, T, PLANNED)
     n = block * BN + tl.arange(0, BN)
-    rows += token * (U * V * K) + u * RU + v * RV
+    rows += token * (U * V * K) + (u * V + v) * K
     core += expert.to(tl.int64) * (U * N * K) + u * CU if PLANNED else u * CU
     acc = tl.zeros((BN, P), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         w = tl.load(core + n[:, None] * CN + k[None, :] * CK, (n[:, None] < N) & (k[None, :] < K), 0.0)
-        x = tl.load(rows[None, :] + k[:, None] * RK, there[None, :] & (k[:, None] < K), 0.0)
+        x = tl.load(rows[None, :] + k[:, None], there[None, :] & (k[:, None] < K), 0.0)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
     if GATED:
         acc *= tl.load(row_gate + tile * P + p)[None, :]
@@ -100,10 +101,9 @@ def rows_to_z_kernel(rows, core, z, row_token, row_gate, tile_expert, T,
 def z_to_rows_kernel(z, core, rows, tile_expert, T,
                      U: tl.constexpr, V: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
                      N1: tl.constexpr, N2: tl.constexpr, Z0: tl.constexpr, Z1: tl.constexpr,
-                     Z2: tl.constexpr, ZU: tl.constexpr, ZV: tl.constexpr, RU: tl.constexpr,
-                     RV: tl.constexpr, RK: tl.constexpr, CU: tl.constexpr, CN: tl.constexpr,
-                     CK: tl.constexpr, Z: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
-                     BK: tl.constexpr, PLANNED: tl.constexpr, PRECISION: tl.constexpr):
+                     Z2: tl.constexpr, ZU: tl.constexpr, ZV: tl.constexpr, CU: tl.constexpr,
+                     CN: tl.constexpr, CK: tl.constexpr, Z: tl.constexpr, P: tl.constexpr,
+                     BN: tl.constexpr, BK: tl.constexpr, PLANNED: tl.constexpr, PRECISION: tl.constexpr):
     """One program per tile, group, repeat and block of K. Rows are written in the order of the plan."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = (K + BK - 1) // BK
@@ -125,7 +125,7 @@ def z_to_rows_kernel(z, core, rows, tile_expert, T,
         acc = tl.dot(t, w, acc, input_precision=PRECISION)
     row = tile * P + p
     there = (row < T) | PLANNED  # the plan's padding rows are rows of their own
-    out = rows + row.to(tl.int64)[:, None] * (U * V * K) + u * RU + v * RV + k[None, :] * RK
+    out = rows + row.to(tl.int64)[:, None] * (U * V * K) + (u * V + v) * K + k[None, :]
     tl.store(out, acc.to(rows.dtype.element_ty), there[:, None] & (k[None, :] < K))
 
 
@@ -133,10 +133,9 @@ def z_to_rows_kernel(z, core, rows, tile_expert, T,
 def core_gradient_kernel(z, rows, dcore, row_token, row_gate, tile_end, T,
                          U: tl.constexpr, V: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
                          N1: tl.constexpr, N2: tl.constexpr, Z0: tl.constexpr, Z1: tl.constexpr,
-                         Z2: tl.constexpr, ZU: tl.constexpr, ZV: tl.constexpr, RU: tl.constexpr,
-                         RV: tl.constexpr, RK: tl.constexpr, CU: tl.constexpr, CN: tl.constexpr,
-                         CK: tl.constexpr, Z: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
-                         BK: tl.constexpr, SPLITS: tl.constexpr, PLANNED: tl.constexpr,
+                         Z2: tl.constexpr, ZU: tl.constexpr, ZV: tl.constexpr, CU: tl.constexpr,
+                         CN: tl.constexpr, CK: tl.constexpr, Z: tl.constexpr, P: tl.constexpr,
+                         BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, PLANNED: tl.constexpr,
                          GATED: tl.constexpr, PRECISION: tl.constexpr):
     """One program per expert, part of its tiles, group and block of the core: dcore is (E, SPLITS, core), to
     be summed over the parts. An expert without tiles gets zeros."""
@@ -162,7 +161,7 @@ def core_gradient_kernel(z, rows, dcore, row_token, row_gate, tile_end, T,
         token, there = _tokens(tile * P + p, row_token, T, PLANNED)
         for v in range(V):
             t = tl.load(z + (tile.to(tl.int64) * Z + u * ZU + v * ZV) * P + z_offsets, n[:, None] < N, 0.0)
-            at = rows + token[:, None] * (U * V * K) + u * RU + v * RV + k[None, :] * RK
+            at = rows + token[:, None] * (U * V * K) + (u * V + v) * K + k[None, :]
             x = tl.load(at, there[:, None] & (k[None, :] < K), 0.0)
             if GATED:
                 x = (x * tl.load(row_gate + tile * P + p)[:, None]).to(x.dtype)
@@ -340,27 +339,25 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def make_sides(sizes, swapped: bool, block: int) -> tuple[dict, dict]:
-    """The kernels' constants for both cores: sizes, blocks, and strides in z, in a row and in the core."""
+def make_sides(sizes, block: int) -> tuple[dict, dict]:
+    """The kernels' constants for both cores: sizes, blocks, and strides in z and in the core."""
     a, b, g, d, e, f, r = sizes
     first = dict(U=g, V=b, K=a, N=r * f * d, N1=f, N2=d, Z0=f * d, Z1=d, Z2=1, ZU=b * r * f * d,
-                 ZV=r * f * d, RU=a * b, RV=1 if swapped else a, RK=b if swapped else 1,
-                 CU=r * f * d * a, CN=a, CK=1)
+                 ZV=r * f * d, CU=r * f * d * a, CN=a, CK=1)
     second = dict(U=f, V=d, K=e, N=g * r * b, N1=r, N2=b, Z0=b * r * f * d, Z1=f * d, Z2=r * f * d, ZU=d,
-                  ZV=1, RU=d * e, RV=e if swapped else 1, RK=1 if swapped else d,
-                  CU=e * g * r * b, CN=1, CK=g * r * b)
+                  ZV=1, CU=e * g * r * b, CN=1, CK=g * r * b)
     for side in (first, second):
         side.update(Z=g * b * r * f * d, **{name: min(block, max(16, _power_of_two(side[size])))
                                             for name, size in (("BN", "N"), ("BK", "K"))})
     return first, second
 
 
-def _problem(T: int, k: int, core: Tensor, planned: bool, sizes, swapped: bool) -> Problem:
+def _problem(T: int, k: int, core: Tensor, planned: bool, sizes) -> Problem:
     E, (most, block) = len(core), BLOCKS[core.element_size()]
     P = min(most, max(16, tile_rows(T * k, E) if planned else min(64, _power_of_two(T))))
     tiles = (T * k + E * (P - 1)) // P if planned else -(-T // P)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return Problem(T, E, P, make_sides(sizes, swapped, block), tiles, "tf32" if tf32 else "ieee")
+    return Problem(T, E, P, make_sides(sizes, block), tiles, "tf32" if tf32 else "ieee")
 
 
 def make_plan(problem: Problem, chosen: Tensor, logits: Tensor | None, balance: Tensor | None) -> Plan:
@@ -441,6 +438,12 @@ def route_gradient(plan: Plan, logits: Tensor, chosen: Tensor, s: Tensor, dlogit
 
 # ---- The body ----------------------------------------------------------------------------------------------
 
+def _turned(rows: Tensor, groups: int, outer: int, inner: int) -> Tensor:
+    """rows[u, i, j] -> rows[u, j, i]: kernels read and write the K numbers of a repeat together, where the
+    caller may have them apart (torch_body.py says when). A view where i or j has one value, else a copy."""
+    return rows.view(len(rows), groups, outer, inner).mT.reshape(len(rows), groups * outer * inner)
+
+
 def _device(x: Tensor):
     """Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
@@ -455,14 +458,17 @@ def forward(x, first, second, router, balance, experts, top_k, sizes, swapped, l
         if logits is not None:
             chosen = torch.empty(len(x), top_k, dtype=torch.int64, device=x.device)
         x = x.to(first.dtype)  # the router has seen it as it was
-        problem = _problem(len(x), top_k, first, chosen is not None, sizes, swapped)
+        a, b, g, d, e, f, _ = sizes
+        if swapped:
+            x = _turned(x, g, a, b)
+        problem = _problem(len(x), top_k, first, chosen is not None, sizes)
         plan = None if chosen is None else make_plan(problem, chosen, logits, balance)
         side1, side2 = problem.sides
         z = rows_to_z(problem, side1, x, first, plan)
         y = z_to_rows(problem, side2, z, second, plan)
         if plan is not None:
             y, _ = combine(plan, y, y.dtype, gated=logits is not None)
-        return y, logits, chosen
+        return y if swapped else _turned(y, f, d, e), logits, chosen
 
 
 def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped):
@@ -470,8 +476,9 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
     with _device(x):
         x_seen, x = x, x.to(first.dtype)
         chosen, gated = experts if logits is None else chosen, logits is not None
-        problem = _problem(len(x), 1 if chosen is None else chosen.shape[1], first, chosen is not None, sizes,
-                           swapped)
+        a, b, g, d, e, f, _ = sizes
+        x, dy = (_turned(x, g, a, b), dy) if swapped else (x, _turned(dy, f, e, d))
+        problem = _problem(len(x), 1 if chosen is None else chosen.shape[1], first, chosen is not None, sizes)
         plan = None if chosen is None else make_plan(problem, chosen, logits, None)
         side1, side2 = problem.sides
         z = rows_to_z(problem, side1, x, first, plan)
@@ -481,6 +488,8 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
         dx = z_to_rows(problem, side1, dz, first, plan)
         if plan is not None:  # gate · its gradient is the product of a row's input with the input's gradient
             dx, s = combine(plan, dx, x_seen.dtype, gated=False, x=x if gated else None)
+        if swapped:
+            dx = _turned(dx, g, b, a)
         if not gated:
             return dx.to(x_seen.dtype), dfirst, dsecond, None
         dlogit = route_gradient(plan, logits, chosen, s, dlogits)

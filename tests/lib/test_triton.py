@@ -102,7 +102,7 @@ def test_given_logits():
 def test_plan_is_the_plan(T, k, E):
     """The kernels' plan is plan.make_plan's, and its gates are routing.gate_weights'."""
     logits, balance = torch.randn(T, E), torch.randn(E)
-    problem = triton_body._problem(T, k, torch.empty(E), True, SIZES[0], False)
+    problem = triton_body._problem(T, k, torch.empty(E), True, SIZES[0])
     chosen = torch.empty(T, k, dtype=torch.int64)
     made = triton_body.make_plan(problem, chosen, logits, balance)
     assert torch.equal(chosen, (logits + balance).topk(k).indices)
@@ -127,7 +127,7 @@ def test_logits_of_nan_choose_an_expert():
     logits = torch.randn(20, 5)
     logits[3] = float("nan")
     chosen = torch.empty(20, 2, dtype=torch.int64)
-    problem = triton_body._problem(20, 2, torch.empty(5), True, SIZES[0], False)
+    problem = triton_body._problem(20, 2, torch.empty(5), True, SIZES[0])
     made = triton_body.make_plan(problem, chosen, logits, torch.zeros(5))
     assert ((0 <= chosen) & (chosen < 5)).all()
     assert made.place.unique().numel() == 40

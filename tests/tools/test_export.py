@@ -208,6 +208,17 @@ def test_beams_with_and_without_a_cache(pair, cache):
     assert not torch.equal(with_cache, greedy(there, ids, attention_mask=mask, pad_token_id=7))
 
 
+def test_generation_does_without_cudnns_attention(pair, monkeypatch):
+    attention, allowed = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(*args, **options):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **options)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    greedy(pair[1], random_ids(1, 4))
+    assert len(allowed) >= 8 and not any(allowed) and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_a_text_that_is_read_in_pieces(static, pair):
     """Several tokens after those in a cache, which may have room for more."""
