@@ -427,7 +427,7 @@ def test_widths_without_factorization(struct, d_in, d_out, culprit):
     (("dense", 0, 64), {}, "at least 1"),
     (("dense", 64, -4), {}, "-4"),
     *((("btt", 64, 64), dict(num_experts=4, top_k=top_k), f"got {top_k}") for top_k in (0, -1, 5)),
-    *((("btt", 64, 64), dict(num_experts=n, top_k=1), f"at least 2; got {n}") for n in (1, -1)),
+    *((("btt", 64, 64), dict(num_experts=n, top_k=1), f"at least 2 and below 32768; got {n}") for n in (1, -1)),
     *((("dyad", 64, 64), dict(dyad_blocks=blocks), f"dyad_blocks = {blocks}") for blocks in (0, 5)),
     (("dyad", 64, 64), dict(dyad_variant="tt"), "'tt'"),
     *((("dyad", 64, 64), options, "dyad_blocks") for options in (

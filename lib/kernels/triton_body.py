@@ -156,16 +156,15 @@ def core_gradient_kernel(z, rows, dcore, row_token, row_gate, tile_end, T,
     p = tl.arange(0, P)
     z_offsets = _z_offsets(n, N1, N2, Z0, Z1, Z2)[:, None] * P + p[None, :]
     acc = tl.zeros((BN, BK), tl.float32)
-    for step in range(0, last - first):
-        tile = first + step
+    for step in range(0, (last - first) * V):
+        tile, v = first + step // V, step % V
         token, there = _tokens(tile * P + p, row_token, T, PLANNED)
-        for v in range(V):
-            t = tl.load(z + (tile.to(tl.int64) * Z + u * ZU + v * ZV) * P + z_offsets, n[:, None] < N, 0.0)
-            at = rows + token[:, None] * (U * V * K) + (u * V + v) * K + k[None, :]
-            x = tl.load(at, there[:, None] & (k[None, :] < K), 0.0)
-            if GATED:
-                x = (x * tl.load(row_gate + tile * P + p)[:, None]).to(x.dtype)
-            acc = tl.dot(t, x, acc, input_precision=PRECISION)
+        t = tl.load(z + (tile.to(tl.int64) * Z + u * ZU + v * ZV) * P + z_offsets, n[:, None] < N, 0.0)
+        at = rows + token[:, None] * (U * V * K) + (u * V + v) * K + k[None, :]
+        x = tl.load(at, there[:, None] & (k[None, :] < K), 0.0)
+        if GATED:
+            x = (x * tl.load(row_gate + tile * P + p)[:, None]).to(x.dtype)
+        acc = tl.dot(t, x, acc, input_precision=PRECISION)
     dcore += part.to(tl.int64) * (U * N * K) + u * CU
     tl.store(dcore + n[:, None] * CN + k[None, :] * CK, acc.to(dcore.dtype.element_ty),
              (n[:, None] < N) & (k[None, :] < K))
