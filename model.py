@@ -62,7 +62,7 @@ class GPTConfig(LayerConfig):
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
         if self.gelu not in ("exact", "tanh"):
             raise ValueError(f"gelu must be 'exact' or 'tanh'; got {self.gelu!r}")
-        if self.branch_scale is None:  # the residual stream has one size at any depth; 1 at 3 layers
+        if self.branch_scale is None:  # keeps the residual stream's size the same at any depth; 1 at 3 layers
             self.branch_scale = math.sqrt(3 / self.n_layer)
         if self.attention_scale is None:  # the usual 1 / √hs at hs = 64
             self.attention_scale = 8 / (self.n_embd // self.n_head)
@@ -127,7 +127,7 @@ def shared_logits(layers: list[nn.Module], x: Tensor) -> list[Tensor | None]:
 
 @contextlib.contextmanager
 def fixed_cores(model: nn.Module):
-    """Within, cores are normalized, and cast to the type of an autocast around it, once and not at every
+    """A context in which cores are normalized, and cast to the autocast type around it, once and not at every
     call: for generation, while no weight changes."""
     layers = [m for m in model.modules() if isinstance(m, structured.Structured)]
     dtype = kernels.autocast_dtype(next(model.parameters()))
@@ -259,7 +259,7 @@ class Block(nn.Module):
 
 class ModelAux(NamedTuple):
     """What the routers of a model report of one batch."""
-    loss: Tensor  # () mean over routers of switch load balance + 0.1 · z, unweighted; 0 without routers
+    loss: Tensor  # () mean over routers of load-balance loss + 0.1 · z-loss, unweighted; 0 without routers
     load: Tensor  # (R, E) share of assignments to each expert at each router
     variance: Tensor  # (R,) mean over tokens of the variance of a token's logits at each router
 
@@ -331,8 +331,8 @@ class GPT(nn.Module):
 
     @classmethod
     def count_params(cls, config: GPTConfig) -> int:
-        """Parameters of such a model, without making it. Raises ValueError for sizes that do not fit each
-        other."""
+        """The number of parameters of a model of this config, not allocated. Raises ValueError for sizes that
+        do not fit each other."""
         with torch.device("meta"):  # shapes without memory
             small = cls(dataclasses.replace(config, n_layer=1))
         block = sum(p.numel() for p in small.blocks[0].parameters())
@@ -340,7 +340,7 @@ class GPT(nn.Module):
 
     @classmethod
     def count_flops(cls, config: GPTConfig) -> int:
-        """flops_per_token of such a model, without making it. Raises ValueError as count_params."""
+        """flops_per_token of a model of this config, not allocated. Raises ValueError as count_params."""
         with torch.device("meta"):
             return cls(config).flops_per_token()
 
@@ -351,8 +351,8 @@ class GPT(nn.Module):
         return self.flops_per_token() / self.count_flops(dense)
 
     def routers(self) -> dict[str, structured.MoE]:
-        """{name: mixture} in the order of ModelAux, that in which a forward meets them: modules are to be
-        registered in the order in which they are called."""
+        """{name: MoE} in the order of ModelAux, so modules must be registered in the order in which forward
+        calls them."""
         return {name: m for name, m in self.named_modules() if isinstance(m, structured.MoE)}
 
     def rebalance(self, load: Tensor, variance: Tensor, rate: float | Tensor) -> None:
@@ -362,8 +362,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def balance_routers(self, steps: Iterable[Iterable]) -> None:
-        """Steps of rebalance, each by the mean load and variance of some batches (X, Y), of any numbers of
-        sequences. The rate of step i is 1 / (1 + i / 5), so that the biases settle."""
+        """A rebalance for each item of `steps`, by the mean load and variance over its batches (X, Y), of any
+        sizes. The rate of step i is 1 / (1 + i / 5), so that the biases settle."""
         self.eval()
         for i, batches in enumerate(steps):
             load, variance, count = 0, 0, 0
@@ -428,8 +428,8 @@ class GPT(nn.Module):
         likeliest whose probabilities sum to top_p. known (B, N) are the first N tokens to come, -1 where one
         is to be drawn: the rest of prompts that are longer than T. A window slides past block_size: when it
         is full, its oldest quarter is forgotten and the rest read again (positions are learned, so that keys
-        of shifted tokens cannot be kept). With or without the cache the tokens are the same. Dropout acts
-        unless eval() was called.
+        of shifted tokens cannot be kept). The cache changes the tokens only by rounding. Dropout acts unless
+        eval() was called.
         """
         if idx.shape[1] < 1:
             raise ValueError("generation needs a prompt of at least one token")
@@ -513,13 +513,13 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float,
     """One token for each row of logits (B, V) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    p = _kept_probabilities(logits / temperature, top_k, top_p)
+    p = _kept_probabilities((logits - logits.amax(dim=-1, keepdim=True)) / temperature, top_k, top_p)
     # torch.multinomial's way to draw, without its check of p, for which it waits for the GPU
     return p.div_(torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
 
 
 def _kept_probabilities(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """What tokens are drawn in proportion to, (B, V) like logits: probabilities, 0 for those left out."""
+    """Unnormalized probabilities to draw from, (B, V): 0 where top_k or top_p leaves a token out."""
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -527,5 +527,5 @@ def _kept_probabilities(logits: Tensor, top_k: int | None, top_p: float) -> Tens
     if top_p == 1:
         return p
     ranked, order = p.sort(dim=-1, descending=True, stable=True)
-    beyond = ranked.cumsum(dim=-1) - ranked >= top_p  # the likelier ones alone reach top_p
+    beyond = ranked.cumsum(dim=-1) - ranked >= max(top_p, 1e-9)  # the likelier ones alone reach top_p
     return p.masked_fill(beyond.scatter(-1, order, beyond), 0.0)

@@ -216,6 +216,8 @@ class LayerConfig:
     dyad_variant: str = "it"        # 'it', 'ot' or 'dt', for struct 'dyad' alone
 
     def __post_init__(self):
+        if self.struct not in STRUCTURES:
+            raise ValueError(f"struct must be one of {', '.join(STRUCTURES)}; got {self.struct!r}")
         if self.weight_norm is None:
             self.weight_norm = self.struct != "dense"
         self.check_experts("num_experts")
@@ -234,7 +236,7 @@ class Structured(nn.Module):
 
     shapes      {name of a core: (batch, out, in)}: it acts as x @ coreᵀ, batched; with experts, a leading E
     fans        {name: (fan_in, fan_out)} of those products
-    norm_follows  a norm undoes the output's scale: no gains, and only changes relative to the weights count
+    norm_follows  a norm follows, which undoes the output's scale: no gains, and another learning rate
     zero_core   the core that starts at zero; the others start normal, std = √min(fan_in, fan_out) / fan_in
 
     A subclass has forward(x, ends), to_dense() and flops_per_token(). With experts the rows of x are grouped
@@ -268,9 +270,9 @@ class Structured(nn.Module):
         return math.sqrt(min(fan_in, fan_out)) / fan_in
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
-        """{parameter name: factor on Adam's learning rate}: d0 / (n · fan_in) for each of n cores, else 1.
-
-        Where a norm follows, times the output's initial rms, the product of the cores' growth (docs/mup.md).
+        """{parameter name: factor on Adam's learning rate}: d0 / (n · fan_in) for each core, else 1; n is
+        the number of cores that are multiplied, 1 where W is their sum. Where a norm follows, times the
+        output's initial rms, the product of the cores' growth (docs/mup.md).
         """
         growth = [math.sqrt(min(fan_in, fan_out) / fan_in) for fan_in, fan_out in self._fans.values()]
         count, rms = (len(growth), math.prod(growth)) if self.cores_multiply else (1, growth[0])
@@ -570,12 +572,10 @@ def layer_sizes(config: LayerConfig, num_experts: int, d_in: int, d_out: int, *,
                 phi: int | None = None) -> Sizes:
     """Sizes of a structure (any but dyad) between two widths; of one expert, where there are experts.
 
-    Raises ValueError for an unknown name, a rank that the structure does not have, a theta that is missing or
-    not wanted, widths that do not factor, and a γ or φ that cannot be fixed.
+    Raises ValueError for a rank that the structure does not have, a theta that is missing or not wanted,
+    widths that do not factor, and a γ or φ that cannot be fixed.
     """
     struct, rank, theta = config.struct, config.rank, config.theta
-    if struct not in STRUCTURES:
-        raise ValueError(f"struct must be one of {', '.join(STRUCTURES)}; got {struct!r}")
     if struct == "einsum" and theta is None:
         raise ValueError("struct 'einsum' needs theta, seven exponents")
     if struct != "einsum" and theta is not None:

@@ -36,7 +36,7 @@ block_size: PositiveInt = 1024          # tokens per sequence
 n_layer: PositiveInt = 12               # blocks
 n_head: PositiveInt = 12                # attention heads
 n_embd: PositiveInt = 768               # width
-dropout: UnitFloat = 0.0                # for pretraining 0 is good
+dropout: UnitFloat = 0.0                # probability of dropout; 0 is good for pretraining
 bias: bool = False                      # biases in projections and layer norms
 struct: str = "dense"                   # dense, low_rank, kronecker, monarch, tt, btt, einsum or dyad
 rank: PositiveInt | None = None         # ρ; None: d^θρ; with experts 1, but low_rank d / E, einsum d^θρ
@@ -55,7 +55,7 @@ dyad_variant: Literal["it", "ot", "dt"] = "it"  # what it permutes: 'it' inputs,
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width; others have a factor
 learning_rate: NonNegativeFloat = 3e-3  # peak learning rate
 mup_base_width: PositiveInt = 128       # d0: a dense layer of width d learns at learning_rate · d0 / d
-mup: bool = True                        # False: one rate for all, as from GPT-2; init and scales stay
+mup: bool = True                        # False: one rate for all, as for GPT-2's weights; init, scales stay
 max_iters: NonNegativeInt = 600000      # iterations
 weight_decay: NonNegativeFloat = 0.1    # each iteration multiplies every matrix by 1 - lr · weight_decay
 beta1: UnitFloat = 0.9                  # decay of the first moment
@@ -150,15 +150,15 @@ dtype = choose_dtype(dtype, device_type)
 backend = backend or ("nccl" if device_type == "cuda" else "gloo")
 amp = autocast(device_type, dtype)
 or_fail(distributed.connect, backend)
-masked = dict(out_dir=None, dataset=None, device=None, init_from=os.path.basename(init_from))
-or_fail(distributed.require_same, config | masked | dict(torch=torch.__version__))
+masked = dict(out_dir=None, dataset=None, device=device_type, init_from=os.path.basename(init_from))
+or_fail(distributed.require_same, config | masked | dict(dtype=dtype, torch=torch.__version__))
 or_fail(kernels.use_kernel, kernel, device_type, dtype)
 compile = or_fail(choose_compile, compile, device)
 
 # ---- Settings that come with the weights -------------------------------------------------------------------
 
 checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
-# what the weights to start from fix, of a checkpoint or, below, of a GPT-2: fields of GPTConfig, mup's keys
+# what the initial weights (of a checkpoint or, below, of GPT-2) fix: fields of GPTConfig, and mup's keys
 start_settings = or_fail(checkpoints.start_settings, init_from, GPTConfig, config, given)
 gpt2_folder = None if start_settings else or_fail(gpt2.find, init_from)
 if gpt2_folder:
@@ -206,10 +206,10 @@ num_routers, experts_per_router = len(raw_model.routers()), num_experts or ffn_e
 
 # ---- Checkpoints, torch.compile, DDP -----------------------------------------------------------------------
 
-src_rank = or_fail(checkpoints.open, init_from)  # rank with the checkpoint; locks out_dir, renames old files
-resuming = checkpoints.resumes
+src_rank = or_fail(checkpoints.open, init_from)  # the rank that has the checkpoint; locks out_dir
 progress = Progress(**digests) if src_rank is None else or_fail(
     checkpoints.load, src_rank, raw_model, optimizer, scaler, config, meta["tokenizer"], digests, device)
+or_fail(checkpoints.rename_old)
 model = torch.compile(raw_model, dynamic=False) if compile else raw_model
 if ddp:
     model = DistributedDataParallel(model, device_ids=[ddp_local_rank] if device_type == "cuda" else None,
@@ -230,7 +230,7 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
        + (f", utilization of {peak / 1e12:.3g} TFLOP/s ({peak_source})" if peak else ""))
 
 eval_due = lambda i: i % eval_interval == 0 or i >= max_iters  # whether to evaluate before iteration i
-drop_from = progress.iteration if resuming else -1  # log.jsonl loses its points from here on; -1: all
+drop_from = progress.iteration if checkpoints.resumes else -1  # log.jsonl loses points from here on; -1: all
 logger = or_fail(Logger, out_dir, drop_from, master, eval_due(progress.iteration))
 if os.path.realpath(checkpoints.settings.get("out_dir", out_dir)) != os.path.realpath(out_dir):
     progress.wandb_id = None  # a copy of the out_dir, or a moved one, has a wandb run of its own
@@ -334,12 +334,12 @@ def save_checkpoint(val_loss: float | None = None) -> None:
     if master:
         contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), model_args=model_args, config=config,
-                        tokenizer=meta["tokenizer"], seed=seed, **dataclasses.asdict(progress))
+                        tokenizer=meta["tokenizer"], **dataclasses.asdict(progress))
         checkpoints.save(contents, val_loss, logger)
 
 
 def evaluate_and_save() -> None:
-    """Evaluates, logs and, if the loss is finite, saves; a signal ends it before."""
+    """Evaluates, logs and, if the loss is finite, saves; at a signal it stops without doing any of these."""
     result = evaluate(model.module if ddp else model, batches,  # compiled, without DDP
                       (num_routers, experts_per_router), amp, any_signal)
     if result is None:
@@ -437,7 +437,7 @@ if master and sample_tokens:
         start = torch.tensor([[tok.start]], device=device)
         with amp:
             tokenizer.print_tokens(tok, raw_model.stream(start, sample_tokens, temperature=0.8))
-    except (OSError, RuntimeError, ValueError) as e:  # GPT-2's vocabulary cannot be downloaded; out of memory
+    except (ImportError, OSError, RuntimeError, ValueError) as e:  # no vocabulary here; out of memory
         print0(f"no sample: {e}")
     print0("----")
 print0(next_commands(sys.argv[1:], out_dir, init_from, max_iters, raw_model.flops_ratio_to_dense()))

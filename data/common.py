@@ -52,8 +52,8 @@ def find_dataset(dataset: str) -> str:
 class TokenFile:
     """The token ids in a file, 1-D: tokens[first:last] reads an array of them.
 
-    Not a memory map: every page of one that was read once counts as the process's own memory, in the end as
-    much as the dataset. Raises OSError, or ValueError if the file is empty or its last id is not whole.
+    Not a memory map, whose pages stay in the process's resident memory once read: in the end, the whole
+    dataset's. Raises OSError, or ValueError if the file is empty or its last id is not whole.
     """
 
     def __init__(self, path: str | os.PathLike, dtype: np.dtype):
@@ -83,8 +83,8 @@ class TokenFile:
 def open_dataset(dataset: str) -> tuple[dict, dict[str, TokenFile]]:
     """Opens a dataset, given as to find_dataset: (meta, {"train": tokens, "val": tokens}).
 
-    They are not checked: see check_token_ids. Raises ValueError, one sentence, if
-    the folder holds no whole dataset.
+    They are not checked: see check_token_ids. Raises ValueError, one sentence, if the folder holds no whole
+    dataset.
     """
     folder = Path(find_dataset(dataset))
     script = folder / "prepare.py"
@@ -106,7 +106,7 @@ def open_dataset(dataset: str) -> tuple[dict, dict[str, TokenFile]]:
     except OSError as error:
         raise ValueError(f"{problem}: meta.json cannot be read") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{problem}: meta.json describes none ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{problem}: meta.json is not valid ({type(error).__name__}: {error})") from error
     tokens = {}
     for split, count in counts.items():
         try:
@@ -239,8 +239,8 @@ def work_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def check_out_dir(out_dir: Path, source: dict) -> None:
-    """Raises ValueError if out_dir holds a dataset of another source, as meta.json describes it by SOURCE. A
-    meta.json that cannot be read counts as none."""
+    """Raises ValueError if meta.json says, by the keys of SOURCE, that out_dir holds a dataset of another
+    source. A meta.json that cannot be read counts as none."""
     try:
         old = json.loads((out_dir / "meta.json").read_text(encoding="utf-8"))["source"]
         old, new = ({key: given[key] for key in SOURCE if key in given} for given in (old, source))

@@ -47,8 +47,8 @@ class Checkpoints:
     """out_dir/ckpt.pt, the last checkpoint, and out_dir/ckpt_best.pt, the one of least validation loss.
 
     Rank 0 writes them, on its own node. The nodes may share out_dir or have one each, and rank 0 may be on
-    another node the next time: the first rank of every node looks for checkpoints, and the newest is that of
-    all. start_settings(), open() and load(), to be called in this order, are collectives, which raise
+    another node the next time: the first rank of every node looks for checkpoints, and all ranks use the
+    newest. start_settings(), open() and load(), to be called in this order, are collectives, which raise
     ValueError on every rank or on none.
 
     saved_at      iteration of the last checkpoint, None before there is one
@@ -71,7 +71,7 @@ class Checkpoints:
 
     def open(self, init_from: str) -> int | None:
         """Finds the newest whole checkpoint of all nodes, and locks rank 0's out_dir. Returns the rank that
-        has it; None without one. A run that does not resume renames what it finds in every out_dir.
+        has it; None without one.
 
         init_from: 'scratch', 'resume', 'auto', or the path of a checkpoint whose weights the run starts from,
         *.pt; a GPT-2 is like 'scratch'. Raises ValueError if there is nothing to start from, or out_dir
@@ -83,10 +83,13 @@ class Checkpoints:
         if init_from == "auto" and source is None:
             print0(f"there is no checkpoint in {self.out_dir}: a run from scratch, with random weights")
         on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
+        return source
+
+    def rename_old(self) -> None:
+        """Renames what an earlier run has left in every out_dir, unless this run resumes it."""
         if not self.resumes and self.first_of_node:
             for name, new in rename_old_files(self.out_dir).items():
                 print0(f"{name} of an earlier run is {new} in {self.out_dir} from here on")
-        return source
 
     def start_settings(self, init_from: str, config_class, config: dict, given: set[str]) -> dict:
         """The settings of a run that starts from the checkpoint that open() would find: the fields of its
@@ -124,8 +127,8 @@ class Checkpoints:
         return self._newest(init_from, needed=True)
 
     def _newest(self, path: str, *, needed: bool, made_by: list | None = None) -> tuple[int | None, list]:
-        """_find(), at this path, of the checkpoints that runs of these agents have made, where they are
-        given. ValueError if there are only broken ones, or none where one is needed."""
+        """_find() for one path. With made_by, only checkpoints that a run of one of these agents wrote count.
+        Raises ValueError if there are only broken ones, or none where one is needed."""
         checkpoint = problem = None
         try:
             if self.first_of_node and made_by != []:
@@ -145,9 +148,8 @@ class Checkpoints:
         older = []
         for rank, i in enumerate(iterations):
             if unreadable[rank] or i is not None and i < iterations[source]:
-                what = "one that cannot be read" if i is None else f"that of iteration {i}"
-                older.append(f"rank {rank} has an older checkpoint, {what}: all go on from that of rank "
-                             f"{source}")
+                what = "that cannot be read" if i is None else f"of iteration {i}, which is older"
+                older.append(f"rank {rank} has a checkpoint {what}: all go on from that of rank {source}")
         self.opened = path, checkpoint if source == distributed.rank() else None
         return source, older
 
@@ -181,13 +183,12 @@ class Checkpoints:
                 model.load_state_dict(checkpoint["model"])
         on_all_ranks(restore)
         progress = progress_of(checkpoint) if self.resumes else Progress()
-        state = [model.state_dict(), optimizer.state_dict(), scaler.state_dict(),
-                 dataclasses.asdict(progress)]
+        state = [model.state_dict(), optimizer.state_dict()]  # the rest has come with the outline
         distributed.broadcast_tensors(tensors_of(state), source, device)
         if self.resumes:
             self.saved_at = checkpoint["iteration"]
             self.settings = {key: value for key, value in checkpoint["config"].items() if value is not None}
-            if "max_iters" in self.settings:  # old checkpoints lack what it stood for
+            if "max_iters" in self.settings:  # in old checkpoints lr_decay_iters None meant it
                 self.settings.setdefault("lr_decay_iters", self.settings["max_iters"])
             self._find_best(progress, digests["measured_on"])
         print0(f"resuming {self.place} at iteration {progress.iteration}" if self.resumes else
@@ -199,8 +200,8 @@ class Checkpoints:
         return dataclasses.replace(progress, **digests)
 
     def _find_best(self, progress: Progress, measured_on: str) -> None:
-        """The best losses so far, of progress and of ckpt_best.pt, as far as they were measured on the same
-        windows. A ckpt_best.pt of others is renamed."""
+        """Sets saved_best. Forgets best losses, in progress and in ckpt_best.pt, that were measured on other
+        windows, and renames such a ckpt_best.pt."""
         if progress.measured_on != measured_on:
             print0(f"the best validation loss so far, {progress.best_val_loss:.4f}, was measured on other "
                    "windows or data: it starts anew")
@@ -233,7 +234,7 @@ class Checkpoints:
             return
         self.saved_at, self.place, self.failure = contents["iteration"], self.path, None
         if best_failure is not None:
-            print0(f"ckpt_best.pt could not be written ({best_failure.strerror}), and is an older one")
+            print0(f"ckpt_best.pt could not be written ({best_failure.strerror}): any older one stays")
         elif best:
             self.saved_best = val_loss
 
@@ -245,7 +246,7 @@ class Checkpoints:
     def describe(self) -> str:
         if self.saved_at is None:
             return "there is no checkpoint yet"
-        return f"{self.place} is that of iteration {self.saved_at}"
+        return f"{self.place} holds the checkpoint of iteration {self.saved_at}"
 
 
 def name_of_agent() -> str | None:
@@ -261,8 +262,8 @@ def name_of_agent() -> str | None:
 
 
 def adopt_settings(place: str, there: dict, config: dict, given: set[str]) -> dict:
-    """What `there`, the settings of the weights at `place`, says of all that is not given: of keys that are
-    None too, and of what is no key of `config`. Raises ValueError if one that is given differs."""
+    """The entries of `there`, the settings of the weights at `place`, except those that the user has given a
+    value other than None. Raises ValueError if such a value differs."""
     given = {key for key in given & there.keys() if config[key] is not None}
     if differing := _differences(*({key: d[key] for key in sorted(given)} for d in (there, config))):
         raise ValueError(f"{place} holds another model: {differing}")
@@ -325,7 +326,7 @@ def read_checkpoint(path: str, needed: dict[str, type] = CONTENTS) -> dict:
         raise ValueError(f"{path} is not a checkpoint of train.py: it holds a {type(checkpoint).__name__}")
     wrong = [name for name, kind in needed.items() if not isinstance(checkpoint.get(name), kind)]
     if wrong:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks a sound {', '.join(wrong)}")
+        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks a valid {', '.join(wrong)}")
     return checkpoint
 
 
@@ -393,8 +394,6 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = str(e) or type(e).__name__
         raise ValueError(f"{path} does not fit this optimizer or its scaler: {reason}") from None
-    for group, values in zip(optimizer.param_groups, options):
-        group.update(values)
 
 
 # ---- The same state on every rank --------------------------------------------------------------------------

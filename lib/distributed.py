@@ -12,7 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 
-# backends of GPUs alone, with one for what the hosts exchange
+# GPU-only backends, each with gloo beside it for CPU tensors
 WITH_HOSTS = {"nccl": "cpu:gloo,cuda:nccl", "xccl": "cpu:gloo,xpu:xccl"}
 
 # what the backends say when a peer is gone
@@ -41,11 +41,10 @@ def name_of_start(store, rank: int, world_size: int, seconds: float = 1800.0) ->
     """A name that these ranks alone have, for their keys in a store. torchrun's outlives a restart, with the
     addresses of dead processes in it, and the nodes of a run may differ in how many restarts they count.
 
-    Each rank answers rank 0's word, with one of its own, and rank 0 repeats the answer: what an earlier start
-    has left there lacks one of the two words. Raises RuntimeError where a rank is missing after so many
-    seconds.
+    Each rank answers rank 0's nonce with one of its own, and rank 0 repeats the pair: keys that an earlier
+    start has left lack one of the two. Raises RuntimeError where a rank is missing after so many seconds.
     """
-    word, deadline = secrets.token_hex(8), time.monotonic() + seconds
+    nonce, deadline = secrets.token_hex(8), time.monotonic() + seconds
 
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
@@ -56,15 +55,15 @@ def name_of_start(store, rank: int, world_size: int, seconds: float = 1800.0) ->
         time.sleep(0.05)
 
     if rank == 0:
-        store.set("word", word)
+        store.set("nonce", nonce)
         for other in range(1, world_size):
-            while not (answer := read(f"answer {other}")).startswith(word):
+            while not (answer := read(f"answer {other}")).startswith(nonce):
                 wait(other)
             store.set(f"accepted {other}", answer)
-        return word
-    while not (accepted := read(f"accepted {rank}")).endswith(word):
-        if first := read("word"):
-            store.set(f"answer {rank}", f"{first} {word}")
+        return nonce
+    while not (accepted := read(f"accepted {rank}")).endswith(nonce):
+        if first := read("nonce"):
+            store.set(f"answer {rank}", f"{first} {nonce}")
         wait(0)
     return accepted.split()[0]
 

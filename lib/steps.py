@@ -20,7 +20,7 @@ class FiniteSteps:
         self.waiting: list[tuple[Any, list[float], Tensor]] = []  # note, rates, (loss, norm) of each step
 
     def step(self, loss: Tensor, norm: Tensor, learning_rate: float, note: Any) -> Tensor:
-        """A step with the gradients that are there; whether loss and norm, () each, are finite: () of bool.
+        """Takes a step if loss and norm, () each, are finite, and returns whether they are: () of bool.
 
         If not, the weights, the moments and the count of steps stay as they are.
         """

@@ -50,7 +50,7 @@ def test_a_disk_that_is_full_for_a_while(run, flags, trained, tmp_path):
     out = tmp_path / "out"
     lines = done.stdout.splitlines()
     [failed] = [line for line in lines if "could not be written" in line]
-    assert "iteration 10" in failed and "too large" in failed and "is that of iteration 5" in failed
+    assert "iteration 10" in failed and "too large" in failed and "checkpoint of iteration 5" in failed
     assert sum("log.jsonl cannot be written" in line for line in lines) == 1
     assert untimed(out) == untimed(trained())
     assert_same_checkpoint(out, trained())
@@ -65,7 +65,7 @@ def test_a_disk_that_stays_full(run, flags, trained, tmp_path):
     before = (tmp_path / "out" / "ckpt.pt").read_bytes()
     for limit in (size // 2, size * 9 // 10):
         done = run("train.py", *flags(init_from="auto"), before=limit_files, LIMIT=str(limit))
-        assert_one_sentence(done, "iteration 20", "ckpt.pt is that of iteration 6")
+        assert_one_sentence(done, "iteration 20", "ckpt.pt holds the checkpoint of iteration 6")
         assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
         assert max(read_log(tmp_path / "out")[2]) == 20
         assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "ckpt_best.pt", "log.jsonl"]
@@ -105,9 +105,17 @@ def vocabulary_is_gone():
     tokenizer.from_meta = gone
 
 
-def test_a_sample_that_cannot_be_made_is_no_failure(run, flags):
-    done = run("train.py", *flags(**TINY | {"sample_tokens": 3}), before=vocabulary_is_gone)
-    assert done.returncode == 0 and not done.stderr and "no sample: the vocabulary" in done.stdout
+def tiktoken_is_missing():
+    def missing(meta):
+        raise ModuleNotFoundError("No module named 'tiktoken'")
+    tokenizer.from_meta = missing
+
+
+@pytest.mark.parametrize("before, why", [
+    (vocabulary_is_gone, "the vocabulary"), (tiktoken_is_missing, "No module")])
+def test_a_sample_that_cannot_be_made_is_no_failure(before, why, run, flags):
+    done = run("train.py", *flags(**TINY | {"sample_tokens": 3}), before=before)
+    assert done.returncode == 0 and not done.stderr and f"no sample: {why}" in done.stdout
 
 
 # Losses and gradients that are not finite
@@ -215,7 +223,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, flags, tmp_path):
     The checkpoint of before stays, and a run resumes from it.
     """
     done = run("train.py", *flags(max_skipped=3, checkpoint_interval=1), before=weights_break_in_the_8th_step)
-    assert_one_sentence(done, "3 iterations in a row", "ckpt.pt is that of iteration 7")
+    assert_one_sentence(done, "3 iterations in a row", "ckpt.pt holds the checkpoint of iteration 7")
     assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 7
     done = run("train.py", *flags(init_from="resume", max_iters=9))
     assert done.returncode == 0 and losses(tmp_path / "out")[1][9] < 5, done.stderr

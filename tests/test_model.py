@@ -641,6 +641,13 @@ def test_only_what_top_p_keeps_is_drawn():
     assert len(model.generate(idx.expand(300, 3), 1, temperature=5.0)[:, -1].unique()) > 5
 
 
+@pytest.mark.parametrize("options", [dict(temperature=1e-38), dict(top_p=0.0)])
+def test_the_least_temperature_and_top_p_leave_the_likeliest_token(options):
+    model, idx = random_model().float(), tokens(50, 3)
+    likeliest = model(idx)[0][:, -1].argmax(-1)
+    assert torch.equal(model.generate(idx, 1, **options)[:, -1], likeliest) and likeliest.any()
+
+
 @pytest.mark.parametrize("kind", ["dense", "btt_moe", "moe"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_prompts_of_different_lengths_together(kind, use_cache):

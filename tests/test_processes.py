@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lib.device
 import model
 from lib.checkpoint import tensors_of
 from tests.conftest import ROOT, SMALL, THREADS, TINY
@@ -116,7 +117,7 @@ def test_the_newest_checkpoint_of_all_nodes_is_resumed(first, second, nodes, par
     """On whichever node it lies; the end is that of one process left alone, and the same on both nodes."""
     done = nodes([parts.get(first), parts.get(second)], init_from="auto")
     assert done.returncode == 0 and "at iteration 6" in done.stdout, done.stderr
-    assert (f"older checkpoint, that of iteration {first}" in done.stdout) == (first == 3)
+    assert (f"checkpoint of iteration {first}, which is older" in done.stdout) == (first == 3)
     assert_same_ends(tmp_path)
     whole, end = load(parts["whole"] / "ckpt.pt"), load(tmp_path / "0" / "out" / "ckpt.pt")
     for name, weight in whole["model"].items():
@@ -149,7 +150,7 @@ def test_every_node_says_where_the_checkpoint_is_when_losses_are_not_finite(run,
                NODES=str(tmp_path))
     errors = [(tmp_path / rank / "stderr").read_text() for rank in "01"]
     assert done.returncode == 1 and errors[0] == errors[1]
-    assert "2 iterations in a row" in errors[0] and "ckpt.pt is that of iteration 3" in errors[0]
+    assert "2 iterations in a row" in errors[0] and "ckpt.pt holds the checkpoint of iteration 3" in errors[0]
 
 
 def test_a_broken_checkpoint_gives_way_to_a_whole_one(nodes, parts, tmp_path):
@@ -157,7 +158,7 @@ def test_a_broken_checkpoint_gives_way_to_a_whole_one(nodes, parts, tmp_path):
     os.truncate(tmp_path / "0" / "out" / "ckpt.pt", 1000)
     done = nodes([None, parts[3]], init_from="auto")
     assert done.returncode == 0 and "at iteration 3" in done.stdout, done.stderr
-    assert "rank 0 has an older checkpoint, one that cannot be read" in done.stdout
+    assert "rank 0 has a checkpoint that cannot be read" in done.stdout
     assert_same_ends(tmp_path)
 
 
@@ -192,14 +193,21 @@ def with_a_longer_start():
     second_rank("--init_from=" + "x" * 100 + os.environ["RANK"] + ".pt")
 
 
+def with_another_default_dtype():
+    """As a GPU of another kind would choose."""
+    if os.environ["RANK"] == "1":
+        lib.device.choose_dtype = lambda *_: "bfloat16"
+
+
 def with_other_data():
     second_rank(f"--dataset={os.environ['OTHER']}")
 
 
 @pytest.mark.parametrize("before, word", [(with_another_rate, "learning_rate = 0.5 on rank 1"),
                                           (with_a_longer_start, "init_from = xxx"),
+                                          (with_another_default_dtype, "dtype = bfloat16 on rank 1"),
                                           (with_other_data, "trained_on = ")],
-                         ids=["settings", "start", "data"])
+                         ids=["settings", "start", "dtype", "data"])
 def test_processes_that_differ_do_not_train(before, word, run, flags, python_text, tmp_path):
     """On two nodes it may be an old config file, or another Python's library in data/python_char."""
     other = shutil.copytree(python_text, tmp_path / "other")

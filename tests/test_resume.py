@@ -91,6 +91,19 @@ def test_a_run_from_scratch_renames_the_files_of_an_earlier_one(train, trained, 
     assert load(out / "ckpt.pt")["iteration"] == 2 and max(read_log(out)[2]) == 2
 
 
+def test_a_refused_start_renames_nothing(run, flags, trained, python_text, tmp_path):
+    """From a checkpoint that lies in the out_dir itself, on data of another vocabulary."""
+    out, other = tmp_path / "out", shutil.copytree(python_text, tmp_path / "other")
+    shutil.copytree(trained(**TINY), out)
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    meta = json.loads((other / "meta.json").read_text())
+    meta["tokenizer"]["characters"] = meta["tokenizer"]["characters"].replace("~", "é")
+    (other / "meta.json").write_text(json.dumps(meta))
+    done = run("train.py", *flags(**TINY | dict(init_from=out / "ckpt.pt", dataset=other)))
+    assert_one_sentence(done, "another vocabulary")
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+
+
 # Going on with something else
 
 @pytest.fixture(scope="module")

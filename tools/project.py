@@ -68,7 +68,7 @@ def read_dense(place: str) -> tuple[str, dict, GPT]:
         experts = " with experts" if config.num_experts or config.ffn_experts else ""
         why = f"its struct is {config.struct!r}{experts}, and only a dense model without experts can be"
     elif wrong := [key for key in ("config", "tokenizer") if not isinstance(checkpoint.get(key), dict)]:
-        why = f"it lacks a sound {wrong[0]}"
+        why = f"it lacks a valid {wrong[0]}"
     elif broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
         why = f"{broken[0]} has values that are not finite"
     if why:

@@ -41,8 +41,8 @@ def test_gpu_check(run, tmp_path):
 
 def break_core_gradient():
     """With 8 experts, a sum over an expert's tiles that is off by 2 %; with 16, rounding that differs from
-    run to run, as atomic additions have it, and garbage for an expert without rows. float64 stays right. The C
-    body, without experts, has outputs that are off by 3 %, eager and compiled."""
+    run to run, as atomic additions have it, and garbage for an expert without rows. float64 stays right.
+    The C body, without experts, has outputs that are off by 3 %, eager and compiled."""
     core_gradient, calls = torch_body.core_gradient, itertools.count()
 
     def broken(left, right, tile_expert, like):

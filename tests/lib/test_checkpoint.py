@@ -107,7 +107,7 @@ def test_a_truncated_checkpoint_is_refused(share, trained, tmp_path):
 def test_a_checkpoint_without_a_part_is_refused(name, kind, whole, tmp_path):
     del whole[name]
     torch.save(whole if kind == "missing" else whole | {name: "x"}, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match=f"lacks a sound {name}"):
+    with pytest.raises(ValueError, match=f"lacks a valid {name}"):
         read_checkpoint(str(tmp_path / "ckpt.pt"))
 
 

@@ -216,7 +216,7 @@ def test_a_checkpoint_that_lacks_something_is_one_sentence(dense, capsys, part):
     with pytest.raises(SystemExit):
         project.main([str(dense), f"--out_dir={dense.parent / 'new'}", "--struct=btt", "--eval_tokens=0"])
     [line] = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"cannot be projected: it lacks a sound {part}")
+    assert line.endswith(f"cannot be projected: it lacks a valid {part}")
 
 
 def test_of_two_at_once_the_first_to_end_is_kept(dense, capsys, monkeypatch):
