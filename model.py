@@ -380,7 +380,7 @@ class GPT(nn.Module):
         for name, module in self.blocks[0].named_modules():
             if isinstance(module, structured.Structured):
                 kind = type(module).__name__.lower()
-                lines.append(f"{name.removesuffix('.experts'):12s} {kind} {module.extra_repr()}")
+                lines.append(f"{name.removesuffix('.experts'):16s} {kind} {module.extra_repr()}")
         return lines
 
     def describe_load(self, load: Tensor, entropy: Tensor) -> list[str]:

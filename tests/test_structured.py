@@ -13,8 +13,8 @@ from torch.func import functional_call
 import structured
 from lib import kernels
 from structured import DYAD_VARIANTS, STRUCTURES, LayerConfig, linear, make_experts
-from tests.structures import (CASES, THETAS, all_cases, close, cost, counted_flops, make, randn, randomize,
-                              recomputed_flops)
+from tests.structures import (CASES, NAMED, THETAS, all_cases, close, cost, counted_flops, make, randn,
+                              randomize, recomputed_flops)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_layer_applies_its_matrix(case, d_in, d_out, weight_norm):
     close(layer(x), expected)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "dyad" not in case])
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] in (*NAMED, "einsum")])
 @pytest.mark.parametrize("d_in, d_out", [(12, 24), (24, 16)])
 def test_matrix_is_the_formula(case, d_in, d_out):
     """DESIGN 2, one entry at a time: row (φ, ε, δ), column (γ, β, α), first index slowest."""
@@ -263,7 +263,7 @@ def test_mixture_with_idle_experts(case, tokens):
 def test_each_expert_is_a_layer_of_the_structure(case):
     """An expert's matrix is that of a single layer with its slice of the parameters."""
     experts = make(case, 24, 32, num_experts=3, weight_norm=True).experts
-    options = {} if isinstance(experts, structured.Dyad) else dict(sizes=experts.sizes)
+    options = dict(sizes=experts.sizes) if isinstance(experts, structured.Einsum) else {}
     struct, more = CASES[case]
     single = linear(struct, 24, 32, weight_norm=True, **(options or more)).double()
     for e, W in enumerate(experts.to_dense()):
@@ -505,10 +505,11 @@ def test_flops_are_those_executed(case, d_in, d_out, num_experts, top_k):
 @pytest.mark.parametrize("num_experts", [0, 6])
 @all_cases
 def test_flops_are_those_of_the_cores(case, num_experts):
-    """Two experts and the router; DYAD multiplies by two matrices of four blocks."""
+    """Two experts and the router; what is no einsum uses each parameter once."""
     layer = make(case, 48, 192, num_experts=num_experts, top_k=2)
     experts = layer.experts if num_experts else layer
-    one = 2 * 2 * 48 * 192 // 4 if isinstance(experts, structured.Dyad) else cost(experts.sizes)[0]
+    once = 2 * sum(math.prod(getattr(experts, name).shape[-3:]) for name in experts.fans())
+    one = cost(experts.sizes)[0] if isinstance(experts, structured.Einsum) else once
     assert layer.flops_per_token() == (2 * one + 2 * 48 * 6 if num_experts else one)
 
 
@@ -577,10 +578,11 @@ def test_learning_rate_falls_with_fan_in(case, d_in, d_out, num_experts):
     layer = linear(CASES[case][0], d_in, d_out, num_experts=num_experts, **CASES[case][1])
     experts = layer.experts if num_experts else layer
     cores = len(experts.fans()) if experts.cores_multiply else 1
-    uses = experts.sizes.uses() if experts.cores_multiply else dict(wl=1, wu=1)
+    is_einsum = isinstance(experts, structured.Einsum)
+    uses = experts.sizes.uses() if is_einsum else dict.fromkeys(experts.fans(), 1)
     for base in (128, d_in, d_out):
         multipliers = experts.lr_multipliers(base)
-        for (name, (fan_in, _)), width in zip(experts.fans().items(), (d_in, d_out)):
+        for (name, (fan_in, _)), width in zip(experts.fans().items(), (d_in, d_out, d_out)):
             if uses[name] == 1 or base == width:
                 assert multipliers[name] == pytest.approx(base / (cores * fan_in))
         assert all(m == 1 for name, m in multipliers.items() if name not in uses)
@@ -634,5 +636,5 @@ def test_zero_init_makes_the_zero_map_and_trains(case, num_experts):
     (layer(x) * torch.randn(20, 64)).sum().backward()
     experts = layer.experts if num_experts else layer
     zero = [name for name in experts.fans() if (getattr(experts, name) == 0).all()]
-    assert zero == (["wl", "wu"] if struct == "dyad" else [experts.sizes.order()[-1]])
+    assert zero == (list(experts.fans())[-1:] if experts.cores_multiply else ["wl", "wu"])
     assert all(getattr(experts, name).grad.abs().max() > 0 for name in zero)

@@ -56,7 +56,7 @@ from lib.log import read_log
 from lib.nearest import nearest_einsum, nearest_sum, relative_error
 from lib.table import markdown_table
 from model import GPT, load_checkpoint
-from structured import Dyad, Structured
+from structured import Dyad, Einsum, Structured
 
 # ---- The checkpoint and its data ---------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ def loss_of(model: GPT, batches: Batches | None, amp) -> float | None:
     if not eval_tokens:
         return None
     model.to(batches.device)
-    loss, _ = evaluate(model, batches, (0, 0), amp, lambda: False)
+    loss, *_ = evaluate(model, batches, (0, 0), amp, lambda: False)
     model.to("cpu").eval()
     return loss
 
@@ -137,6 +137,8 @@ def fill(layer: Structured, W: Tensor, C: Tensor | None) -> None:
     if isinstance(layer, Dyad):
         layer.wl[:], layer.wu[:] = nearest_sum(W, layer.places(), C)
         return
+    if not isinstance(layer, Einsum):
+        raise ValueError(f"fill() of tools/project.py does not know {type(layer).__name__}: add it there")
     A, B, _ = nearest_einsum(W, layer.sizes, C, sweeps, tolerance)
     first, second = (B, A) if layer.b_first else (A, B)
     if len(layer.order) == 1:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.launcher import NOT_IN_NAMES
+from experiments.launcher import NOT_IN_NAMES, TRAIN_DEFAULTS
 from lib.figure import LOSS
 from lib.log import read_log, validation_windows
 
@@ -242,7 +242,8 @@ def alike(runs: Iterable[MeasuredRun], except_for: Iterable[str]) -> list[list[M
     constant."""
     def key(run: MeasuredRun) -> str:
         without = (*except_for, *(() if run.config["decay_lr"] else ("max_iters",)))
-        config = {name: value for name, value in run.config.items() if name not in without}
+        config = {name: value for name, value in run.config.items()  # old logs lack keys that are new
+                  if name not in without and value != TRAIN_DEFAULTS.get(name, ...)}
         return json.dumps([run.label, config], sort_keys=True)
     return list(grouped(runs, key).values())
 

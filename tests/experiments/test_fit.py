@@ -453,6 +453,15 @@ def test_logs_that_hold_none_are_compared_by_what_was_used(tmp_path, decays, cha
     assert any("another run of the same settings" in note for note in notes) == copies
 
 
+@pytest.mark.parametrize("dropout, copies", [(0.0, True), (0.1, False)])
+def test_a_key_that_an_older_log_lacks_had_its_default(tmp_path, dropout, copies):
+    for name, settings in (("old", {}), ("new", dict(dropout=dropout))):
+        write_log(tmp_path / name, "btt", dict(n_embd=8) | RESOLVED | settings, 6e5, [2e4, 4e4], [3, 2])
+    runs, notes = scaling_fit.read_runs([str(tmp_path)])
+    assert len(runs) == (1 if copies else 2)
+    assert any("another run of the same settings" in note for note in notes) == copies
+
+
 def test_another_dtype_is_another_run(tmp_path):
     for dtype in ("float32", "bfloat16"):
         write_log(tmp_path / dtype, "btt", dict(n_embd=8) | UNRESOLVED, 6e5, [2e4, 4e4], [3, 2], dtype=dtype,
