@@ -71,8 +71,12 @@ def choose_structures() -> dict[str, dict]:
     """{name: fields of GPTConfig but its SIZES}, dense first. Raises ValueError for a plan of no use."""
     found = structures_of(plan) if plan else {name: structure_config(name) for name in structs.split(",")}
     fields = {field.name for field in dataclasses.fields(GPTConfig)} - {*SIZES}
-    return {name: {key: value for key, value in options.items() if key in fields}
+    kept = {name: {key: value for key, value in options.items() if key in fields}
             for name, options in ({"dense": structure_config("dense")} | found).items()}
+    for name, key in ((name, key) for name, options in kept.items() for key in options):
+        if isinstance(kept[name][key], list):
+            raise ValueError(f"{name} has several values of {key}: give a plan with one of them")
+    return kept
 
 
 if n_embd % head_size:

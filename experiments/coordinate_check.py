@@ -85,10 +85,11 @@ def train_and_measure(options: dict, width: int, seed: int, tokens, vocab_size: 
 
 def check_structure(name: str, tokens, vocab_size: int) -> list[dict]:
     """Rows of the table, one for each width and quantity. Smaller models differ more, and have more seeds."""
-    rows = []
+    rows, fields = [], GPTConfig.__dataclass_fields__
+    options = {key: value for key, value in structure_config(name).items() if key in fields}
     for width in sorted({int(width) for width in widths}):
         count = seeds * min(4, int(max(widths)) // width)
-        runs = [train_and_measure(structure_config(name), width, s, tokens, vocab_size) for s in range(count)]
+        runs = [train_and_measure(options, width, s, tokens, vocab_size) for s in range(count)]
         rows += [dict(struct=name, mup=mup, width=width, quantity=quantity,
                       rms=float(np.mean([run[quantity] for run in runs])) ** 0.5) for quantity in runs[0]]
     return rows

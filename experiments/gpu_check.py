@@ -57,6 +57,7 @@ try:
     device, device_type = choose_device(device)
     if widths is not None:
         whole_numbers(widths=widths)
+        widths = tuple(map(int, widths))
     os.makedirs(out, exist_ok=True)
 except (ValueError, OSError) as e:
     fail(str(e))

@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -128,7 +129,7 @@ def make_run(label: str, values: dict, root: str) -> Run:
     width = settings["n_embd"]
     if head_size:
         if width % head_size:
-            raise ValueError(f"n_embd = {width} is no multiple of head_size = {head_size}")
+            raise ValueError(f"n_embd = {width} is no multiple of head_size = {head_size:g}")
         settings["n_head"] = int(width // head_size)
     everything = TRAIN_DEFAULTS | settings
     flops_per_iter = training_flops(everything) * tokens_per_iter(everything)
@@ -145,7 +146,7 @@ def make_run(label: str, values: dict, root: str) -> Run:
 
 
 def final_loss(run: Run) -> float | None:
-    """Validation loss at the end of a run; None where it has not come to its end."""
+    """Validation loss at the end of a run; None where that is not reached, or the loss is not finite."""
     evals = [point for point in read_log(run.folder) if point.get("type") == "eval"]
     ends = [point["val_loss"] for point in evals if point["iter"] >= run.max_iters]
     return ends[-1] if ends else None
@@ -168,7 +169,8 @@ def last_words(run: Run) -> str:
 
 def why_ended(run: Run, status: int) -> str:
     """How a train.py has ended that has not come to the end of its run."""
-    how = f"with status {status}" if status else f"before iteration {run.max_iters}"
+    end = f"before iteration {run.max_iters}, or with no finite loss there"
+    how = f"with status {status}" if status else end
     return f"ended {how}: {last_words(run)}"
 
 
@@ -182,7 +184,7 @@ def visible_gpus() -> list[str]:
 def check_gpus(jobs: int, gpus: int) -> None:
     """Raises ValueError where `jobs` jobs cannot have `gpus` GPUs each: some would train on the CPU."""
     if gpus and jobs * gpus > (visible := len(visible_gpus())):
-        raise ValueError(f"jobs = {jobs} times gpus = {gpus} is more than the {visible} GPUs visible here")
+        raise ValueError(f"{jobs} runs at a time, with gpus = {gpus} each: more than the {visible} GPUs here")
 
 
 def launch(run: Run, job: int, *, jobs: int, gpus: int, program: str) -> subprocess.Popen:
@@ -209,11 +211,14 @@ def is_training(folder: str) -> bool:
     return is_locked(os.path.join(folder, "lock"))
 
 
-def stop(process: subprocess.Popen) -> None:
-    """End train.py: it has a minute for its checkpoint."""
-    process.terminate()
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def stop(*processes: subprocess.Popen) -> None:
+    """End these train.py, all at once: they have a minute for their checkpoints."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + 60
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

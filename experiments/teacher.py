@@ -28,10 +28,10 @@ out: str = "out-teacher"                # rates/ and runs/ are made in it, and t
 only: str = ""                          # labels of structures, a,b; empty: all
 widths: tuple = (64, 128, 256, 512, 1024)
 seeds: tuple = (1, 2, 3)                # of weights, and of where in the data a run begins
-examples: PositiveInt = 2_000_000       # of the longest run: each is seen once
+examples: PositiveInt = 2_000_000       # of the longest run, in whole BLOCKs: each is seen once
 flops: PositiveFloat = 3e12             # a run ends at these training FLOPs, or at the last example
 batch_size: PositiveInt = 1024
-evals: PositiveInt = 24                 # ratios of a run's iterations; the last two thirds are evaluated
+evals: PositiveInt = 24                 # one of n iterations is evaluated after n^(i / evals), i >= evals / 3
 learning_rates: tuple = (1e-3, 3e-3, 1e-2, 3e-2)  # at the base width
 tuned_at: PositiveInt = 128             # the width at which they are compared
 tune_share: PositiveFloat = 0.25        # of `examples` for that
@@ -175,10 +175,10 @@ def train(folder: str, label: str, options: dict, width: int, rate: float, seed:
         spent, timed = spent + time.perf_counter() - begin, timed + 1
         if iteration in steps:
             with torch.no_grad():
-                test_error = F.mse_loss(student(test_x), test_y).item()
-            test_error = test_error if math.isfinite(test_error) else None  # JSON has no other
+                errors = error.item(), F.mse_loss(student(test_x), test_y).item()
+            last, test_error = (e if math.isfinite(e) else None for e in errors)  # JSON has no other
             load = [report.load.tolist() for report in aux]
-            lines += [dict(type="train", iter=iteration, loss=error.item(), ms_per_iter=1e3 * spent / timed),
+            lines += [dict(type="train", iter=iteration, loss=last, ms_per_iter=1e3 * spent / timed),
                       dict(type="eval", iter=iteration, tokens=iteration * batch_size, val_loss=test_error,
                            router_load=load)]
             spent, timed = 0.0, 0

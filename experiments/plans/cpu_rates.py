@@ -2,7 +2,7 @@
 # each. The grid takes the one whose loss, the mean of both widths, is lowest.
 from experiments.plans.cpu import *  # noqa: F403
 _rates = [1.5e-3, 3e-3, 6e-3, 1.2e-2]
-structures = {label: {key: value for key, value in own.items() if key not in ("flops", "n_embd")}
+structures = {label: {key: value for key, value in own.items() if key != "flops"}
               | dict(learning_rate=_rates) for label, own in structures.items()}
 n_embd = [64, 128]
 max_iters = 500

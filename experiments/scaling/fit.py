@@ -35,11 +35,11 @@ PER_DECADE = 12     # budgets of a frontier
 TAXONOMY = {"omega": "ω, parameter sharing", "psi": "ψ, rank", "nu": "ν, compute intensity"}
 REACHED = 0.99      # a run that comes to this share of a budget has reached it: iterations are whole
 SIZE = ("n_embd", "n_layer", "n_head")
-STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on
+STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on, besides the vocabulary
 # losses compare if these are equal
 COMPARABLE = ("dataset", "block_size", "vocab_size", "windows", "loss")
-VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")    # as intended
-# but for rounding; eval_iters and eval_tokens are in 'windows'
+VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")  # no remark
+# these change rounding alone; eval_iters and eval_tokens are counted in 'windows'
 SAME_RESULT = ("device", "backend", "kernel", "eval_iters", "eval_tokens")
 SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
 HUBER = 1.345       # residuals beyond so many standard deviations count less
@@ -270,9 +270,9 @@ def unlike(runs: list[MeasuredRun]) -> list[str]:
 
 
 def share_seconds(runs: list[MeasuredRun]) -> None:
-    """Give all runs of a structure and size the median of their seconds per token."""
+    """Give all runs of a structure and shape the median of their seconds per token."""
     timed = [run for run in runs if "seconds" in run.per_token]
-    for same in grouped(timed, lambda run: (run.label, run.size)).values():
+    for same in grouped(timed, lambda run: (run.label, *map(run.config.get, STEP_SHAPE))).values():
         seconds = statistics.median(run.per_token["seconds"] for run in same)
         for run in same:
             run.per_token["seconds"] = seconds
@@ -281,20 +281,21 @@ def share_seconds(runs: list[MeasuredRun]) -> None:
 def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
     """Take seconds per token from training steps that experiments.bench timed. Returns remarks on the runs of
     whose structure and shape it timed none; raises ValueError for a file that is none of bench's."""
-    known = {}
+    known, machines = {}, set()
     for path in paths:
         try:
             with open(path, encoding="utf-8") as f:
                 found = json.load(f)
             config = found["config"] | dict(n_head=found["config"]["n_embd"] // found["config"]["head_size"])
-            shape = tuple(config[key] for key in STEP_SHAPE)
+            shape = *(config[key] for key in STEP_SHAPE), config["vocab_size"]
+            machines.add(found.get("machine"))
             known |= {(step["config"], *shape): 1 / step["tokens_per_s"] for step in found["steps"]}
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is no output of experiments.bench ({type(e).__name__}: {e})") from None
-    notes = []
+    notes = ["the steps of --bench are of several machines"] if len(machines) > 1 else []
     for run in runs:
         run.per_token.pop("seconds", None)
-        step = run.label, *(run.config[key] for key in STEP_SHAPE)
+        step = run.label, *(run.config[key] for key in STEP_SHAPE), run.config.get("vocab_size")
         if step in known:
             run.per_token["seconds"] = known[step]
         else:

@@ -12,6 +12,7 @@ REPLACES = dict(head_size="n_head", flops="max_iters", evals="eval_interval")   
 POSITIVE = (("above", 0), ("below", 1e30))
 KEYS = TRAIN_KEYS | {name: Key(name, float, False, (), POSITIVE, None, "", "") for name in REPLACES}
 del KEYS["out_dir"], KEYS["init_from"]
+KEYS["max_iters"] = KEYS["max_iters"]._replace(limits=configurator.PositiveInt.__metadata__)
 
 
 def expand(path: str, flags: list[str], root: str) -> list[Run]:
@@ -27,7 +28,8 @@ def expand(path: str, flags: list[str], root: str) -> list[Run]:
             try:
                 run = make_run(label, values | point, root)
             except ValueError as e:
-                raise ValueError(f"{where}, {', '.join(f'{k} = {v}' for k, v in point.items())}: {e}") from e
+                shown = ", ".join([where, *(f"{k} = {v}" for k, v in point.items())])
+                raise ValueError(f"{shown}: {e}") from e
             if run.name not in found or run.max_iters > found[run.name].max_iters:
                 found[run.name] = run   # at a constant rate a longer run holds the shorter ones
     return sorted(found.values(), key=lambda run: run.flops)
@@ -78,9 +80,12 @@ def check_values(where: str, values: dict) -> dict:
         if isinstance(value, list):
             if not value:
                 raise ValueError(f"{name} is an empty list: a grid needs at least one value of it")
-            return [check(name, one) for one in value]
+            return [check_one(name, one) for one in value]
+        return check_one(name, value)
+
+    def check_one(name: str, value: object) -> object:
         if isinstance(value, dict) and name == "flops":
-            return {width: check(name, budget) for width, budget in value.items()}
+            return {width: configurator.coerce(KEYS[name], budget) for width, budget in value.items()}
         return configurator.coerce(KEYS[name], value)
 
     try:

@@ -21,7 +21,7 @@ def remarks(fit: Fit) -> list[str]:
     """Outliers of a fit, and where its frontier may lie lower than the runs could show."""
     notes, frontier = handover_remarks(fit), fit.frontier
     if fit.law is None:
-        return notes + [f"{fit.label}: no law, its frontier has {len(frontier.x)} points"]
+        return notes + [f"{fit.label}: no law, {fit.used.sum()} points of its frontier are in the range"]
     residuals = frontier.losses / fit.law.loss(frontier.x) - 1
     limit = max(0.01, 5 * robust_deviation(residuals[fit.used]))
     for i in np.flatnonzero(fit.used & (np.abs(residuals) > limit)):
@@ -312,7 +312,8 @@ def write_report(folders: list[str], out: str, *, base: str | None, floor: float
     notes += short + left_out
     for fit in fits["flops"].values():
         notes += remarks(fit)
-    source = "how its structure's runs scatter about the law, since none differ in their seed alone"
+    source = ("how its structure's runs scatter about the law, which follows them: the intervals are far too "
+              "narrow, since none differ in their seed alone")
     if noise:
         source = (f"{noise:.2%} between seeds (÷ √n in a mean of n), or more where a structure's runs "
                   "scatter more about its law")

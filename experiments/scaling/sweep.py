@@ -54,8 +54,8 @@ class Sweep:
                 self.print_progress()
                 self.sleep()
         finally:
-            for run, process in self.active.values():
-                stop(process)
+            stop(*(process for _, process in self.active.values()))
+            for run, _ in self.active.values():
                 self.leases[run.name].release()
         print(f"{len(self.finished)} of {len(planned)} finished, {len(self.failed)} failed"
               + (f", {len(self.pending)} in the hands of others" if self.pending else ""), flush=True)

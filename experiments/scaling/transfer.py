@@ -92,9 +92,9 @@ def transfer(folders: list[str], out: str) -> bool:
     for label, mine in grouped(runs, lambda run: run.label).items():
         by_structure[label], remarks = curves_of(label, mine)
         notes += remarks
-        if len(rates_of(by_structure[label])) < 3:
-            raise ValueError(f"the runs of {label} have fewer than three learning rates: whether the best "
-                             "one stays cannot be told")
+        if len(by_structure[label]) < 2 or len(rates_of(by_structure[label])) < 3:
+            raise ValueError(f"the runs of {label} have fewer than two widths, or than three learning rates: "
+                             "whether the best one stays cannot be told")
     for note in notes:
         print(note)
     for label, curves in by_structure.items():

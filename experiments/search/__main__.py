@@ -155,7 +155,7 @@ def run() -> int:
         found = studies.open_study(storage, study, out, expiry=expiry, create=True,
                                    sampler=studies.make_sampler(sampler, sampler_seed),
                                    pruner=studies.make_pruner(pruner, first_rung, reduction))
-        studies.begin(found, space, named, first_rung)
+        studies.begin(found, space, named, first_rung, reduction)
         if again := studies.retry_failed(found):
             print(f"{again} trials that have failed are tried again")
     for name, point in space.named().items() if named else ():

@@ -15,7 +15,7 @@ from experiments.scaling import fit as scaling_fit
 from experiments.scaling.report import number, round_all, write_csv
 from experiments.search.space import LEVELS, theta_text
 from experiments.search.study import counted, optuna
-from lib.figure import figure, optional_figures, save, style
+from lib.figure import LOSS, figure, optional_figures, save, style
 from lib.log import read_log, validation_windows
 from lib.table import markdown_table
 from structured import Theta
@@ -73,6 +73,8 @@ def dense_curve(dense: str | None, rows: list[dict], out: str, settings: dict) -
             return None
         points = [(p["flops"], p["val_loss"]) for p in read_log(os.path.join(out, own["run"]))
                   if p.get("type") == "eval" and p["iter"] and p["val_loss"] is not None]
+        if settings.get("decay_lr", TRAIN_DEFAULTS["decay_lr"]):  # before its end the rate is too high
+            points = points[-1:]
         source = f"the study's own, trial {own['trial']}, one width along its training"
         return DenseCurve(*zip(*points), source) if points else None
     try:
@@ -101,6 +103,8 @@ def write_report(study: optuna.Study, out: str, results: str, *, dense: str | No
 
     Raises ValueError, one sentence, if no trial has come to its end.
     """
+    if "request" not in study.user_attrs:
+        raise ValueError(f"the study {study.study_name!r} has not begun")
     rows, request = rows_of(study), study.user_attrs["request"]
     complete = [r for r in rows if r["state"] == "complete"]
     if not complete:
@@ -238,7 +242,7 @@ def draw(rows: list[dict], early: str, folder: str) -> None:
                 mine = [r for r in shown if r["name"] == name]
                 ax.plot([r[axis] for r in mine], [r[key] for r in mine], label=name or "no name",
                         **look | dict(linestyle="none", markersize=6))
-        axes[0].set_ylabel(f"validation loss, nats per token\n({budget})")
+        axes[0].set_ylabel(f"{LOSS}\n({budget})")
     for ax, label in zip(grid[-1], scaling_fit.TAXONOMY.values()):
         ax.set_xlabel(label)
     save(fig, grid[0][0], folder, "taxonomy")

@@ -58,10 +58,29 @@ def make_sampler(kind: str, seed: int | None = None) -> optuna.samplers.BaseSamp
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=12)
 
 
+class LatestTrials:
+    """A study as the pruner is to see it: a trial that was queued again counts once, as its copy, which holds
+    its losses too."""
+
+    def __init__(self, study: optuna.Study):
+        self.study = study
+
+    def get_trials(self, *_, **__) -> list[FrozenTrial]:
+        return latest_trials(self.study)
+
+    def __getattr__(self, name: str):
+        return getattr(self.study, name)
+
+
+class Halving(optuna.pruners.SuccessiveHalvingPruner):
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        return super().prune(LatestTrials(study), trial)
+
+
 def make_pruner(kind: str, first_rung: int, reduction: int) -> optuna.pruners.BasePruner:
     """'halving' or 'none'. The resource is the number of evaluations."""
     if kind == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(first_rung, reduction)
+        return Halving(first_rung, reduction)
     return optuna.pruners.NopPruner()
 
 
@@ -109,20 +128,22 @@ def open_study(url: str | None, name: str, folder: str, *, expiry: int = 120, cr
         raise ValueError(f"the storage {shown!r} cannot be opened: {why}") from None
 
 
-def begin(study: optuna.Study, space: Space, named: bool, first_rung: int) -> None:
+def begin(study: optuna.Study, space: Space, named: bool, first_rung: int, reduction: int = 2) -> None:
     """Queue the named structures if asked for, then store the request: a study without one has not begun.
     Raises ValueError if it has begun with another one."""
     asked, stored = space.request(), study.user_attrs.get("request")
+    rungs = dict(first_rung=first_rung, reduction=reduction)
     if stored is None:
         for name, (theta, experts, top_k) in space.first().items() if named else ():
             options = dict(num_experts=(space.experts, experts), top_k=(space.top_ks, top_k))
             params = indices_of(theta) | {key: v for key, (choices, v) in options.items() if len(choices) > 1}
             study.enqueue_trial(params, user_attrs=dict(named=name), skip_if_exists=True)
-        study.set_user_attr("first_rung", first_rung)
+        for key, value in rungs.items():
+            study.set_user_attr(key, value)
         study.set_user_attr("request", asked)
-    elif (before := study.user_attrs["first_rung"]) != first_rung:
-        raise ValueError(f"the study was begun with first_rung = {before}, not {first_rung}: give the same, "
-                         "or another --out")
+    elif changed := [key for key, value in rungs.items() if study.user_attrs.get(key, value) != value]:
+        raise ValueError(f"the study was begun with {changed[0]} = {study.user_attrs[changed[0]]}, not "
+                         f"{rungs[changed[0]]}: give the same, or another --out")
     elif stored != asked:
         stored, asked = (request | request["settings"] | dict(settings=None) for request in (stored, asked))
         key = next(k for k in asked | stored if stored.get(k) != asked.get(k))
@@ -220,7 +241,7 @@ class Search:
             self.free_jobs.put(job)
 
     def interrupt(self, *_) -> None:
-        """A signal handler: the search ends within a second or two. Its trials are queued again."""
+        """A signal handler: the search ends within a minute, with its train.py. Trials are queued again."""
         self.interrupted = True
 
     def run(self) -> None:
@@ -290,7 +311,7 @@ class Search:
         return first
 
     def train(self, trial: optuna.Trial, point: Point) -> float:
-        """Train the runs of a point, or go on with them. No process is left when this returns or raises."""
+        """Train the runs of a point, or go on with them. Every process that it has started ends before it."""
         try:
             runs = self.space.runs(point, os.path.join(self.root, point.name))
         except ValueError as error:
@@ -300,9 +321,7 @@ class Search:
         try:
             return self.follow(trial, trainings, job)
         finally:
-            for training in trainings:
-                if training.process is not None:
-                    launcher.stop(training.process)
+            launcher.stop(*(training.process for training in trainings if training.process is not None))
             self.free_jobs.put(job)
 
     def follow(self, trial: optuna.Trial, trainings: list[Training], job: int) -> float:

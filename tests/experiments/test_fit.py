@@ -564,9 +564,13 @@ def test_a_mean_of_seeds_is_less_noisy():
     assert scaling_fit.mean_of_seeds(groups)[0].seeds == 2
 
 
-def test_a_size_has_one_time():
-    """Runs of a structure and size differ in their time by chance; their median is the size."""
+def test_a_shape_has_one_time():
+    """Runs of a structure and shape differ in their time by chance; their median is the shape's."""
     runs = synthetic("dense", 1, 0, sizes=[1e5, 1e5, 1e5, 2e5])
+    other = dataclasses.replace(runs[0], config=runs[0].config | dict(batch_size=64),
+                                per_token=dict(seconds=0.1))
+    scaling_fit.share_seconds([*runs, other])
+    assert other.per_token["seconds"] == 0.1
     for run, seconds in zip(runs, (1.0, 1.01, 1.5, 7.0)):
         run.per_token["seconds"] = seconds
     del runs[3].per_token["flops"]
@@ -581,14 +585,18 @@ def test_seconds_of_bench(tmp_path):
     for run, width in ((small, 64), (large, 128)):
         run.config.update(n_embd=width, n_head=2, block_size=16, batch_size=4)
     steps = [dict(config="btt", tokens_per_s=5000.0), dict(config="dense", tokens_per_s=1.0)]
-    config = dict(n_embd=64, n_layer=3, head_size=32, block_size=16, batch_size=4)
+    config = dict(n_embd=64, n_layer=3, head_size=32, block_size=16, batch_size=4, vocab_size=None)
     (tmp_path / "bench.json").write_text(json.dumps(dict(config=config, steps=steps)))
     notes = scaling_fit.take_seconds([small, large], [tmp_path / "bench.json"])
     assert small.per_token["seconds"] == 1 / 5000 and "seconds" not in large.per_token
     assert len(notes) == 1 and large.name in notes[0]
-    for key in ("n_layer", "head_size", "block_size", "batch_size"):
+    for key in ("n_layer", "head_size", "block_size", "batch_size", "vocab_size"):
         (tmp_path / "bench.json").write_text(json.dumps(dict(config=config | {key: 8}, steps=steps)))
         assert len(scaling_fit.take_seconds([small, large], [tmp_path / "bench.json"])) == 2
+    for machine in "ab":
+        (tmp_path / machine).write_text(json.dumps(dict(config=config, steps=steps, machine=machine)))
+    notes = scaling_fit.take_seconds([small], [tmp_path / "a", tmp_path / "b"])
+    assert notes == ["the steps of --bench are of several machines"]
     (tmp_path / "bench.json").write_text('{"steps": 3}')
     with pytest.raises(ValueError, match="bench.json is no output of experiments.bench"):
         scaling_fit.take_seconds([small], [tmp_path / "bench.json"])

@@ -130,7 +130,8 @@ def test_a_parabola_is_fitted_to_all_seeds(tmp_path, capsys):
     is 1/6 above it. Two seeds lie as much above as below; the best rate is that of the least mean."""
     middle = {-4: 3.0, -3: 2.0, -2: 2.5}
     for seed, off in ((1, 0.2), (2, -0.2)):
-        write_rates(tmp_path, "tt", 32, lambda u: middle[round(u)] + off, rates=RATES[:3], seed=seed)
+        for width in (32, 64):
+            write_rates(tmp_path, "tt", width, lambda u: middle[round(u)] + off, rates=RATES[:3], seed=seed)
     assert transfer.transfer([str(tmp_path)], str(tmp_path / "out"))
     told = capsys.readouterr().out
     assert f"width 32: 2.0000 at 0.001, parabola's minimum at {10 ** (-3 + 1 / 6):.2g}" in told
@@ -151,9 +152,11 @@ def test_runs_that_do_not_count_are_named(tmp_path, capsys):
     assert len(read(tmp_path / "out" / "lr_transfer.csv")) == 7
 
 
-def test_two_rates_have_no_minimum(tmp_path):
-    write_rates(tmp_path, "btt", 32, lambda u: 2 + (u + 3) ** 2, rates=RATES[:2])
-    with pytest.raises(ValueError, match="^the runs of btt have fewer than three learning rates"):
+@pytest.mark.parametrize("widths, rates", [((32, 64), RATES[:2]), ((32,), RATES[:3])])
+def test_two_rates_or_one_width_tell_nothing(tmp_path, widths, rates):
+    for width in widths:
+        write_rates(tmp_path, "btt", width, lambda u: 2 + (u + 3) ** 2, rates=rates)
+    with pytest.raises(ValueError, match="^the runs of btt have fewer than two widths, or than three"):
         transfer.transfer([str(tmp_path)], str(tmp_path / "out"))
 
 

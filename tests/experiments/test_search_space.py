@@ -320,6 +320,22 @@ def test_pruners_decide_at_the_rungs(kind):
     assert (ends["end"] == 32) == (kind == "none")
 
 
+@pytest.mark.parametrize("interrupts", [0, 1, 3])
+def test_a_trial_that_is_queued_again_counts_once_at_a_rung(interrupts):
+    """3.2 is the second best of four, and goes on, however often the best one was interrupted."""
+    study = make_study(pruner=make_pruner("halving", 1, 2))
+    trial, pruned = study.ask(), []
+    for loss in (3.0, 3.4, 3.3, 3.2):
+        trial.report(loss, 1)
+        pruned.append(trial.should_prune())
+        for _ in range(interrupts if loss == 3.0 else 0):
+            search_study.queue_copy(study, study.tell(trial, state=optuna.trial.TrialState.FAIL))
+            trial = study.ask()
+        study.tell(trial, loss)
+        trial = study.ask()
+    assert pruned == [False, True, True, False]
+
+
 def in_threads(count, function):
     threads = [threading.Thread(target=function) for _ in range(count)]
     for thread in threads:
@@ -346,6 +362,8 @@ def test_a_study_that_was_killed_while_it_began_begins_again(tmp_path, monkeypat
         with pytest.raises(IndexError):
             begin(open_again(), SPACE, True, 3)
     begin(open_again(), SPACE, True, 3)
+    with pytest.raises(ValueError, match="begun with reduction = 2, not 3"):
+        begin(open_again(), SPACE, True, 3, reduction=3)
     study = open_again()
     assert Counter(t.user_attrs["named"] for t in study.trials) == Counter(NAMED.keys())
     assert study.user_attrs["request"] == SPACE.request() and study.user_attrs["first_rung"] == 3

@@ -182,6 +182,8 @@ def test_a_structures_keys_override_the_plan_and_the_command_line_both(sweep, ow
     (PLAN + "n_emdb = 3", [], "did you mean n_embd"), (PLAN + "n_layer = 'three'", [], "n_layer"),
     (PLAN + "1 / 0", [], "line 13"),
     (PLAN + "head_size = 48", [], "48"), (PLAN.replace("64: 3e8", "65: 3e8"), [], "n_embd = 64"),
+    (PLAN.replace("32: 1e8", "32: [1e8, 2e8]"), [], "flops"), (PLAN + "n_layer = [[1, 2], 3]", [], "n_layer"),
+    (PLAN.replace("flops = {32: 1e8, 64: 3e8}", "max_iters = 0"), [], "max_iters"),
     (PLAN + "flops = -1", [], "flops"), (PLAN.replace("[32, 64]", "[]"), [], "n_embd is an empty list"),
     (PLAN.replace("[32, 64]", "[37]").replace("head_size = 32", "n_head = 1"), [], "37"),
     (PLAN, ["--jobs=0"], "jobs"),
@@ -254,6 +256,25 @@ def test_paper_config_is_a_point_of_its_plan():
                                                       if isinstance(plan[key], list) else [plan[key]]), key
 
 
+def test_jobs_are_stopped_together():
+    """Each has its minute for a checkpoint, whatever the others take."""
+    calls = []
+
+    class Process:
+        def __init__(self, name, ends):
+            self.name, self.ends = name, ends
+
+        def __getattr__(self, what):
+            def called(seconds=None):
+                calls.append((self.name, what))
+                if what == "wait" and seconds is not None and not self.ends:
+                    raise subprocess.TimeoutExpired("train.py", seconds)
+            return called
+    launcher.stop(Process("a", ends=False), Process("b", ends=True))
+    assert calls == [("a", "terminate"), ("b", "terminate"),
+                     ("a", "wait"), ("a", "kill"), ("a", "wait"), ("b", "wait")]
+
+
 def test_failures_are_named_and_the_rest_goes_on(sweep):
     plan = PLAN.replace("seed = 1\n", "seed = [1, 13, 14]\n").replace("n_embd = [32, 64]", "n_embd = 32")
     done = sweep(plan)
@@ -289,7 +310,7 @@ def test_jobs_share_the_gpus(sweep):
     done = sweep(PLAN + "bias = True\n", "--jobs=2", "--gpus=2",
                  CUDA_VISIBLE_DEVICES="5,6,7")     # two would have one GPU
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "jobs = 2 times gpus = 2 is more than the 3 GPUs" in done.stderr
+    assert "2 runs at a time, with gpus = 2 each: more than the 3 GPUs" in done.stderr
     assert len(sweep.jobs()) == 4
 
 
