@@ -30,7 +30,7 @@ class _NormalizeCore(torch.autograd.Function):
 
 
 def normalize_core(core: Tensor, gain: Tensor | None, std: float) -> Tensor:
-    """gain · M / max(1, rms(M) / std), the rms over the last three dimensions; gain broadcasts to M."""
+    """gain · M / max(1, rms(M) / std), the rms over the last three dimensions; gain: a number for each M."""
     return _NormalizeCore.apply(core, gain, std)
 
 
@@ -59,7 +59,6 @@ def dispatch(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, gates, order, place):
-        gates = gates.to(y.dtype)
         ctx.save_for_backward(y, gates, order)
         return F.embedding_bag(place.view(gates.shape), y, per_sample_weights=gates, mode="sum")
 
@@ -74,7 +73,7 @@ class _Combine(torch.autograd.Function):
 def combine(y: Tensor, gates: Tensor, order: Tensor, place: Tensor) -> Tensor:
     """Rows y (T·k, d) in the order of experts and gates (T, k) -> Σ_k gate · row, (T, d). order, place: see
     dispatch."""
-    return _Combine.apply(y, gates, order, place)
+    return _Combine.apply(y, gates.to(y.dtype), order, place)
 
 
 class _RouterLosses(torch.autograd.Function):

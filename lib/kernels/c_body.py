@@ -46,14 +46,15 @@ def _cpu() -> str:
 
 
 def _run(command: list[str]) -> str:
-    """The command's output. Raises OSError, with its last line, if it fails."""
+    """The command's output. Raises OSError, with its first error, if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as e:
         raise OSError(f"{command[0]} cannot be run ({e})") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise OSError(f"{command[0]} failed with exit status {done.returncode}: {lines[-1]}")
+        line = next((line for line in lines if "error" in line), lines[-1])
+        raise OSError(f"{command[0]} failed with exit status {done.returncode}: {line}")
     return done.stdout
 
 
@@ -116,12 +117,10 @@ def _scratch(dtype: torch.dtype, dims: bytes, backward: int) -> int:
 
 @functools.cache
 def _openmp() -> ctypes.c_void_p:
-    """GOMP_parallel of the OpenMP that torch has loaded, so that its threads are used; else null."""
+    """GOMP_parallel of the OpenMP that torch is linked to, so that its threads are used; else null."""
     try:
-        maps = Path("/proc/self/maps").read_text().split()
-        path = next(word for word in maps if "libgomp" in word)
-        return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p)
-    except (OSError, StopIteration, AttributeError):
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
         return ctypes.c_void_p()
 
 

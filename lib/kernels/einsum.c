@@ -9,7 +9,7 @@
  *     y[v][e] = gate sum_p z[u][q] second[f][e][p]    dx[u][a] = sum_q dz[v][p] first[g][q][a]
  * so that the backward is the forward with its roles exchanged.  Each of the six products of a layer is the
  * same small one, C[m][n] (+)= scale[m] sum_k A[m][k] B[k][n], with n contiguous in memory and A read one
- * number at a time, from wherever it lies: nothing is transposed on the way.
+ * number at a time, from wherever it lies: z is never transposed.
  *
  * Each slot (a thread's share) has a range of tokens, taken in blocks: a block's tokens are routed, their
  * assignments sorted by expert, and the rows of an expert taken in tiles of at most TILE.  A tile's rows of x
@@ -102,9 +102,9 @@ INLINE int64_t round_up(int64_t n) { return (n + VL - 1) / VL * VL; }
 
 /* ---- The small product --------------------------------------------------------------------------------- */
 
-enum { ROWS,    /* A[m][k] at k */
-       SUMS,    /* at at[k] */
-       CORE };  /* at k * stride */
+enum { ROWS,    /* A[m][k] is a[m][k] */
+       SUMS,    /* a[m][at[k]] */
+       CORE };  /* a[m][k * stride] */
 
 /* acc[m][j] += A[m][k] B[k][j] for k = first + i, M <= MR rows of A and NV <= 2 vectors of B's columns.
  * Row m of A is a[m], see above; B's rows begin ldb apart. */
@@ -212,7 +212,7 @@ static void rows_to_z(int64_t count, int64_t groups, int64_t K, int64_t N, rows 
 }
 
 /* to[group][m][n] (+)= scale[m] sum_k from(group, k, m) core[k][n]
- * dot (TILE, VL), or NULL: adds what the products of the rows with x[group][m] are, lane by lane. */
+ * dot (TILE, VL), or NULL: the products of to's rows with x's are added to it, lane by lane. */
 INLINE void sums_block(const int M, const int64_t i, const int64_t g0, const int64_t g1, const int64_t K,
                        const int64_t N, const numbers from, const cores w, const rows to, const REAL *scale,
                        const int add, const rows x, REAL *dot) {
@@ -322,9 +322,16 @@ static void core_gradient(int64_t count, int64_t groups, int64_t share, int64_t 
 #ifdef DOUBLE
 #define LANES LANES64
 #define LANE_COUNT (VECTOR_BYTES / 8)
+typedef int64_t ints __attribute__((vector_size(VECTOR_BYTES)));
 #else
 #define LANES LANES32
 #define LANE_COUNT (VECTOR_BYTES / 4)
+typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+#ifdef __clang__
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)   /* gcc has it from 12 on */
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (ints){__VA_ARGS__})
 #endif
 /* Lanes of the exchange at distance s: of the pair (x, y), the first takes x where lane & s is 0 and else y
  * shifted up by s; the second y where lane & s is not 0 and else x shifted down. */
@@ -333,8 +340,8 @@ static void core_gradient(int64_t count, int64_t groups, int64_t share, int64_t 
 #define EXCHANGE(s) \
     if (LANE_COUNT > s) UNROLL for (int i = 0; i < LANE_COUNT; i++) if (!(i & s)) { \
         const vec x = v[i], y = v[(i + s) % LANE_COUNT]; \
-        v[i] = __builtin_shufflevector(x, y, LANES(FIRST, (s < LANE_COUNT ? s : 0))); \
-        v[(i + s) % LANE_COUNT] = __builtin_shufflevector(x, y, LANES(SECOND, (s < LANE_COUNT ? s : 0))); \
+        v[i] = SHUFFLE(x, y, LANES(FIRST, (s < LANE_COUNT ? s : 0))); \
+        v[(i + s) % LANE_COUNT] = SHUFFLE(x, y, LANES(SECOND, (s < LANE_COUNT ? s : 0))); \
     }
 
 /* out[j][i] = in[i][j], i < height, j < width; added to what is there if add. */
@@ -569,7 +576,7 @@ static void gates_of(const call *c, int64_t t, REAL *gates) {
 }
 
 /* The assignments t * k + i of a block, t counted from t0, sorted by expert: those of e are
- * order[start[e]] ... order[start[e + 1]]. */
+ * order[start[e]] ... order[start[e + 1] - 1]. */
 static void sort(const call *c, int64_t t0, int64_t t1, int32_t *start, int32_t *order) {
     const int64_t E = c->s.E, k = c->s.k, *chosen = (c->s.routed ? c->chosen : c->experts);
     memset(start, 0, (E + 2) * sizeof *start);
@@ -753,8 +760,8 @@ static void logit_gradients(const call *c, int64_t t0, int64_t t1, const slot *w
             for (int64_t i = 0; i < k; i++) d[chosen[i]] += s[i] - g[i] * sum;
             continue;
         }
-        const REAL *logits = c->logits + t * E, at = logits[chosen[0]];
-        for (int64_t e = 0; e < E; e++) d[e] -= (REAL)exp(logits[e] - at) * g[0] * sum;
+        const double shift = log(g[0]) - c->logits[t * E + chosen[0]];  /* logit + shift: log probability */
+        for (int64_t e = 0; e < E; e++) d[e] -= (REAL)exp(c->logits[t * E + e] + shift) * sum;
         d[chosen[0]] += sum;
     }
 }
@@ -844,7 +851,7 @@ static void reduce(const job *j, int64_t i) {
     else memcpy(c->drouter, total, n * sizeof(REAL));
 }
 
-/* experts: (T,), or NULL; router, balance, logits and chosen: NULL without a router. */
+/* experts: (T,), or NULL; router, balance and logits: NULL without a router, where chosen is not read. */
 void forward(const int64_t *dims, REAL *scratch, void *start, const REAL *x, const REAL *first,
              const REAL *second, const REAL *router, const REAL *balance, const int64_t *experts, REAL *y,
              REAL *logits, int64_t *chosen) {

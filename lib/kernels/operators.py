@@ -13,6 +13,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from lib.kernels import c_body, torch_body
@@ -84,7 +85,7 @@ def describe_body(device_type: str, dtype: str) -> str:
 
 
 def _body(name: str, logits_given: bool, x: Tensor, first: Tensor, *others: Tensor | None):
-    """The body of a call on these tensors; name: '', or the one to take; logits_given: not a router."""
+    """The body of a call on these tensors; name: '', or the one to take; logits_given: no router."""
     if not name:
         name = body_name(x.device.type, first.dtype)
         types = {tensor.dtype for tensor in (x, first, *others) if tensor is not None}
@@ -205,20 +206,21 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
     """The einsum of two cores: x (T, d_in) -> y (T, d_out), logits, chosen. Takes part in autocast.
 
     sizes are the seven of the contraction, swapped where B goes first. There are four kinds of call:
-        one matrix     first (1, γ, ρφδ, α), second (1, φ, ε, γρβ): y = W x; logits and chosen are empty
+        one matrix     first (1, γ, ρφδ, α), second (1, φ, ε, γρβ): y = W x; logits and chosen mean nothing
         a mixture      first (E, ...), second (E, ...), router (E, d_in) and balance (E,) in at least float32:
                        y[t] = Σ_{e in chosen[t]} gate · W[e] x[t]; logits = x routerᵀ (T, E); chosen
                        (T, top_k), the largest of logits + balance; gates by routing.gate_weights
         given logits   the same with logits (T, E), in at least float32, instead of the router
-        given experts  experts (T, 1): y[t] = W[experts[t]] x[t]; logits and chosen are empty
+        given experts  experts (T, 1) of int64: y[t] = W[experts[t]] x[t]; logits and chosen mean nothing
     body: 'torch', 'c' or 'triton' to force one.
     """
     if dtype := autocast_dtype(x):
         x = x.to(dtype) if router is None else x  # the router sees it as it is
         first, second = first.to(dtype), second.to(dtype)
-    tensors = (x.contiguous(), first.contiguous(), second.contiguous(), router, balance, experts)
-    given = None if logits is None else logits.contiguous()
-    plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    *tensors, given = [t if t is None else t.contiguous()
+                       for t in (x, first, second, router, balance, experts, logits)]
+    plain = (type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+             and not torch.jit.is_tracing() and not is_in_torch_dispatch_mode())
     if plain and 0 < len(x) <= FEW:
         # a token at a time, calling an operator takes longer than its work
         body = _body(body, given is not None, *tensors[:5])

@@ -5,14 +5,15 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The type that autocast computes products of x in; None without autocast. torch.compile traces this."""
-    on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    """The type that autocast computes products of x in; None without autocast, and for float64, which it
+    leaves alone. torch.compile traces this."""
+    on = not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if on else None
 
 
 def router_logits(x: Tensor, router: Tensor) -> Tensor:
     """x (T, d_in), router (E, d_in) -> x routerᵀ (T, E), in the router's type."""
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         return F.linear(x.to(router.dtype), router)
 
 

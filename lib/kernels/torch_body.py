@@ -140,16 +140,14 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
     dz = _z_for_first(rows_to_z(dys, w2.mT), sizes)  # (t, g, rfd, Pb)
     dfirst = core_gradient(dz, xs, tile_expert, first)
     dx_rows = z_to_rows(dz, w1.mT)  # (t, g, Pb, a)
-    dx = _sum_over_choices(_rows_back(dx_rows, of_x), plan)
+    dx = _sum_over_choices(_rows_back(dx_rows, of_x), plan).to(x_seen.dtype)
     if logits is None:
-        return dx.to(x_seen.dtype), dfirst, dsecond, None
+        return dx, dfirst, dsecond, None
     # gate · its gradient is the product of a row's input with the input's gradient
     s = _rows_back(dx_rows * xs, of_x).sum(1, dtype=logits.dtype)[plan.place]  # (T, k)
     dlogit = logits_gradient(logits, chosen, gates, s)
     if dlogits is not None:
         dlogit = dlogit + dlogits
     if router is None:
-        return dx.to(x_seen.dtype), dfirst, dsecond, dlogit
-    drouter = dlogit.T @ x_seen.to(router.dtype)
-    dx = dx.to(x_seen.dtype) + (dlogit @ router).to(x_seen.dtype)
-    return dx, dfirst, dsecond, drouter
+        return dx, dfirst, dsecond, dlogit
+    return dx + (dlogit @ router).to(dx.dtype), dfirst, dsecond, dlogit.T @ x_seen.to(router.dtype)

@@ -334,10 +334,6 @@ class Problem(NamedTuple):
     precision: str   # of a float32 dot: 'ieee' or 'tf32', as torch's own products
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 def make_sides(sizes, block: int) -> tuple[dict, dict]:
     """The kernels' constants for both cores: sizes, blocks, and strides in z and in the core."""
     a, b, g, d, e, f, r = sizes
@@ -346,14 +342,14 @@ def make_sides(sizes, block: int) -> tuple[dict, dict]:
     second = dict(U=f, V=d, K=e, N=g * r * b, N1=r, N2=b, Z0=b * r * f * d, Z1=f * d, Z2=r * f * d, ZU=d,
                   ZV=1, CU=e * g * r * b, CN=1, CK=g * r * b)
     for side in (first, second):
-        side.update(Z=g * b * r * f * d, **{name: min(block, max(16, _power_of_two(side[size])))
+        side.update(Z=g * b * r * f * d, **{name: min(block, max(16, triton.next_power_of_2(side[size])))
                                             for name, size in (("BN", "N"), ("BK", "K"))})
     return first, second
 
 
 def _problem(T: int, k: int, core: Tensor, planned: bool, sizes) -> Problem:
     E, (most, block) = len(core), BLOCKS[core.element_size()]
-    P = min(most, max(16, tile_rows(T * k, E) if planned else min(64, _power_of_two(T))))
+    P = min(most, max(16, tile_rows(T * k, E) if planned else min(64, triton.next_power_of_2(T))))
     tiles = (T * k + E * (P - 1)) // P if planned else -(-T // P)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return Problem(T, E, P, make_sides(sizes, block), tiles, "tf32" if tf32 else "ieee")
@@ -363,7 +359,7 @@ def make_plan(problem: Problem, chosen: Tensor, logits: Tensor | None, balance: 
     """The plan for chosen (T, k), which is filled in where balance is given, with gates where logits are."""
     T, E, P, tiles = problem.T, problem.E, problem.P, problem.tiles
     k = chosen.shape[1]
-    EP, KP = _power_of_two(E), _power_of_two(k)
+    EP, KP = triton.next_power_of_2(E), triton.next_power_of_2(k)
     ROWS = min(128, max(16, 4096 // (EP * KP)))
     programs, gated = -(-T // ROWS), logits is not None
     int32 = dict(dtype=torch.int32, device=chosen.device)
@@ -420,14 +416,15 @@ def combine(plan: Plan, rows: Tensor, dtype: torch.dtype, gated: bool, x: Tensor
     y = rows.new_empty(T, width, dtype=dtype)
     s = None if x is None else rows.new_empty(T, k, dtype=torch.float32)
     combine_kernel[(T,)](rows, plan.place, plan.gates if gated else None, y, x, s, width, k,
-                         _power_of_two(k), min(1024, _power_of_two(width)), gated, x is not None)
+                         triton.next_power_of_2(k), min(1024, triton.next_power_of_2(width)), gated,
+                         x is not None)
     return y, s
 
 
 def route_gradient(plan: Plan, logits: Tensor, chosen: Tensor, s: Tensor, dlogits: Tensor | None) -> Tensor:
     """The gradient of the logits (T, E): see routing.logits_gradient."""
     T, E = logits.shape
-    EP = _power_of_two(E)
+    EP = triton.next_power_of_2(E)
     ROWS = min(128, max(16, 4096 // EP))
     out = torch.empty_like(logits)
     route_gradient_kernel[(-(-T // ROWS),)](logits, chosen, plan.gates, s, dlogits, out, T, E,

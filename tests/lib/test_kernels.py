@@ -478,6 +478,84 @@ def test_gate_of_zero_passes_no_nan(body, monkeypatch):
     check_same(moe, general, torch.rand(5, moe.d_in, dtype=torch.float64) + 1)
 
 
+def routed_call(E, T, dtype=torch.float32, width=16):
+    """Inputs of kernels.einsum: x, first, second, sizes, and whether B goes first, of E experts; a router."""
+    experts = structured.linear("btt", width, width, num_experts=E).to(dtype).experts
+    cores = [experts.core(name).detach() for name in experts.order]
+    return torch.randn(T, width, dtype=dtype), *cores, experts.contraction, experts.b_first
+
+
+@pytest.mark.parametrize("gap", [60, 95, 120])
+@pytest.mark.parametrize("body", ["torch", pytest.param("c", marks=needs_c)])
+def test_an_unlikely_expert_that_the_balance_chooses(body, gap):
+    """Its gate is denormal or 0 in float32; the gradients are finite, and those of float64."""
+    x, *cores, sizes, b_first = routed_call(2, 5)
+    x[:, 0] = 1
+    router = torch.zeros(2, 16)
+    router[0, 0] = gap
+    gradients = []
+    for dtype, chosen_body in ((torch.float32, body), (torch.float64, "torch")):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, router)]
+        y, logits, chosen = kernels.einsum(inputs[0], *(core.to(dtype) for core in cores), sizes, b_first,
+                                           router=inputs[1], balance=torch.tensor([-1e6, 0], dtype=dtype),
+                                           body=chosen_body)
+        assert (chosen == 1).all()
+        gradients.append(torch.autograd.grad(1e30 * y.sum() + logits.square().sum(), inputs))
+    for found, truth in zip(*gradients):
+        torch.testing.assert_close(found, truth.float(), rtol=1e-4, atol=1e-4 * truth.abs().max().item())
+
+
+@needs_c
+def test_transposed_router_and_sliced_experts():
+    """einsum.c reads memory as it lies."""
+    *call, sizes, b_first = routed_call(4, 40)
+    router, experts = torch.randn(16, 4).T, torch.randint(4, (40, 2))[:, :1]
+    for routing in (dict(router=router, balance=torch.zeros(8)[::2], top_k=2), dict(experts=experts),
+                    dict(experts=experts[:1].expand(40, 1))):
+        same = {key: value.contiguous() if isinstance(value, torch.Tensor) else value
+                for key, value in routing.items()}
+        results = [kernels.einsum(*call, sizes, b_first, body="c", **given)[0] for given in (routing, same)]
+        assert torch.equal(*results)
+
+
+def test_a_few_tokens_are_counted_as_many_are():
+    layer, flops = structured.linear("btt", 16, 16), []
+    for T in (16, 32):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            layer(torch.randn(T, 16))
+        flops.append(counter.get_total_flops())
+    assert flops[0] == 16 * layer.flops_per_token() and flops[1] == 2 * flops[0]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_experts=4)])
+@pytest.mark.parametrize("struct", ["btt", "dense", "dyad"])
+def test_autocast_leaves_float64_alone(struct, options):
+    layer = structured.linear(struct, 16, 16, **options).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(40, 16, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("struct", ["btt", "dense", "dyad"])
+@pytest.mark.parametrize("T", [4, 40])
+def test_mixtures_of_meta_tensors(struct, T):
+    layer = structured.linear(struct, 16, 32, num_experts=4).to("meta")
+    assert layer(torch.randn(T, 16, device="meta")).shape == (T, 32)
+
+
+def test_combine_with_gates_of_another_type_has_second_derivatives():
+    y = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    gates = torch.rand(3, 2, requires_grad=True)
+    order = torch.randperm(6)
+    place = order.argsort().view(3, 2)
+
+    def second(result):
+        grad, = torch.autograd.grad(result.pow(3).sum(), y, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), gates)[0]
+    found = second(kernels.combine(y, gates, order, place))
+    truth = second((y[place] * gates[..., None]).sum(1))
+    torch.testing.assert_close(found, truth)
+
+
 @pytest.mark.parametrize("path", [0, 1, 2], ids=["experts", "general", "einsum"])
 def test_undefined_gradient(path):
     """A branch after the layer that hands back no gradient counts as one of zeros."""
@@ -539,6 +617,18 @@ def test_library_of_another_cpu_is_left_alone(fresh, monkeypatch):
     monkeypatch.setattr(c_body, "_cpu", cpu)
     assert c_body.load(c_body.build(torch.float32, fresh)).vector_bits() == 512
     assert other.read_bytes() == b"no library"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the OpenMP of torch's other builds")
+def test_threads_are_torchs():
+    assert c_body._openmp().value
+
+
+@needs_c
+def test_the_warning_has_the_compilers_error(monkeypatch, tmp_path):
+    (tmp_path / "broken.c").write_text("int f(void) {\n    return 1 +;\n}\n")
+    with pytest.raises(OSError, match="exit status 1: .*broken.c:2.*error: "):
+        c_body._run(["cc", "-c", str(tmp_path / "broken.c"), "-o", str(tmp_path / "broken.o")])
 
 
 @pytest.mark.parametrize("cc, words", [("/no/such/compiler", "cannot be run"), ("false", "exit status 1")])
