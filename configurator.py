@@ -170,7 +170,7 @@ def print_help(namespace: dict, keys: dict[str, Key], config: dict) -> None:
     """Print the docstring, the usage, and each key: its present value, type, limits or choices, comment."""
     module, script = namespace.get("__spec__"), os.path.basename(namespace["__file__"])
     program = f"-m {module.name}".removesuffix(".__main__") if module else script
-    lines = [f"{namespace.get('__doc__') or ''}\nusage: python {program} [config | --key=value] ...".lstrip()]
+    lines = [f"{namespace.get('__doc__') or ''}\nusage: python {program} [path | --key=value] ...".lstrip()]
     for key in keys.values():
         if "\n" + key.heading not in lines:
             lines.append("\n" + key.heading)

@@ -18,8 +18,8 @@ out_dir: str = "out"                    # a run's out_dir (its ckpt.pt), or a ch
 start: str = "\n"                       # the prompt; FILE:path reads it from a file, - from stdin
 prompts: str | None = None              # a file of prompts instead, one a line; *.jsonl: JSON texts
 batch_size: PositiveInt = 8             # samples at once with prompts; windows at once with eval
-num_samples: PositiveInt = 1            # texts to make of each prompt
-max_new_tokens: PositiveInt = 500       # most tokens to generate of each
+num_samples: PositiveInt = 1            # texts to make from each prompt
+max_new_tokens: PositiveInt = 500       # most tokens to generate for each text
 temperature: NonNegativeFloat = 0.8     # below 1 is less random, 0 takes the likeliest token
 top_k: PositiveInt | None = 200         # keep only the k likeliest tokens; None: all
 top_p: Annotated[float, ("above", 0), ("at most", 1)] = 1.0  # then the likeliest that sum to p; 1: all
@@ -85,7 +85,7 @@ try:
 except OSError as e:
     fail(str(e))
 except Exception as e:
-    fail(f"{path} is not a checkpoint that can be read ({type(e).__name__})")
+    fail(f"the tokenizer of {path} cannot be used ({type(e).__name__}: {e})")
 del checkpoint
 model.to(device)
 

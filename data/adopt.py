@@ -79,6 +79,12 @@ def main():
     if args.end_of_text and not args.tokenizer:
         parser.error("--end-of-text belongs to --tokenizer, which is not given")
     folder = Path(common.find_dataset(args.folder))
+    with common.work_folder(folder):  # no prepare.py writes there meanwhile
+        adopt(folder, args)
+
+
+def adopt(folder: Path, args: argparse.Namespace) -> None:
+    """Checks all ids, and writes meta.json. Raises ValueError where something does not fit."""
     if (folder / "meta.json").exists():
         raise ValueError(f"{folder} has a meta.json already: remove it to write another")
 
@@ -101,8 +107,7 @@ def main():
                          f"ids of type {args.dtype} can tell apart: give a wider --dtype")
     meta = {"tokenizer": described, "vocab_size": count_ids(described), "dtype": args.dtype, **counts,
             "source": source}
-    with common.work_folder(folder):    # not beside a prepare.py
-        write_whole(str(folder / "meta.json"), json.dumps(meta, indent=2))
+    write_whole(str(folder / "meta.json"), json.dumps(meta, indent=2))
     print(f"{counts['train_tokens']:,} training and {counts['val_tokens']:,} validation tokens, largest id "
           f"{largest:,}, vocabulary {described['name']} of {meta['vocab_size']:,}")
     print(f"wrote {folder / 'meta.json'}")

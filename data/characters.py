@@ -29,8 +29,8 @@ def count_characters(batch: dict) -> dict:
 
 
 def collect_alphabet(documents, min_count: int, num_proc: int | None) -> tuple[CharTokenizer, dict]:
-    """The vocabulary of a datasets.Dataset of texts in the form NFC, which it prints, and what meta.json says
-    of it. A newline follows each text. Raises ValueError if no character occurs min_count times."""
+    """(The vocabulary of a datasets.Dataset of texts in the form NFC, what meta.json says of it); prints how
+    many characters it has. A newline follows each text. Raises ValueError if none occurs min_count times."""
     counts = np.zeros(0x110000, np.int64)
     counted = documents.map(count_characters, batched=True, batch_size=common.batch_size(documents),
                             remove_columns=["text"], num_proc=num_proc, desc="counting characters")

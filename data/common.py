@@ -61,7 +61,7 @@ class TokenFile:
         self.file = open(path, "rb", buffering=0)
         size = os.fstat(self.file.fileno()).st_size
         if size == 0 or size % dtype.itemsize:
-            raise ValueError(f"its {size} bytes are not a whole number of ids")
+            raise ValueError(f"it has {size} bytes, which are no whole ids of {dtype.itemsize}")
         self.length = size // dtype.itemsize
 
     def __len__(self) -> int:
@@ -264,8 +264,8 @@ def import_datasets():
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """Returns the documents' files at `paths`. A folder stands for all such files below it, in an order that
-    does not depend on where the folder is. Raises ValueError if a path gives no file."""
+    """Returns the documents' files at `paths`. A folder stands for all such files below it (not behind links
+    to folders), in an order that does not depend on where it is. Raises ValueError if a path has none."""
     found, kinds = [], ", ".join(SUFFIXES)
     for path in map(Path, paths):
         if path.is_dir():
@@ -391,8 +391,8 @@ def _rows(args: argparse.Namespace, files: tuple, work: Path, nfc: bool) -> Iter
         raise ValueError(f"the {source} holds no text")
 
 
-def cut(text, val_fraction: float) -> tuple:
-    """Cuts a document, str or bytes, in two; the end is for validation. ValueError if it is one character."""
+def cut(text: str, val_fraction: float) -> tuple[str, str]:
+    """Cuts a document in two; the end is for validation. Raises ValueError if it is one character."""
     if len(text) < 2:
         raise ValueError("the source holds one character in all, too little for two splits")
     place = len(text) - min(math.ceil(val_fraction * len(text)), len(text) - 1)

@@ -206,8 +206,10 @@ class TiktokenTokenizer:
     """
 
     def __init__(self, name: str = "gpt2"):
-        import tiktoken
-
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise OSError("this tokenizer needs tiktoken: pip install -r requirements.txt") from error
         try:
             self.bpe = tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:
@@ -279,7 +281,12 @@ class FileTokenizer:
             raise ValueError(f"its vocabulary has no token {' or '.join(map(str, names))}: name the one that "
                              "ends a text with --end-of-text")
         self.end_of_text = self.start = found[0] if found else end_of_text
-        described = json.loads(text).get("model") or {}  # Unigram has unk_id, others unk_token
+        file = json.loads(text)
+        for token in file.get("added_tokens") or ():  # behind gaps in the ids the library renumbers them
+            if vocabulary.get(token["content"]) != token["id"]:
+                raise ValueError(f"the library tokenizers changes the id {token['id']} of its token "
+                                 f"{token['content']!r}: number its vocabulary without gaps")
+        described = file.get("model") or {}  # Unigram has unk_id, others unk_token
         self.unknown_id = vocabulary.get(described.get("unk_token"), described.get("unk_id"))
         # One byte that is no part of a character makes all bytes beside it U+FFFD.
         self.bytes = {i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name)}
@@ -295,7 +302,10 @@ class FileTokenizer:
 
     def _encode(self, text: str, special_as_text: bool) -> list[int]:
         self.tokenizer.encode_special_tokens = special_as_text
-        return self.tokenizer.encode(without_half_characters(text), add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(without_half_characters(text), add_special_tokens=False).ids
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"a part of it has no id, and there is no unknown token ({error})") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids. Raises ValueError if one is outside the vocabulary."""

@@ -1,12 +1,16 @@
 """Command lines of train.py: what they may start from, the folder that one writes to, and those that a run
 proposes at its end. Needs no torch."""
 import os
+import re
 import shlex
 from collections.abc import Sequence
 
 # keys that say the structure, and keys that say which run it is
 STRUCTURE = ("struct", "rank", "theta", "layers", "num_experts", "top_k", "ffn_experts", "weight_norm",
              "head_aligned", "dyad_blocks", "dyad_variant", "router_balance_rate")
+# those that make any run dense; the others then have no effect
+DENSE = dict(struct="dense", rank=None, theta=None, num_experts=0, ffn_experts=0, weight_norm=None,
+             head_aligned=None)
 # values of init_from; anything else is a checkpoint, *.pt, or a GPT-2's folder
 INIT_FROM = ("scratch", "resume", "auto")
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of the hub's openai-community/
@@ -31,20 +35,24 @@ def flag_of(key: str, value) -> str:
     return f"--{key}={text}"
 
 
-def sets_structure(path: str) -> bool:
-    """Whether a config file, found as configurator finds it, sets `struct`."""
+def keys_of_file(path: str) -> set[str]:
+    """The keys that a config file, found as configurator finds it, sets."""
     path = path if os.path.isfile(path) else os.path.join(os.path.dirname(__file__), os.pardir, path)
     try:
-        with open(path, encoding="utf-8") as file:
-            return any(line.replace(" ", "").startswith("struct=") for line in file)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return set(re.findall(r"^ *([a-z]\w*) *=(?!=)", file.read(), re.MULTILINE))
     except OSError:
-        return False
+        return set()
 
 
 def dense_command(arguments: Sequence[str], out_dir: str, iterations: int) -> tuple[str, str]:
     """(command, out_dir) of the dense run beside a run with these arguments and out_dir."""
     words = [word for word in arguments if key_of(word) not in (*STRUCTURE, *RUN)]
-    words = ["config/dense.py" if key_of(word) is None and sets_structure(word) else word for word in words]
+    files = {word: keys_of_file(word) for word in words if key_of(word) is None}
+    pure = {word for word, keys in files.items() if "struct" in keys and keys <= set(STRUCTURE)}
+    others = set().union(*(files[word] for word in files.keys() - pure))  # set more than a structure
+    words = ["config/dense.py" if word in pure else word for word in words]
+    words += [flag_of(key, value) for key, value in DENSE.items() if key in others]
     words.append(f"--max_iters={iterations}")
     if out_dir == default_out_dir(arguments) != default_out_dir(words):
         return shlex.join(["python", "train.py", *words]), default_out_dir(words)

@@ -74,8 +74,9 @@ def save(fig, ax, folder: str, name: str) -> None:
     os.makedirs(folder, exist_ok=True)
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        fig.set_figheight(max(fig.get_figheight(), 0.3 + 0.2 * len(handles)))     # inches: all lines of it
-        fig.set_figwidth(fig.get_figwidth() + 0.075 * max(0, max(map(len, labels)) - 16))     # and long ones
+        lines = "\n".join(labels).split("\n")
+        fig.set_figheight(max(fig.get_figheight(), 0.3 + 0.2 * len(lines)))     # inches: all lines of it
+        fig.set_figwidth(fig.get_figwidth() + 0.075 * max(0, max(map(len, lines)) - 16))     # and long ones
         fig.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3.2)
     for kind in ("svg", "png"):
         metadata = {"Date": None} if kind == "svg" else None

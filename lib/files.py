@@ -67,7 +67,8 @@ def lock_file(path: str, owner_writes: str, flag: str) -> None:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     owner = os.getpid()
     # the descriptor is never closed: the lock lasts as long as the process
-    atexit.register(lambda: remove(path) if os.getpid() == owner else None)
+    # without links the file is gone (work_folder), and one of this name is the next process's
+    atexit.register(lambda: os.getpid() == owner and os.fstat(descriptor).st_nlink and remove(path))
 
 
 def is_locked(path: str) -> bool:
@@ -98,7 +99,7 @@ def rename_old_files(out_dir: str) -> dict[str, str]:
     """
     names = ["ckpt.pt", "ckpt_best.pt", "log.jsonl"]
     names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # a log that cannot be read is worth keeping
         if names == ["log.jsonl"]:
             with open(os.path.join(out_dir, "log.jsonl"), "rb") as f:
                 names = names if any(b'"train"' in line for line in f) else []

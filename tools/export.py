@@ -16,7 +16,7 @@ from lib.terminal import prepare_output
 
 # what to export, and where to
 ckpt: str = "out"                       # a run's out_dir (its ckpt.pt), or a checkpoint file
-out: str | None = None                  # the folder to make; it must not exist, or be empty
+out: str | None = None                  # the folder to make: a new one, or an empty one
 
 import torch
 from torch import Tensor
@@ -217,7 +217,7 @@ def character_tokenizer(tok: tokenizer.CharTokenizer):
     """One token per character. A character that has none is an error, or the unknown mark."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    # the library wants a name for unknown tokens: one of two characters is none of the vocabulary
+    # the library wants a name for unknown tokens: one longer than a character is none of the vocabulary
     fast = Tokenizer(models.WordLevel(tok.ids, unk_token=tok.unknown or "unknown"))
     if tok.normalization:
         fast.normalizer = getattr(normalizers, tok.normalization)()
@@ -323,11 +323,8 @@ def model_card(name: str, model: GPT, tok: tokenizer.Tokenizer, checkpoint: dict
 
 def example_prompt(tok: tokenizer.Tokenizer) -> str:
     """'The', or a letter of the vocabulary where it lacks those of this word."""
-    try:
-        tok.encode("The")
-        return "The"
-    except ValueError:  # of characters
-        return next(filter(str.isalpha, tok.chars), tok.chars[0])
+    chars = getattr(tok, "chars", "The")
+    return "The" if set("The") <= set(chars) else next(filter(str.isalpha, chars), chars[0])
 
 
 def describe_structure(config: GPTConfig) -> str:

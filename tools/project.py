@@ -213,7 +213,7 @@ def contents(checkpoint: dict, model: GPT, config: dict) -> dict:
     """A checkpoint for starting from its weights: no optimizer, and no iteration."""
     return dict(model=model.state_dict(), optimizer={}, scaler={}, config=config,
                 model_args=dataclasses.asdict(model.config), tokenizer=checkpoint["tokenizer"],
-                seed=config.get("seed", seed), val_loss=None, **dataclasses.asdict(Progress()))
+                val_loss=None, **dataclasses.asdict(Progress()))
 
 
 def finetune_flags(config: dict, path: str, out: str) -> list[str]:

@@ -114,11 +114,11 @@ def test_a_meta_pkl_without_a_vocabulary_is_one_sentence(adopt, folder, meta, re
     ([0, 64], None, [], "largest id in .* is 64, far from GPT-2's: name the vocabulary with --tokenizer"),
     ([0, 9], of_characters(LETTERS), [], "is 9, but the vocabulary ends at 8"),
     ([0, 1], None, ["--tokenizer", "gpt3"], "'gpt3' is none of gpt2"),
-    ([0, 1], None, ["--dtype", "uint32"], r"val.bin cannot be used \(its 2 bytes"),
+    ([0, 1], None, ["--dtype", "uint32"], r"val.bin cannot be used \(it has 2 bytes"),
     # ids of 32 bits, one of which does not fit 16
     ([15496, 0, 34464, 1] * 50, None, ["--tokenizer", "cl100k_base"], "has 100,277 tokens, more .*uint16"),
     ([15496, 0, 50256, 0] * 50, None, [], "train.bin looks like ids of 32 bits, .*: give --dtype=uint32"),
-    ([], None, [], r"train.bin cannot be used \(its 0 bytes")])
+    ([], None, [], r"train.bin cannot be used \(it has 0 bytes")])
 def test_a_folder_that_does_not_fit_is_one_sentence(adopt, folder, ids, meta, arguments, reason):
     place = folder(ids, ids[-1:], meta=meta)
     with pytest.raises(ValueError, match=reason):

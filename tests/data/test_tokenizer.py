@@ -477,3 +477,37 @@ def test_meta_round_trip(tiktoken_cache, small_cl100k):
 def test_meta_without_a_tokenizer(meta):
     with pytest.raises(ValueError, match="tokenizer"):
         tokenizer.from_meta(meta)
+
+
+# ---- tokenizer.json files that do not work -----------------------------------------------------------------
+
+def word_level(vocabulary, end, unknown=None):
+    """The text of a tokenizer.json of these words, and "</s>" as the added token of id `end`."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=unknown or "none"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>"])
+    described = json.loads(made.to_str())
+    described["added_tokens"][0]["id"] = end
+    return json.dumps(described)
+
+
+@pytest.mark.parametrize("vocabulary, end", [
+    ({"a": 0, "b": 1} | {f"w{i}": i for i in range(3, 99)}, 2), ({"a": 0, "b": 1, "[UNK]": 2}, 10)])
+def test_ids_with_gaps_which_the_library_renumbers(vocabulary, end):
+    with pytest.raises(ValueError, match=f"changes the id {end} of its token '</s>'"):
+        tokenizer.FileTokenizer(word_level(vocabulary, end))
+
+
+def test_a_word_without_an_id_is_one_sentence():
+    tok = tokenizer.FileTokenizer(word_level({"a": 0, "b": 1}, 2))
+    assert tok.encode("a b") == [0, 1]
+    for encode in (tok.encode, tok.encode_ordinary):
+        with pytest.raises(ValueError, match="has no id, and there is no unknown token"):
+            encode("a c")
+
+
+def test_missing_tiktoken_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(OSError, match="pip install"):
+        tokenizer.TiktokenTokenizer()

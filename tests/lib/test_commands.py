@@ -61,7 +61,9 @@ def test_flops_ratio_to_dense_of_each_structure_config(name):
      "python train.py --max_iters=25 '--out_dir=a b-dense'"),
     (["--struct=btt", "--num-experts=8", "--weight-norm=True", "--out-dir=c"], "c",  # a - in a key is a _
      "python train.py --max_iters=25 --out_dir=c-dense"),
-    (["results/search/best.py", "--seed=3"], None, "python train.py config/dense.py --seed=3 --max_iters=25"),
+    (["results/search/best.py", "--seed=3"], None,  # which sets sizes and data too
+     "python train.py results/search/best.py --seed=3 --struct=dense --theta=None --max_iters=25 "
+     "--out_dir=out-best-dense"),
     (["config/btt.py"], "set by a file",
      "python train.py config/dense.py --max_iters=25 '--out_dir=set by a file-dense'"),
     (["--struct=btt"], None, "python train.py --max_iters=25 --out_dir=out-dense")])

@@ -65,6 +65,33 @@ def test_a_lock_file_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
     assert len(calls) == 2 and "BlockingIOError" in done.stderr
 
 
+def lock_that_another_holds_in_the_end(folder):
+    """The folder goes, as prepare.tmp does, and another process makes and locks it before this one ends."""
+    os.chdir(folder)
+    os.mkdir("work")
+    lib.files.lock_file("work/lock", "another writes", "--out")
+    os.remove("work/lock")
+    open("work/lock", "w").close()
+    atexit._run_exitfuncs()  # multiprocessing skips them
+
+
+def test_an_ending_process_leaves_the_lock_of_the_next_one(tmp_path):
+    process = PROCESSES.Process(target=lock_that_another_holds_in_the_end, args=(tmp_path,))
+    process.start()
+    process.join(600)
+    assert process.exitcode == 0 and os.listdir(tmp_path / "work") == ["lock"]
+
+
+def test_a_log_that_cannot_be_read_is_renamed(tmp_path, monkeypatch):
+    """Another user's, say."""
+    (tmp_path / "log.jsonl").write_text("{}\n")
+
+    def refuse(*words):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(lib.files, "open", refuse, raising=False)
+    assert rename_old_files(str(tmp_path)) == {"log.jsonl": "log.jsonl.old"}
+
+
 def test_a_folder_that_cannot_be_locked_is_not_made(tmp_path, monkeypatch):
     """Nor are the folders above it; what was there stays."""
     def refuse(path, *words):

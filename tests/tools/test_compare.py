@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lib import log
+from lib import figure, log
 from tests.conftest import ROOT
 from tools import compare
 
@@ -257,3 +257,15 @@ def test_a_folder_without_a_run_among_runs_is_passed_over(two, tmp_path, no_figu
         with pytest.raises(SystemExit):
             compare.main(list(map(str, places)))
         assert "is no run" in capsys.readouterr().err
+
+
+def test_a_wrapped_label_is_as_wide_as_its_longest_line(tmp_path):
+    """And as high as all of them."""
+    sizes = []
+    for label in ("x" * 39, "\n".join(["x" * 39] * 4)):
+        fig, [[ax]] = figure.figure()
+        for i in range(8):
+            ax.plot([1, 2], [1, 2], label=label)
+        figure.save(fig, ax, str(tmp_path), "one")
+        sizes.append(fig.get_size_inches())
+    assert sizes[0][0] == sizes[1][0] and sizes[1][1] > 0.2 * 8 * 4

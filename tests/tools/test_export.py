@@ -521,3 +521,9 @@ def test_without_transformers(tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "requirements-transformers.txt" in refused(f"--out={tmp_path / 'hf'}")
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("characters, unknown, prompt", [
+    ("\n Thes", None, "The"), ("\n αβ", None, "α"), ("\n αβ\ufffd", "\ufffd", "α")])
+def test_the_model_card_has_a_prompt_of_the_alphabet(characters, unknown, prompt):
+    assert export.example_prompt(CharTokenizer(characters, unknown)) == prompt
