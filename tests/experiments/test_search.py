@@ -570,12 +570,16 @@ def test_the_share_of_dense_is_interpolated_and_bounded():
     assert float(between) == pytest.approx(1 / math.sqrt(2), rel=0.01)
 
 
-def test_a_dense_curve_leaves_out_what_is_not_finite(tmp_path):
+@pytest.mark.parametrize("decays, flops, losses", [
+    (False, [1e12, 3e12], [3.0, 2.5]), (True, [3e12], [2.5])])  # before the end a decaying rate is too high
+def test_a_dense_curve_leaves_out_what_is_not_finite_or_no_end(tmp_path, decays, flops, losses):
     points = [dict(type="eval", iter=i, flops=1e12 * i, val_loss=loss)
               for i, loss in enumerate((4.0, 3.0, None, 2.5))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
-    curve = report.dense_curve(None, [dict(name="dense", run=".", trial=0)], str(tmp_path), {})
-    assert list(curve.flops) == [1e12, 3e12] and list(curve.losses) == [3.0, 2.5]
+    curve = report.dense_curve(None, [dict(name="dense", run=".", trial=0)], str(tmp_path),
+                               dict(decay_lr=decays))
+    assert list(curve.flops) == flops and list(curve.losses) == losses
+    assert curve.share(6e12, 2.5) == "2"
 
 
 def test_a_dense_curve_from_elsewhere_must_measure_the_same_loss(tmp_path):
