@@ -151,7 +151,7 @@ backend = backend or ("nccl" if device_type == "cuda" else "gloo")
 amp = autocast(device_type, dtype)
 or_fail(distributed.connect, backend)
 masked = dict(out_dir=None, dataset=None, device=device_type, init_from=os.path.basename(init_from))
-or_fail(distributed.require_same, config | masked | dict(dtype=dtype, torch=torch.__version__))
+or_fail(distributed.require_same, config | masked | dict(dtype=dtype, torch=torch.__version__))  # but paths
 or_fail(kernels.use_kernel, kernel, device_type, dtype)
 compile = or_fail(choose_compile, compile, device)
 

@@ -38,7 +38,8 @@ SIZE = ("n_embd", "n_layer", "n_head")
 STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on, besides the vocabulary
 # losses compare if these are equal
 COMPARABLE = ("dataset", "block_size", "vocab_size", "windows", "loss")
-VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")  # no remark
+# runs of a structure may differ in these without a remark
+VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")
 # these change rounding alone; eval_iters and eval_tokens are counted in 'windows'
 SAME_RESULT = ("device", "backend", "kernel", "eval_iters", "eval_tokens")
 SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
