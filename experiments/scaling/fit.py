@@ -42,7 +42,7 @@ COMPARABLE = ("dataset", "block_size", "vocab_size", "windows", "loss")
 VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype", "compile")
 # these change rounding alone; eval_iters and eval_tokens are counted in 'windows'
 SAME_RESULT = ("device", "backend", "kernel", "eval_iters", "eval_tokens")
-SHARE = 0.9         # a seed counts in the mean if it has come to this share of the longest one's end
+SHARE = 0.9         # seeds whose lengths differ by less end together: their mean ends with the shortest
 HUBER = 1.345       # residuals beyond so many standard deviations count less
 
 
@@ -306,10 +306,10 @@ def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
 
 def same_but_seed(runs: list[MeasuredRun]) -> tuple[list[list[MeasuredRun]], list[str]]:
     """(groups of runs that differ only in the seed, remarks on those left out of their group, since they end
-    long before the longest, or before another one's first evaluation)."""
+    before another one's first evaluation)."""
     groups, notes = [], []
     for same in alike(runs, ("seed",)):
-        least = max(SHARE * max(run.last for run in same), *(run.first for run in same))
+        least = max(run.first for run in same)
         groups.append([run for run in same if run.last >= least])
         notes += [f"{run.name}: left out of its seeds' mean, it ends early, after {run.last:,.0f} tokens"
                   for run in same if run.last < least]
@@ -317,16 +317,21 @@ def same_but_seed(runs: list[MeasuredRun]) -> tuple[list[list[MeasuredRun]], lis
 
 
 def mean_of_seeds(groups: list[list[MeasuredRun]]) -> list[MeasuredRun]:
-    """One run for each group of same_but_seed: the mean of their losses, as long as all of them go on."""
+    """One run for each group of same_but_seed: the mean of their losses, as long as all of them go on. Where
+    some go on much longer, by SHARE, their mean from there is another run."""
     means = []
     for same in groups:
-        shortest = min(same, key=lambda run: run.last)
-        tokens = shortest.points.tokens[shortest.points.tokens >= max(run.first for run in same)]
-        losses = np.mean([run.loss_after(tokens) for run in same], axis=0)
-        axes = [axis for axis in shortest.per_token if all(axis in run.per_token for run in same)]
+        axes = [axis for axis in AXES if all(axis in run.per_token for run in same)]
         per_token = {axis: statistics.mean(run.per_token[axis] for run in same) for axis in axes}
-        means.append(dataclasses.replace(shortest, points=Points(tokens, losses), per_token=per_token,
-                                         seeds=len(same)))
+        begin, left = max(run.first for run in same), same
+        while left:
+            shortest = min(left, key=lambda run: run.last)
+            tokens = shortest.points.tokens
+            tokens = np.unique(np.append(tokens[tokens >= begin], begin))
+            losses = np.mean([run.loss_after(tokens) for run in left], axis=0)
+            means.append(dataclasses.replace(shortest, points=Points(tokens, losses), per_token=per_token,
+                                             seeds=len(left)))
+            begin, left = shortest.last, [run for run in left if SHARE * run.last > shortest.last]
     return means
 
 
@@ -336,7 +341,7 @@ def seed_noise(groups: list[list[MeasuredRun]]) -> tuple[float | None, list[str]
     None without such a group."""
     squares, freedom, lines = 0.0, 0, []
     for same in (group for group in groups if len(group) > 1):
-        [mean] = mean_of_seeds([same])
+        mean = mean_of_seeds([same])[0]
         losses = np.array([run.loss_after(mean.points.tokens) for run in same])     # (seeds, points)
         squares += float(((losses / mean.points.losses - 1) ** 2).sum(0).mean())
         freedom += len(same) - 1

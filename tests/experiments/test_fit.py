@@ -508,11 +508,30 @@ def test_seeds_count_as_their_mean():
     assert len(scaling_fit.same_but_seed([one, other])[0]) == 2
 
 
-@pytest.mark.parametrize("points, late", [(slice(20), slice(None)), (slice(1), slice(1, None)),
-                                          (slice(1), slice(None)),
-                                          (slice(39), slice(39, None))])
-def test_a_seed_that_ends_early_is_left_out(points, late):
-    """Of the mean, which would end there, and of the noise; also where the other one begins after its end."""
+def test_the_mean_goes_on_with_the_seeds_that_go_on():
+    """Three seeds, of which two end early, one of them at once: three runs, each with the seeds that it has."""
+    one, = synthetic("dense", 1, 0, sizes=[1e5])
+    seeds = [with_seed(one, 2, slice(20), 0.3), one, with_seed(one, 3, slice(1), 0.6)]
+    groups, notes = scaling_fit.same_but_seed(seeds)
+    of_three, of_two, alone = scaling_fit.mean_of_seeds(groups)
+    assert not notes and [of_three.seeds, of_two.seeds, alone.seeds] == [3, 2, 1]
+    tokens, losses = one.points
+    assert np.array_equal(of_three.points.tokens, tokens[:1])
+    assert of_three.points.losses == pytest.approx(losses[:1] + 0.3)
+    assert np.array_equal(of_two.points.tokens, tokens[:20])
+    assert of_two.points.losses == pytest.approx(losses[:20] + 0.15)
+    assert np.array_equal(alone.points.tokens, tokens[19:])
+    assert alone.points.losses == pytest.approx(losses[19:])
+    assert scaling_fit.seed_noise(groups)[0] > 0.05     # of the point that all three share
+    between = dataclasses.replace(seeds[0], points=Points(tokens[:2] * 1.5, losses[:2]))
+    *_, alone = scaling_fit.mean_of_seeds(scaling_fit.same_but_seed([one, between])[0])
+    assert alone.points.tokens[0] == tokens[1] * 1.5    # no budget is lost between the two
+    assert alone.points.losses[0] == pytest.approx(one.loss_after(tokens[1] * 1.5))
+
+
+@pytest.mark.parametrize("points, late", [(slice(1), slice(1, None)), (slice(39), slice(39, None))])
+def test_a_seed_that_ends_before_another_begins_is_left_out(points, late):
+    """Of the mean, and of the noise."""
     whole, = synthetic("dense", 1, 0, sizes=[1e5])
     one, short = with_seed(whole, 1, late), with_seed(whole, 2, points, 1.0)
     groups, note = scaling_fit.same_but_seed([short, one])
