@@ -5,7 +5,7 @@
 #     python -m experiments.scaling sweep experiments/plans/cpu.py --jobs=2         the grid
 #     python -m experiments.scaling sweep experiments/plans/cpu_widths.py --jobs=2  widths 24 and 48
 #     python -m experiments.scaling sweep experiments/plans/cpu_seeds.py --jobs=2   second seeds: the noise
-#     python -m experiments.scaling sweep experiments/plans/cpu_long.py --jobs=2    dense and mixtures to 3e13, width 192
+#     python -m experiments.scaling sweep experiments/plans/cpu_long.py --jobs=2    to 3e13, and width 192
 #     python -m experiments.scaling fit                                             see results/scaling
 #
 # The rate is constant after its warmup, as in the paper, so that every evaluation is a point of the frontier.

@@ -509,7 +509,7 @@ def test_seeds_count_as_their_mean():
 
 
 def test_the_mean_goes_on_with_the_seeds_that_go_on():
-    """Three seeds, of which two end early, one of them at once: three runs, each with the seeds that it has."""
+    """Three seeds, of which two end early, one of them at once: three runs, each with those that it has."""
     one, = synthetic("dense", 1, 0, sizes=[1e5])
     seeds = [with_seed(one, 2, slice(20), 0.3), one, with_seed(one, 3, slice(1), 0.6)]
     groups, notes = scaling_fit.same_but_seed(seeds)
