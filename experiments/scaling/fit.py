@@ -289,7 +289,8 @@ def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
                 found = json.load(f)
             config = found["config"] | dict(n_head=found["config"]["n_embd"] // found["config"]["head_size"])
             shape = *(config[key] for key in STEP_SHAPE), config["vocab_size"]
-            machines.add(found.get("machine"))
+            machine = dict(found.get("machine", {}), system="")     # not the version of its kernel
+            machines.add(json.dumps(machine, sort_keys=True))
             known |= {(step["config"], *shape): 1 / step["tokens_per_s"] for step in found["steps"]}
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is no output of experiments.bench ({type(e).__name__}: {e})") from None

@@ -612,8 +612,9 @@ def test_seconds_of_bench(tmp_path):
     for key in ("n_layer", "head_size", "block_size", "batch_size", "vocab_size"):
         (tmp_path / "bench.json").write_text(json.dumps(dict(config=config | {key: 8}, steps=steps)))
         assert len(scaling_fit.take_seconds([small, large], [tmp_path / "bench.json"])) == 2
-    for machine in "ab":
-        (tmp_path / machine).write_text(json.dumps(dict(config=config, steps=steps, machine=machine)))
+    for name in "ab":
+        machine = dict(device=name, threads=2, system=f"of {name}")
+        (tmp_path / name).write_text(json.dumps(dict(config=config, steps=steps, machine=machine)))
     notes = scaling_fit.take_seconds([small], [tmp_path / "a", tmp_path / "b"])
     assert notes == ["the steps of --bench are of several machines"]
     (tmp_path / "bench.json").write_text('{"steps": 3}')
