@@ -138,6 +138,8 @@ def make_run(label: str, values: dict, root: str) -> Run:
             raise ValueError(f"flops has no budget for n_embd = {width}")
         budget = budget[width]
     if budget:
+        if budget < flops_per_iter / 2:
+            raise ValueError(f"flops = {budget:g} is less than one iteration, {flops_per_iter:.3g}")
         settings["max_iters"] = max(1, round(budget / flops_per_iter))
     settings.setdefault("max_iters", TRAIN_DEFAULTS["max_iters"])
     if evals:

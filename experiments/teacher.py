@@ -239,7 +239,8 @@ def main() -> int:
         raise ValueError(f"learning_rates takes numbers above 0; got {learning_rates}")
     with torch.device("meta"):  # a width that does not factor ends here, not after the runs before it
         for width, options in itertools.product((tuned_at, *widths), structures.values()):
-            Student(int(width), options)
+            if (least := Student(int(width), options).flops() * batch_size) > flops:
+                raise ValueError(f"{flops:g} FLOPs are less than a batch at width {width}, {least:.3g}")
     os.makedirs(out, exist_ok=True)
     with filelock.FileLock(os.path.join(out, "settings.json.lock")):
         check_settings()

@@ -7,8 +7,8 @@
 #
 from experiments.plans.cpu import *  # noqa: F403
 _longer = dict(dense_normed=6e13, btt_moe=3e13, btt_moe_16=3e13, moe=3e13)  # FLOPs
-structures = ({label: structures[label] | dict(flops=flops) for label, flops in _longer.items()}    # noqa: F821
-              | {label: structures[label] | dict(flops=1e13, n_embd=192)                            # noqa: F821
-                 for label in ("kronecker", "tt")})
+_structures = structures  # noqa: F821
+structures = ({label: _structures[label] | dict(flops=flops) for label, flops in _longer.items()}
+              | {label: _structures[label] | dict(flops=1e13, n_embd=192) for label in ("kronecker", "tt")})
 n_embd = [96, 128]
 evals = 60

@@ -1,7 +1,7 @@
 """From runs to scaling laws. For each structure, along an axis x (training FLOPs, or seconds):
 
 points      A run's evaluations where the learning rate is constant, its end alone where it decays. Runs that
-            differ only in the seed are one, their mean.
+            differ only in the seed are one, their mean; where some end early, it goes on as the others do.
 frontier    The lowest loss that any run has reached by x, at 12 budgets a decade, by interpolation in log x.
             It is used between the budgets at which the smallest and the largest size are the best ones. These
             follow from where one size hands over to the next, by a line in log size over log x.
@@ -20,7 +20,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -82,8 +82,8 @@ class MeasuredRun:
         return self.points.tokens[-1]
 
     def loss_after(self, tokens):
-        """Its loss after so many tokens, between its points by interpolation."""
-        return np.interp(tokens, *self.points)
+        """Its loss after so many tokens, between its points by interpolation in log tokens."""
+        return np.interp(np.log(tokens), np.log(self.points.tokens), self.points.losses)
 
 
 class Law(NamedTuple):
@@ -317,37 +317,49 @@ def same_but_seed(runs: list[MeasuredRun]) -> tuple[list[list[MeasuredRun]], lis
     return groups, notes
 
 
+def shared_points(same: list[MeasuredRun]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, losses of shape (runs, tokens)) of a group of same_but_seed: as long as all runs go on, then
+    of those that go on much longer, by SHARE, from the end of the shortest before."""
+    begin, left = max(run.first for run in same), same
+    while left:
+        shortest = min(left, key=lambda run: run.last)
+        tokens = np.unique(np.append(shortest.points.tokens[shortest.points.tokens >= begin], begin))
+        yield tokens, np.array([run.loss_after(tokens) for run in left])
+        begin, left = shortest.last, [run for run in left if SHARE * run.last > shortest.last]
+
+
 def mean_of_seeds(groups: list[list[MeasuredRun]]) -> list[MeasuredRun]:
-    """One run for each group of same_but_seed: the mean of their losses, as long as all of them go on. Where
-    some go on much longer, by SHARE, their mean from there is another run."""
+    """One run for each group of same_but_seed: the mean of their losses. Where one ends, the mean of the
+    others goes on from the mean of all: seeds differ by a factor that stays, as the intervals have it."""
     means = []
     for same in groups:
+        tokens, losses = np.empty(0), np.empty(0)
+        for more, of_runs in shared_points(same):
+            mean = of_runs.mean(axis=0)
+            if len(tokens):
+                more, mean = more[1:], mean[1:] * (losses[-1] / mean[0])
+            tokens, losses = np.append(tokens, more), np.append(losses, mean)
         axes = [axis for axis in AXES if all(axis in run.per_token for run in same)]
         per_token = {axis: statistics.mean(run.per_token[axis] for run in same) for axis in axes}
-        begin, left = max(run.first for run in same), same
-        while left:
-            shortest = min(left, key=lambda run: run.last)
-            tokens = shortest.points.tokens
-            tokens = np.unique(np.append(tokens[tokens >= begin], begin))
-            losses = np.mean([run.loss_after(tokens) for run in left], axis=0)
-            means.append(dataclasses.replace(shortest, points=Points(tokens, losses), per_token=per_token,
-                                             seeds=len(left)))
-            begin, left = shortest.last, [run for run in left if SHARE * run.last > shortest.last]
+        longest = max(same, key=lambda run: run.last)
+        means.append(dataclasses.replace(longest, points=Points(tokens, losses), per_token=per_token,
+                                         seeds=len(same)))
     return means
 
 
 def seed_noise(groups: list[list[MeasuredRun]]) -> tuple[float | None, list[str]]:
-    """(relative standard deviation of a run's loss between seeds, over all points that its seeds share,
+    """(relative standard deviation of a run's loss between seeds, over all points that two or more share,
     pooled over the groups of same_but_seed; a line for each group that has several, with its last losses).
     None without such a group."""
     squares, freedom, lines = 0.0, 0, []
     for same in (group for group in groups if len(group) > 1):
-        mean = mean_of_seeds([same])[0]
-        losses = np.array([run.loss_after(mean.points.tokens) for run in same])     # (seeds, points)
-        squares += float(((losses / mean.points.losses - 1) ** 2).sum(0).mean())
-        freedom += len(same) - 1
+        shared = [(tokens, losses) for tokens, losses in shared_points(same) if len(losses) > 1]
+        square = sum(((losses / losses.mean(axis=0) - 1) ** 2).sum() for _, losses in shared)
+        square /= sum(len(tokens) * (len(losses) - 1) for tokens, losses in shared)
+        squares, freedom = squares + float(square) * (len(same) - 1), freedom + len(same) - 1
+        tokens, losses = shared[-1]
         listed = ", ".join(f"{loss:.4f}" for loss in losses[:, -1])
-        lines.append(f"{same[0].label}, {same[0].size}: {listed} after {mean.last:,.0f} tokens")
+        lines.append(f"{same[0].label}, {same[0].size}: {listed} after {tokens[-1]:,.0f} tokens")
     return (math.sqrt(squares / freedom) if freedom else None), lines
 
 
@@ -517,8 +529,9 @@ def fit_structure(label: str, runs: list[MeasuredRun], axis: str, *, window=(Non
         return fit
     x, losses, owners = (column[fit.used] for column in fit.frontier)
     residuals = losses / fit.law.loss(x) - 1
-    means = [residuals[owners == i].mean() for i in np.unique(owners)]  # the points of a run err the same way
-    between = math.sqrt(sum(m * m for m in means) / max(1, len(means) - 2))
+    # the points of a run err together: each run counts once
+    squares = [(residuals[owners == i] ** 2).mean() for i in np.unique(owners)]
+    between = math.sqrt(sum(squares) / max(1, len(squares) - 2))
     fit.noise, within = max(noise or 0.0, between), point_noise(runs)
     spreads = [max((noise or 0.0) / math.sqrt(run.seeds), between) for run in runs]
     rng = rng or np.random.default_rng(0)
@@ -542,7 +555,10 @@ def multipliers(fit: Fit, base: Fit, x: Iterable[float], level: float) -> list[t
         value, *drawn = (float(of_base.x(law.loss(at))) / at for law, of_base in
                          zip([fit.law, *fit.samples], [base.law, *base.samples]))
         is_known = low * 0.999 <= at <= high * 1.001 and losses.min() <= fit.law.loss(at) <= losses.max()
-        found.append((value, *interval(drawn, level)) if is_known and math.isfinite(value) else None)
+        # the lowest of noisy runs is too low, and of runs with noise added again by as much once more: in
+        # logarithms the interval is turned about the value
+        turned = [value * value / one for one in drawn]
+        found.append((value, *interval(turned, level)) if is_known and math.isfinite(value) else None)
     return found
 
 

@@ -47,7 +47,7 @@ def draw_multipliers(ax, fitted: dict, looks: dict, base: str) -> list[float]:
         ax.plot([], [], label=label, markersize=4.5, linewidth=1.5, **look)
         if points := [(x, *m) for x, m in zip(f["x"], f["multipliers"]) if m is not None]:
             x, value, low, high = map(np.array, zip(*points))
-            ax.fill_between(x, low, np.minimum(high, 1e30), color=look["color"], alpha=0.13, linewidth=0)
+            ax.fill_between(x, np.maximum(low, 1e-30), high, color=look["color"], alpha=0.13, linewidth=0)
             ax.plot(x, value, linewidth=1.5, **look | dict(marker="none"))
             found += list(value)
         if points := [(x, m) for x, m in zip(f["x"], f["measured_multipliers"]) if m is not None]:

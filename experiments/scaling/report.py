@@ -214,9 +214,9 @@ def write_csv(path: str, rows: list[dict]) -> None:
 
 
 def round_all(value):
-    """Floats to six digits, for files that people compare."""
+    """Floats to six digits, for files that people compare; None for those that JSON does not have."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {k: round_all(v) for k, v in value.items()}
     return [round_all(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -261,7 +261,7 @@ def write_data(out: str, runs: list[MeasuredRun], fits: dict, base: str, level: 
     write_csv(os.path.join(out, "frontier.csv"), round_all(rows))
     found = round_all(dict(axes=by_axis, base=base, measure=measure, runs=ends, curves=curves,
                            taxonomy=taxonomy_of(fits["flops"], base)))
-    write_whole(os.path.join(out, "fit.json"), json.dumps(found))
+    write_whole(os.path.join(out, "fit.json"), json.dumps(found, allow_nan=False))
 
 
 def fit_all(runs: list[MeasuredRun], base: str, *, window: tuple, floor: float | None, samples: int,

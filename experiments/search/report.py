@@ -143,10 +143,11 @@ def config_text(row: dict, settings: dict) -> str:
 
 
 def plan_text(rows: list[dict], settings: dict, request: dict, top: int, seeds: tuple, times: float) -> str:
-    """A plan for experiments.scaling: the best structures, BTT-MoE if it came first, and dense, each at its
-    width and rate."""
+    """A plan for experiments.scaling: the best structures, BTT-MoE if it came first, which among mixtures
+    alone is Monarch with experts, and dense, each at its width and rate."""
     best = [r for r in rows if r["state"] == "complete" and r["name"] != "dense"][:top]
-    best += [r for r in rows if r["named"] == "btt_moe" and r["trial"] in settings and r not in best]
+    best += [r for r in rows if (r["named"] == "btt_moe" or r["named"] == "monarch" != r["name"])
+             and r["trial"] in settings and r not in best]
     structures = {r["structure"]: {k: v for k, v in settings[r["trial"]].items() if k in OWN_KEYS}
                   for r in best}
     dense = next((settings[r["trial"]] for r in rows if r["name"] == "dense" and r["trial"] in settings),

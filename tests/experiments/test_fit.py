@@ -374,6 +374,47 @@ def report(folder, base=None):
     return (folder / "out" / "table.md").read_text()
 
 
+def test_an_interval_is_turned_about_its_value():
+    """What noise that is added once more moves up, it had moved down: half of what the base needs by all laws
+    of the bootstrap becomes twice."""
+    runs = synthetic("dense", 1, 0)
+    base, fit = (scaling_fit.fit_structure("dense", runs, "flops", samples=10) for _ in range(2))
+    middle = [math.sqrt(math.prod(fit.range))]
+    fit.samples = [fit.law] * 10
+    base.samples = [base.law._replace(scale=base.law.scale / 2)] * 10
+    (value, low, high), = scaling_fit.multipliers(fit, base, middle, 0.9)
+    assert value == pytest.approx(1) and low == high == pytest.approx(2)
+    base.samples = [base.law._replace(floor=9.0)] * 10  # never reached
+    (value, low, high), = scaling_fit.multipliers(fit, base, middle, 0.9)
+    assert value == pytest.approx(1) and low == high == 0
+
+
+def test_a_law_that_misses_its_points_on_both_sides_is_noise(tmp_path):
+    """A curve that is above its law at first, below it then, and at its end above it again."""
+    runs = synthetic("dense", 1, 0, noise=0, sizes=[1e5, 1e6, 1e7])
+    for run in runs:
+        bend = np.sin(np.linspace(0, 4 * np.pi, len(run.points.losses)))
+        run.points.losses[:] *= 1 + 0.05 * bend
+    fit = scaling_fit.fit_structure("dense", runs, "flops", samples=10, noise=0.001)
+    assert 0.01 < fit.noise < 0.2
+
+
+def test_fit_json_is_json(tmp_path):
+    """JSON has neither NaN nor Infinity: null stands there, as for a training loss that no line gives."""
+    tokens = np.arange(1, 41) * 1e6
+    write_log(tmp_path / "runs" / "a", "dense", dict(n_embd=8), 6e5, tokens, 3 - tokens / 1e8)
+    log = tmp_path / "runs" / "a" / "log.jsonl"
+    lines = [line for line in log.read_text().splitlines() if '"train"' not in line]
+    log.write_text("\n".join(lines) + "\n")
+    report(tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+    path, = tmp_path.rglob("fit.json")
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert found["runs"][0]["train_loss"] is None
+
+
 def test_without_a_base_there_are_no_multipliers(tmp_path, svg_only):
     """Nor the figure of some before, and a structure without a single budget is skipped by name."""
     tokens = np.arange(1, 11) * 1e6
@@ -509,24 +550,29 @@ def test_seeds_count_as_their_mean():
 
 
 def test_the_mean_goes_on_with_the_seeds_that_go_on():
-    """Three seeds, of which two end early, one of them at once: three runs, each with those that it has."""
+    """Three seeds that differ by a factor, of which two end early, one of them at once: their mean does not
+    jump where they end, and the noise is that of all points that two or more of them share."""
     one, = synthetic("dense", 1, 0, sizes=[1e5])
-    seeds = [with_seed(one, 2, slice(20), 0.3), one, with_seed(one, 3, slice(1), 0.6)]
-    groups, notes = scaling_fit.same_but_seed(seeds)
-    of_three, of_two, alone = scaling_fit.mean_of_seeds(groups)
-    assert not notes and [of_three.seeds, of_two.seeds, alone.seeds] == [3, 2, 1]
     tokens, losses = one.points
-    assert np.array_equal(of_three.points.tokens, tokens[:1])
-    assert of_three.points.losses == pytest.approx(losses[:1] + 0.3)
-    assert np.array_equal(of_two.points.tokens, tokens[:20])
-    assert of_two.points.losses == pytest.approx(losses[:20] + 0.15)
-    assert np.array_equal(alone.points.tokens, tokens[19:])
-    assert alone.points.losses == pytest.approx(losses[19:])
-    assert scaling_fit.seed_noise(groups)[0] > 0.05     # of the point that all three share
-    between = dataclasses.replace(seeds[0], points=Points(tokens[:2] * 1.5, losses[:2]))
-    *_, alone = scaling_fit.mean_of_seeds(scaling_fit.same_but_seed([one, between])[0])
-    assert alone.points.tokens[0] == tokens[1] * 1.5    # no budget is lost between the two
-    assert alone.points.losses[0] == pytest.approx(one.loss_after(tokens[1] * 1.5))
+    seeds = [with_seed(one, 2, slice(20), 0.03 * losses[:20]), one,
+             with_seed(one, 3, slice(1), 0.06 * losses[0])]
+    groups, notes = scaling_fit.same_but_seed(seeds)
+    mean, = scaling_fit.mean_of_seeds(groups)
+    assert not notes and mean.seeds == 3 and np.array_equal(mean.points.tokens, tokens)
+    assert mean.points.losses == pytest.approx(losses * 1.03)
+    noise, (line,) = scaling_fit.seed_noise(groups)
+    of_three, of_two = 2 * (0.03 / 1.03) ** 2, 2 * (0.015 / 1.015) ** 2
+    assert noise == pytest.approx(math.sqrt((of_three + 19 * of_two) / (2 + 19)), rel=0.05)
+    assert f"after {tokens[19]:,.0f} tokens" in line
+    short = dataclasses.replace(seeds[0], points=Points(tokens[:2] * 1.5, losses[:2]))
+    mean, = scaling_fit.mean_of_seeds(scaling_fit.same_but_seed([one, short])[0])
+    assert mean.points.tokens[:2].tolist() == [tokens[0] * 1.5, tokens[1] * 1.5]    # then one's own
+
+
+def test_losses_between_points_are_interpolated_in_log_tokens():
+    one, = synthetic("dense", 1, 0, sizes=[1e5])
+    one = dataclasses.replace(one, points=Points(np.array([1e4, 1e6]), np.array([3.0, 2.0])))
+    assert one.loss_after(1e5) == pytest.approx(2.5)
 
 
 @pytest.mark.parametrize("points, late", [(slice(1), slice(1, None)), (slice(39), slice(39, None))])

@@ -561,6 +561,20 @@ def test_the_best_become_a_config_of_train_and_a_plan_of_scaling(run, search, py
     assert all(float(line.split()[3]) == pytest.approx(8e8, rel=0.06) for line in lines[:4])
 
 
+@pytest.mark.parametrize("named", ["btt_moe", "monarch"])
+def test_the_plan_holds_btt_moe_wherever_it_came(named):
+    """It is Monarch with experts where the search is over mixtures alone; Monarch without is not it."""
+    def row(trial, structure, name, named=""):
+        return dict(trial=trial, state="complete", structure=structure, name=name, named=named)
+    rows = [row(0, "the best", "tt"), row(1, "monarch", "monarch", "monarch"),
+            row(2, "with experts", "monarch, 8 experts, top 2", named)]
+    settings = {i: dict(struct=str(i), n_embd=8, learning_rate=1e-3) for i in range(3)}
+    request = dict(learning_rates=[1e-3], dense_width=8, flops=1e9, evals=4, settings={})
+    plan: dict = {}
+    exec(report.plan_text(rows, settings, request, 1, (1,), 4.0), plan)
+    assert list(plan["structures"]) == ["the best", "with experts", "dense"]
+
+
 def test_the_share_of_dense_is_interpolated_and_bounded():
     curve = report.DenseCurve([1e12, 4e12, 2e12, 8e12], [3.0, 2.0, 2.5, 2.1], "by hand")
     assert curve.share(1e12, 2.5) == "0.5" and curve.share(4e12, 2.0) == "1"

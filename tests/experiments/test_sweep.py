@@ -229,6 +229,15 @@ def test_every_model_of_a_plan_can_be_made(run, python_text, tmp_path, plan, cou
     assert done.returncode == 0 and done.stdout.count("to do") == count, done.stderr
 
 
+def test_a_budget_of_less_than_an_iteration_is_refused(python_text):
+    """A run of one iteration would cost more than was asked for."""
+    settings = dict(n_embd=32, n_layer=2, n_head=2, dataset=python_text)
+    whole = launcher.make_run("dense", settings | dict(max_iters=1), "runs").flops
+    assert launcher.make_run("dense", settings | dict(flops=0.6 * whole), "runs").max_iters == 1
+    with pytest.raises(ValueError, match="is less than one iteration"):
+        launcher.make_run("dense", settings | dict(flops=0.4 * whole), "runs")
+
+
 def test_dense_runs_of_both_plans_of_the_paper_are_the_same(python_text):
     flags = [f"--dataset={python_text}", *ONE_SIZE]
     names = [{run.name for run in plans.expand(f"experiments/plans/{plan}.py", flags, "runs")

@@ -128,16 +128,19 @@ def test_seeds_differ_in_their_weights(teacher, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--only=btt 1/2,dens"], "no structure 'dens' here: did you mean dense?"),
     (["--only=dense", "--flops=10"], "less than a batch at width 16"),
+    (["--only=dense", "--flops=1e7", "--widths=16,1024"], "less than a batch at width 1024"),
     (["--widths=64.5,"], "widths takes whole numbers of at least 1"), (["--seeds=()"], "seeds takes"),
     (["--learning_rates=()"], "learning_rates takes numbers above 0"),
-    (["--widths=32,97", "--only=btt_moe"], "97"),  # before the runs of other widths
+    (["--widths=32,97", "--only=btt_moe"], "97"),
 ])
-def test_a_mistake_is_one_sentence(teacher, capsys, flags, words):
+def test_a_mistake_is_one_sentence(teacher, tmp_path, capsys, flags, words):
+    """Before any run."""
     with pytest.raises(SystemExit) as stop:
         module = teacher(*flags)
         module.run_program(module.main)
     error = capsys.readouterr().err
     assert stop.value.code == 1 and words in error and error.count("\n") == 1
+    assert not list(tmp_path.rglob("log.jsonl"))
 
 
 def test_a_folder_holds_runs_of_one_kind(teacher, tmp_path):
