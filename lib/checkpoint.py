@@ -221,11 +221,12 @@ class Checkpoints:
 
     def save(self, contents: dict, val_loss: float | None, log) -> None:
         """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least, after the waiting lines
-        of `log`. Where the disk does not take one of them, it says so, and the last such checkpoint stays."""
+        of `log`, a Logger, which may fail. Where the disk does not take a checkpoint, it says so, and the
+        last such one stays."""
+        log.sync()
         best = val_loss is not None and val_loss < self.saved_best
         contents = contents | dict(val_loss=val_loss, agents=self.agents)
         try:
-            log.sync()
             best_failure = save_checkpoint(self.path, contents, self.best_path if best else None)
         except OSError as e:
             self.failure = f"it could not be written: {e.strerror}"

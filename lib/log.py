@@ -1,5 +1,6 @@
 """What a run prints and logs: log.jsonl, and wandb if it is asked for. Needs no torch."""
 import contextlib
+import errno
 import json
 import math
 import os
@@ -47,7 +48,8 @@ class RunLog:
 
     Opening it drops the points from `iteration` on: the run is about to make them again, the evaluation at
     `iteration` only if it evaluates there. Lines that a full disk does not take wait in memory (`waiting`),
-    in order. Raises OSError if the file cannot be written.
+    in order. A file that is removed or replaced meanwhile is made again, or appended to. Raises OSError if
+    the file cannot be written.
     """
 
     def __init__(self, path: str, iteration: int, evaluates: bool = True):
@@ -65,7 +67,7 @@ class RunLog:
                             kept.append(line.rstrip(b"\n") + b"\n")
         write_temporary(path, lambda f: f.writelines(kept))
         replace_file(path)
-        self.file, self.waiting = open(path, "ab", buffering=0), b""
+        self.path, self.file, self.waiting = path, open(path, "ab", buffering=0), b""
 
     def write(self, point: dict) -> None:
         """Appends a line; numbers that are not finite become null. Raises OSError for the first line that has
@@ -79,12 +81,26 @@ class RunLog:
                 raise
 
     def sync(self) -> None:
-        """Tries waiting lines once more; lines that are written are on the disk when it returns."""
+        """Tries waiting lines once more; lines that are written are on the disk when it returns. Raises
+        OSError if the disk does not take them."""
         with contextlib.suppress(OSError):
             self._write_waiting()
         os.fsync(self.file.fileno())
 
+    def _reopen_if_gone(self) -> None:
+        """Lines for a file without a name, or of a handle that a server has forgotten, would be lost."""
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                return
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ESTALE):
+                return
+        gone, self.file = self.file, open(self.path, "ab", buffering=0)
+        with contextlib.suppress(OSError):
+            gone.close()
+
     def _write_waiting(self) -> None:
+        self._reopen_if_gone()
         end = os.fstat(self.file.fileno()).st_size
         written = 0
         try:
@@ -150,6 +166,7 @@ class Logger:
 
     def __init__(self, out_dir: str, iteration: int, enabled: bool, evaluates: bool = True):
         self.path, self.run_log, self.wandb = os.path.join(out_dir, "log.jsonl"), None, None
+        self.sync_failed = False
         if enabled:
             try:
                 self.run_log = RunLog(self.path, iteration, evaluates)
@@ -172,8 +189,14 @@ class Logger:
             self.wandb.log(point)
 
     def sync(self) -> None:
-        if self.run_log is not None:
-            self.run_log.sync()
+        """Brings the lines to the disk. Where that fails, it says so, once."""
+        try:
+            if self.run_log is not None:
+                self.run_log.sync()
+        except OSError as e:
+            if not self.sync_failed:
+                print0(f"{self.path} cannot be synced ({e.strerror}): a power cut may cost its last lines")
+            self.sync_failed = True
 
     def finish(self) -> None:
         if self.wandb is not None:

@@ -84,6 +84,19 @@ def test_a_log_without_its_end_is_an_error(run, flags, trained, tmp_path):
     assert_same_checkpoint(tmp_path / "out", trained(**TINY))
 
 
+def log_cannot_be_synced():
+    def refuse(self):
+        raise OSError(116, "Stale file handle")
+    RunLog.sync = refuse
+
+
+def test_a_log_that_fails_stops_no_checkpoint(run, flags, trained, tmp_path):
+    done = run("train.py", *flags(**TINY), before=log_cannot_be_synced)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.count("log.jsonl cannot be synced (Stale file handle)") == 1
+    assert_same_checkpoint(tmp_path / "out", trained(**TINY))
+
+
 def terminal_without_the_letters():
     sys.stdout.reconfigure(encoding="ascii")
     tokenizer.Decoder.__call__ = lambda self, token: "\N{SNOWMAN}"

@@ -1,5 +1,6 @@
 """lib/log.py: log.jsonl holds whole lines, whatever the disk takes."""
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -50,6 +51,55 @@ def test_only_the_first_line_that_waits_raises(tmp_path):
         log.sync()
     log.write({"iter": 3})
     assert [json.loads(line)["iter"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def iterations(path):
+    return [json.loads(line)["iter"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_log_that_is_gone_is_made_again(how, tmp_path):
+    """No later line goes to a file without a name, or under another one; a copy that takes its place is
+    appended to."""
+    path = tmp_path / "log.jsonl"
+    log = RunLog(str(path), -1)
+    log.write({"iter": 1})
+    if how == "removed":
+        path.unlink()
+    elif how == "moved":
+        path.rename(tmp_path / "moved")
+    else:
+        (tmp_path / "copy").write_bytes(path.read_bytes())
+        os.replace(tmp_path / "copy", path)
+    log.write({"iter": 2})
+    log.sync()
+    assert iterations(path) == ([1, 2] if how == "replaced" else [2])
+
+
+def test_a_log_whose_folder_is_gone_waits(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    log = RunLog(str(folder / "log.jsonl"), -1)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        log.write({"iter": 1})
+    folder.mkdir()
+    log.sync()
+    assert iterations(folder / "log.jsonl") == [1] and not log.waiting
+
+
+def test_a_stale_handle_is_opened_again(tmp_path, monkeypatch):
+    """As on a shared folder whose server has forgotten it."""
+    log = RunLog(str(tmp_path / "log.jsonl"), -1)
+    fstat, stale = os.fstat, log.file.fileno()
+
+    def forgotten(descriptor):
+        if log.file.fileno() == descriptor == stale:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return fstat(descriptor)
+    monkeypatch.setattr(os, "fstat", forgotten)
+    log.write({"iter": 1})
+    assert iterations(tmp_path / "log.jsonl") == [1]
 
 
 @pytest.mark.parametrize("tail", [b'{"type": "train", "it', b'{"type": "train", "iter": 3', b"\0\0\0\0",
