@@ -9,13 +9,21 @@ import errno
 import itertools
 import os
 import socket
+import time
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+LOCK_WAIT = 120.0  # seconds; a file server keeps the locks of a machine that is gone for some 90
+
 # ---- Lock --------------------------------------------------------------------------------------------------
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again, after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def lock_out_dir(out_dir: str) -> None:
@@ -44,9 +52,11 @@ def lock_out_dir(out_dir: str) -> None:
 
 def lock_file(path: str, owner_writes: str, flag: str) -> None:
     """Locks a file, which is made, until this process ends, with a record lock: see lock_out_dir. Raises
-    ValueError if another process has locked it."""
+    ValueError if another process has locked it: at once if it is on this machine, else, and after a restart
+    by torchrun, when LOCK_WAIT is over, since its machine may be gone and the lock with it."""
     if fcntl is None:
         return
+    give_up_at = None
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -54,10 +64,18 @@ def lock_file(path: str, owner_writes: str, flag: str) -> None:
         except OSError as e:
             owner = os.read(descriptor, 200).decode("utf-8", "replace").strip()
             os.close(descriptor)
-            if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"{owner_writes} into {os.path.dirname(path)} ({owner or 'unknown'}): "
-                                 f"wait for its end, or give another {flag}") from None
-            return  # this file system has no locks
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # this file system has no locks
+            writer = f"{owner_writes} into {os.path.dirname(path)} ({owner or 'unknown'})"
+            elsewhere = " on " in owner and owner.rpartition(" on ")[2] != socket.gethostname()
+            if give_up_at is None and (elsewhere or restarted()):
+                give_up_at = time.monotonic() + LOCK_WAIT
+                print(f"{writer}: waiting up to {LOCK_WAIT:g} s for its end", flush=True)
+            if give_up_at is None or time.monotonic() > give_up_at:
+                raise ValueError(f"{writer}: wait for its end, or give another {flag}; if its machine is "
+                                 f"gone, remove {path}") from None
+            time.sleep(0.5)
+            continue
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break

@@ -3,6 +3,7 @@ import atexit
 import contextlib
 import errno
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -80,6 +81,39 @@ def test_an_ending_process_leaves_the_lock_of_the_next_one(tmp_path):
     process.start()
     process.join(600)
     assert process.exitcode == 0 and os.listdir(tmp_path / "work") == ["lock"]
+
+
+def hold_the_lock(folder, owner, seconds, held):
+    """Locks folder/lock as the process `owner` for so long."""
+    with open(folder / "lock", "w") as file:
+        lib.files.fcntl.lockf(file, lib.files.fcntl.LOCK_EX)
+        file.write(owner)
+        file.flush()
+        held.set()
+        time.sleep(seconds)
+
+
+HERE, ELSEWHERE = f"process 1 on {socket.gethostname()}", "process 1 on another-machine"
+
+
+@pytest.mark.parametrize("owner, restarts, seconds, wait, waits, locks", [
+    (HERE, "0", 60, 60, False, False), ("", "0", 60, 60, False, False), (HERE, "1", 1, 60, True, True),
+    (ELSEWHERE, "0", 1, 60, True, True), (ELSEWHERE, "0", 60, 1, True, False)])
+def test_the_lock_of_a_machine_that_may_be_gone(owner, restarts, seconds, wait, waits, locks, tmp_path, capfd,
+                                                monkeypatch):
+    """Its file server gives it up after a while, for which a restart or another machine waits."""
+    monkeypatch.setattr(lib.files, "LOCK_WAIT", wait)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    held = PROCESSES.Event()
+    process = PROCESSES.Process(target=hold_the_lock, args=(tmp_path, owner, seconds, held))
+    process.start()
+    assert held.wait(60)
+    with contextlib.nullcontext() if locks else pytest.raises(ValueError) as error:
+        lock_out_dir(str(tmp_path))
+    process.kill()
+    process.join()
+    assert capfd.readouterr().out.count(f"waiting up to {wait} s for its end\n") == waits
+    assert locks or f"if its machine is gone, remove {tmp_path / 'lock'}" in str(error.value)
 
 
 def test_a_log_that_cannot_be_read_is_renamed(tmp_path, monkeypatch):
