@@ -14,7 +14,7 @@ import torch
 
 from lib import distributed
 from lib.distributed import on_all_ranks
-from lib.files import (lock_out_dir, remove, rename_old_files, replace_file, unused_suffix,
+from lib.files import (lock_out_dir, remove, rename_old_files, replace_file, restarted, unused_suffix,
                        write_temporary)
 from lib.log import print0
 
@@ -82,6 +82,9 @@ class Checkpoints:
             print0(line)
         if init_from == "auto" and source is None:
             print0(f"there is no checkpoint in {self.out_dir}: a run from scratch, with random weights")
+        elif not self.resumes and distributed.all_reduce_max(float(restarted())):
+            print0(f"torchrun has restarted this run, which has no checkpoint in {self.out_dir} on any node: "
+                   "it begins again")
         on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
         return source
 
@@ -137,8 +140,7 @@ class Checkpoints:
                     checkpoint = None
         except ValueError as e:
             # after a restart by torchrun it may be this run's own
-            restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-            problem = str(e) if made_by is None or restarted else None
+            problem = str(e) if made_by is None or restarted() else None
         report = checkpoint and checkpoint["iteration"], problem, problem is not None and os.path.exists(path)
         iterations, problems, unreadable = zip(*distributed.gather(report))
         source = max((rank for rank, i in enumerate(iterations) if i is not None),

@@ -333,6 +333,15 @@ def test_a_restart_by_torchrun_is_not_from_scratch(train, run, flags, tmp_path):
     assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 4
 
 
+@pytest.mark.parametrize("restarts, says", [(0, False), (1, True)])
+def test_a_restart_without_a_checkpoint_says_that_it_begins_again(restarts, says, run, flags):
+    """The disk of its node may be gone."""
+    done = run("train.py", *flags(**TINY), TORCHELASTIC_RUN_ID="none",
+               TORCHELASTIC_RESTART_COUNT=str(restarts))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert ("torchrun has restarted this run" in done.stdout) == ("begins again" in done.stdout) == says
+
+
 def die_once():
     """The second process is killed in its 9th iteration, the first time that it is started."""
     in_float64()
