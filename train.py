@@ -232,8 +232,6 @@ print0(f"device: {device} x {ddp_world_size}, {dtype}, {'compiled' if compile el
 eval_due = lambda i: i % eval_interval == 0 or i >= max_iters  # whether to evaluate before iteration i
 drop_from = progress.iteration if checkpoints.resumes else -1  # log.jsonl loses points from here on; -1: all
 logger = or_fail(Logger, out_dir, drop_from, master, eval_due(progress.iteration))
-if os.path.realpath(checkpoints.settings.get("out_dir", out_dir)) != os.path.realpath(out_dir):
-    progress.wandb_id = None  # a copy of the out_dir, or a moved one, has a wandb run of its own
 if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
     logger.start_wandb(project=wandb_project, name=wandb_run_name, config=config, id=progress.wandb_id,
@@ -315,7 +313,7 @@ def train_step() -> bool:
 
 @torch.no_grad()
 def next_loss_is_finite() -> bool:
-    """Whether every rank's next micro-batch has a finite loss: other weights are not worth saving."""
+    """Whether every rank's next micro-batch has a finite loss."""
     raw_model.eval()
     with amp:
         X, Y = batches.train(progress.iteration, ddp_rank * batch_size, (ddp_rank + 1) * batch_size)
@@ -330,8 +328,10 @@ def log_point(kind: str, at: Progress = progress, **values) -> None:
 
 
 def save_checkpoint(val_loss: float | None = None) -> None:
-    """Writes all that a run needs to go on, if the disk takes it."""
-    if master:
+    """Writes all that a run needs to go on, if the disk takes it and these weights' loss is finite."""
+    if not (next_loss_is_finite() if val_loss is None else math.isfinite(val_loss)):
+        print0(f"no checkpoint of iteration {progress.iteration} is written: its loss is not finite")
+    elif master:
         contents = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), model_args=model_args, config=config,
                         tokenizer=meta["tokenizer"], **dataclasses.asdict(progress))
@@ -339,7 +339,7 @@ def save_checkpoint(val_loss: float | None = None) -> None:
 
 
 def evaluate_and_save() -> None:
-    """Evaluates, logs and, if the loss is finite, saves; at a signal it stops without doing any of these."""
+    """Evaluates, logs and saves; at a signal it stops without doing any of these."""
     result = evaluate(model.module if ddp else model, batches,  # compiled, without DDP
                       (num_routers, experts_per_router), amp, any_signal)
     if result is None:
@@ -353,8 +353,7 @@ def evaluate_and_save() -> None:
         print0("  " + line)
     log_point("eval", val_loss=val_loss, best_val_loss=progress.best_val_loss, router_load=load.tolist(),
               router_entropy=entropy.tolist(), router_max_load=[max(l) * len(l) for l in load.tolist()])
-    if math.isfinite(val_loss):
-        save_checkpoint(val_loss)
+    save_checkpoint(val_loss)
 
 
 def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
@@ -398,7 +397,7 @@ while True:
     paused_at = time.perf_counter()
     if evaluates:
         evaluate_and_save()
-    elif progress.iteration % checkpoint_interval == 0 and next_loss_is_finite():
+    elif progress.iteration % checkpoint_interval == 0:
         save_checkpoint()
     last_report += time.perf_counter() - paused_at  # the time of an iteration does not include these
     if any_signal() or progress.iteration >= max_iters or not train_step():  # ranks await rank 0's file here
@@ -413,7 +412,7 @@ while True:
 stop_signal = any_signal()
 read_results()
 saved = distributed.all_reduce_max(float(checkpoints.saved_at == progress.iteration))
-if stop_signal and not saved and next_loss_is_finite():
+if stop_signal and not saved:
     save_checkpoint()
     distributed.all_reduce_max(0.0)  # a barrier: torchrun kills rank 0 soon after another rank has ended
 signals.stop_deferring(handled=stop_signal)

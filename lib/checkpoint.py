@@ -192,6 +192,8 @@ class Checkpoints:
             self.settings = {key: value for key, value in checkpoint["config"].items() if value is not None}
             if "max_iters" in self.settings:  # in old checkpoints lr_decay_iters None meant it
                 self.settings.setdefault("lr_decay_iters", self.settings["max_iters"])
+            if os.path.realpath(self.settings.get("out_dir", self.out_dir)) != os.path.realpath(self.out_dir):
+                progress.wandb_id = None  # a copy of the out_dir, or a moved one, has a wandb run of its own
             self._find_best(progress, digests["measured_on"])
         print0(f"resuming {self.place} at iteration {progress.iteration}" if self.resumes else
                f"starting from the weights of {self.place}")

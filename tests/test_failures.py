@@ -237,6 +237,8 @@ def test_weights_that_are_not_finite_are_not_saved(run, flags, tmp_path):
     """
     done = run("train.py", *flags(max_skipped=3, checkpoint_interval=1), before=weights_break_in_the_8th_step)
     assert_one_sentence(done, "3 iterations in a row", "ckpt.pt holds the checkpoint of iteration 7")
+    unsaved = [f"no checkpoint of iteration {i} is written: its loss is not finite" for i in (8, 9, 10)]
+    assert [line for line in done.stdout.splitlines() if "no checkpoint" in line] == unsaved
     assert load(tmp_path / "out" / "ckpt.pt")["iteration"] == 7
     done = run("train.py", *flags(init_from="resume", max_iters=9))
     assert done.returncode == 0 and losses(tmp_path / "out")[1][9] < 5, done.stderr
@@ -252,14 +254,16 @@ def third_evaluation_is_not_finite():
     model.GPT.forward = spoiled
 
 
-def test_an_evaluation_that_is_not_finite_is_not_the_best(train, trained, tmp_path):
-    """Nor does it write a checkpoint."""
-    out = train(tmp_path / "out", before=third_evaluation_is_not_finite)
+def test_an_evaluation_that_is_not_finite_is_not_the_best(run, flags, trained, tmp_path):
+    """Nor does it write a checkpoint, which it says."""
+    out, done = tmp_path / "out", run("train.py", *flags(), before=third_evaluation_is_not_finite)
+    assert done.returncode == 0 and done.stdout.count("no checkpoint of iteration 10 is written") == 1
     evals, expected = losses(out)[1], losses(trained())[1]
     assert evals == expected | {10: None} and read_log(out)[2][10]["best_val_loss"] == expected[5]
     assert_same_checkpoint(out, trained())
-    train(tmp_path / "short", before=third_evaluation_is_not_finite, max_iters=10, lr_decay_iters=20, code=1)
-    assert load(tmp_path / "short" / "ckpt.pt")["iteration"] == 5
+    done = run("train.py", *flags(out_dir=tmp_path / "short", max_iters=10, lr_decay_iters=20),
+               before=third_evaluation_is_not_finite)
+    assert done.returncode == 1 and load(tmp_path / "short" / "ckpt.pt")["iteration"] == 5
 
 
 def scale_grows_often():
