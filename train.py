@@ -163,6 +163,7 @@ start_settings = or_fail(checkpoints.start_settings, init_from, GPTConfig, confi
 gpt2_folder = None if start_settings else or_fail(gpt2.find, init_from)
 if gpt2_folder:
     start_settings = or_fail(gpt2.start_settings, gpt2_folder, config, given)
+adopted = {key: value for key, value in start_settings.items() if config.get(key, value) != value}
 globals().update(start_settings)  # n_embd, block_size ... are those of the weights from here on
 
 # ---- Data --------------------------------------------------------------------------------------------------
@@ -439,7 +440,7 @@ if master and sample_tokens:
     except (ImportError, OSError, RuntimeError, ValueError) as e:  # no vocabulary here; out of memory
         print0(f"no sample: {e}")
     print0("----")
-print0(next_commands(sys.argv[1:], out_dir, init_from, max_iters, raw_model.flops_ratio_to_dense()))
+print0(next_commands(sys.argv[1:], config, adopted, raw_model.flops_ratio_to_dense()))
 logger.finish()
 distributed.disconnect()
 if master and checkpoints.saved_at != progress.iteration:

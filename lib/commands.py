@@ -15,7 +15,7 @@ DENSE = dict(struct="dense", rank=None, theta=None, num_experts=0, ffn_experts=0
 INIT_FROM = ("scratch", "resume", "auto")
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # of the hub's openai-community/
 STARTS = (*INIT_FROM, *GPT2_NAMES)
-RUN = ("out_dir", "max_iters", "init_from")
+RUN = ("out_dir", "max_iters", "lr_decay_iters", "init_from")
 
 
 def default_out_dir(arguments: Sequence[str]) -> str:
@@ -45,28 +45,37 @@ def keys_of_file(path: str) -> set[str]:
         return set()
 
 
-def dense_command(arguments: Sequence[str], out_dir: str, iterations: int) -> tuple[str, str]:
-    """(command, out_dir) of the dense run beside a run with these arguments and out_dir."""
+def dense_command(arguments: Sequence[str], config: dict, adopted: dict, ratio: float) -> tuple[str, str]:
+    """(command, out_dir) of the dense run beside a run, with `ratio` times its iterations: see
+    next_commands."""
     words = [word for word in arguments if key_of(word) not in (*STRUCTURE, *RUN)]
     files = {word: keys_of_file(word) for word in words if key_of(word) is None}
     pure = {word for word, keys in files.items() if "struct" in keys and keys <= set(STRUCTURE)}
     others = set().union(*(files[word] for word in files.keys() - pure))  # set more than a structure
     words = ["config/dense.py" if word in pure else word for word in words]
     words += [flag_of(key, value) for key, value in DENSE.items() if key in others]
-    words.append(f"--max_iters={iterations}")
+    words += [flag_of(key, value) for key, value in adopted.items() if key not in STRUCTURE]
+    words.append(flag_of("max_iters", max(1, round(config["max_iters"] * ratio))))
+    if "lr_decay_iters" in others | set(map(key_of, arguments)):  # else it is max_iters
+        decay = max(config["warmup_iters"], round(config["lr_decay_iters"] * ratio))
+        words.append(flag_of("lr_decay_iters", decay))
+    out_dir = config["out_dir"]
     if out_dir == default_out_dir(arguments) != default_out_dir(words):
         return shlex.join(["python", "train.py", *words]), default_out_dir(words)
     return shlex.join(["python", "train.py", *words, f"--out_dir={out_dir}-dense"]), f"{out_dir}-dense"
 
 
-def next_commands(arguments: Sequence[str], out_dir: str, init_from: str, iterations: int,
-                  ratio_to_dense: float) -> str:
+def next_commands(arguments: Sequence[str], config: dict, adopted: dict, ratio_to_dense: float) -> str:
     """What to run after a run: a line each for more samples, for its curves and, where the run was not dense
-    itself and did not begin with other weights, for dense with as many training FLOPs. ratio_to_dense: FLOPs
-    per token ÷ those of dense."""
+    itself and did not begin with other weights, for dense with as many training FLOPs.
+
+    config: its keys with the values that were used. adopted: those that a checkpoint, and not the arguments,
+    gave it. ratio_to_dense: FLOPs per token ÷ those of dense.
+    """
+    out_dir = config["out_dir"]
     lines, folders = [("sample more", f"python sample.py {shlex.quote(f'--out_dir={out_dir}')}")], [out_dir]
-    if ratio_to_dense != 1 and init_from in INIT_FROM:
-        command, folder = dense_command(arguments, out_dir, max(1, round(iterations * ratio_to_dense)))
+    if ratio_to_dense != 1 and config["init_from"] in INIT_FROM:
+        command, folder = dense_command(arguments, config, adopted, ratio_to_dense)
         lines.append(("dense, for as many FLOPs", command))
         folders.append(folder)
     lines.append(("the losses, drawn", f"python -m tools.compare {shlex.join(folders)}"))

@@ -1,5 +1,6 @@
 """The commands that a run proposes at its end, by running them."""
 import shlex
+import shutil
 
 import pytest
 
@@ -7,7 +8,7 @@ import configurator
 from configurator import structure_config
 from lib.commands import default_out_dir, flag_of, next_commands
 from model import GPT, GPTConfig
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, SMALL, TINY
 from tests.runs import load, read_log
 
 KEYS = configurator.read_keys(str(ROOT / "train.py"))
@@ -17,6 +18,12 @@ def proposed(stdout):
     """{what for: words of the command}, from the last lines of a run."""
     return {line.split(":")[0]: shlex.split(line.split(":", 1)[1]) for line in stdout.splitlines()
             if ": " in line and ":" in line[:27] and line.split(":", 1)[1].strip().startswith("python ")}
+
+
+def commands(arguments, **config):
+    """The lines after a run of 100 iterations with a quarter of the FLOPs of dense."""
+    used = dict(out_dir="out", init_from="scratch", max_iters=100, lr_decay_iters=100, warmup_iters=0)
+    return next_commands(arguments, used | config, {}, 0.25)
 
 
 def test_the_proposed_dense_run_has_the_same_model_data_and_flops(run, flags, tmp_path):
@@ -70,16 +77,42 @@ def test_flops_ratio_to_dense_of_each_structure_config(name):
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "config"])  # config files are found from other folders too
 def test_dense_takes_the_place_of_the_structure_alone(arguments, out_dir, command, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    out_dir = out_dir or default_out_dir(arguments)
-    assert f" {command}\n" in next_commands(arguments, out_dir, "scratch", 100, 0.25)
+    assert f" {command}\n" in commands(arguments, out_dir=out_dir or default_out_dir(arguments))
 
 
 @pytest.mark.parametrize("init_from, proposes", [("scratch", True), ("auto", True), ("resume", True),
                                                  ("gpt2", False), ("out/ckpt.pt", False)])
 def test_no_dense_run_beside_one_from_other_weights(init_from, proposes):
     """It would begin at random ones, and compare two beginnings instead of two structures."""
-    text = next_commands([f"--init_from={init_from}"], "out", init_from, 100, 0.25)
-    assert ("dense" in text) == proposes
+    assert ("dense" in commands([f"--init_from={init_from}"], init_from=init_from)) == proposes
+
+
+@pytest.mark.parametrize("set_by", ["flag", "file"])
+@pytest.mark.parametrize("decay, warmup, expected", [(100, 9, 25), (60, 9, 15), (200, 9, 50), (60, 20, 20)])
+def test_the_dense_run_has_the_same_schedule(set_by, decay, warmup, expected, tmp_path):
+    """The rate decays at the same share of its iterations, but not before the warmup ends, which train.py
+    refuses."""
+    (tmp_path / "rate.py").write_text(f"lr_decay_iters = {decay}\n")
+    argument = f"--lr_decay_iters={decay}" if set_by == "flag" else str(tmp_path / "rate.py")
+    text = commands(["--struct=btt", argument], lr_decay_iters=decay, warmup_iters=warmup)
+    kept = [] if set_by == "flag" else [argument]
+    words = ["python", "train.py", *kept, "--max_iters=25", f"--lr_decay_iters={expected}"]
+    assert proposed(text)["dense, for as many FLOPs"] == [*words, "--out_dir=out-dense"]
+
+
+def test_the_dense_run_has_the_sizes_of_a_resumed_checkpoint(run, trained, python_text, tmp_path):
+    """Which the command that resumes it does not name."""
+    shutil.copytree(trained("btt", **TINY), tmp_path / "out")
+    settings = SMALL | dict(dataset=python_text, out_dir=tmp_path / "out", max_iters=5, init_from="resume")
+    sizes = ("n_layer", "n_head", "n_embd", "block_size")
+    done = run("train.py", *(f"--{key}={value}" for key, value in settings.items() if key not in sizes))
+    assert done.returncode == 0, done.stderr
+    python, script, *arguments = proposed(done.stdout)["dense, for as many FLOPs"]
+    assert not [word for word in arguments if word.startswith(("--bias", "--mup", "--dropout"))]  # defaults
+    again = run(script, *arguments)
+    assert again.returncode == 0, again.stderr
+    mine, dense = (load(tmp_path / name / "ckpt.pt")["config"] for name in ("out", "out-dense"))
+    assert [mine[key] for key in sizes] == [dense[key] for key in sizes] and dense["struct"] == "dense"
 
 
 @pytest.mark.parametrize("key, value", [
