@@ -1,9 +1,12 @@
-"""SIGTERM, SIGINT and SIGHUP, handled where a training loop looks for them."""
+"""Signals that end a run, handled where a training loop looks for them."""
 import signal
 
 
 class Stopped(SystemExit):
     """A signal that ends the program at once."""
+
+# the last two are those that schedulers send before a time limit, such as Slurm with --signal
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
 class DeferredSignals:
@@ -16,8 +19,8 @@ class DeferredSignals:
 
     def __init__(self):
         self.received, self.deferring = 0, False
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in NAMES:
+            number = getattr(signal, name, None)  # Windows has two of them
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._handle)
 

@@ -158,7 +158,7 @@ def signal_in_an_iteration(name, to="0"):
     model.GPT.forward = counted
 
 
-@pytest.mark.parametrize("name, number", [("SIGTERM", 15), ("SIGINT", 2)])
+@pytest.mark.parametrize("name, number", [("SIGTERM", 15), ("SIGINT", 2), ("SIGUSR1", signal.SIGUSR1)])
 def test_a_signal_ends_between_micro_steps_and_saves(name, number, run, flags, trained, tmp_path):
     done = run("train.py", *flags(**DROPOUT), before=functools.partial(signal_in_an_iteration, name))
     assert done.returncode == 128 + number and not done.stderr, done.stderr

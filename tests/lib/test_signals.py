@@ -6,7 +6,7 @@ import pytest
 
 from lib.signals import DeferredSignals
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +29,9 @@ def test_a_signal_before_training_ends_the_program(number):
 def test_the_first_signal_during_training_is_noted():
     signals = DeferredSignals()
     signals.deferring = True
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    for number in reversed(NUMBERS):
         os.kill(os.getpid(), number)
-    assert signals.received == signal.SIGHUP
+    assert signals.received == signal.SIGUSR2
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():
