@@ -23,17 +23,19 @@ PEAK_FLOPS = {
 
 def choose_device(device: str | None, local_rank: int | None = None) -> tuple[str, str]:
     """(device, its type): cuda, mps or cpu, the best there is for None. A GPU has its index, as
-    torch.cuda.set_device wants: 'cuda' is that of local_rank, the first one without.
+    torch.cuda.set_device wants: 'cuda' is that of local_rank, the first one without; so is 'xpu'.
 
     Raises ValueError if the device cannot be used, or is one GPU for several processes (local_rank).
     """
     if device is None:
         has_mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if device == "cuda":
-        device = f"cuda:{local_rank or 0}"
-    elif device.startswith("cuda:") and local_rank is not None:
-        raise ValueError(f"device {device!r} is one GPU, and several processes would share it: use 'cuda'")
+    kind = device.partition(":")[0]
+    if device in ("cuda", "xpu"):
+        device = f"{device}:{local_rank or 0}"
+    elif kind in ("cuda", "xpu") and local_rank is not None or kind == "mps" and local_rank:
+        other = "cpu" if kind == "mps" else kind  # a Mac has one GPU
+        raise ValueError(f"device {device!r} is one GPU, and several processes would share it: use {other!r}")
     try:
         device_type = torch.device(device).type
         torch.ones(1, device=device).item()

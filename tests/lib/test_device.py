@@ -29,6 +29,17 @@ def test_the_best_device_there_is(gpu):
     assert device.choose_device("cpu", local_rank=3) == ("cpu", "cpu")
 
 
+def test_other_gpus_are_not_shared_either(gpu):
+    """Intel's have indices, a Mac has one."""
+    gpu("a GPU")
+    assert device.choose_device("xpu") == ("xpu:0", "xpu") and device.choose_device("mps") == ("mps", "mps")
+    assert device.choose_device("xpu", local_rank=3) == ("xpu:3", "xpu")
+    assert device.choose_device("mps", local_rank=0) == ("mps", "mps")  # of several machines
+    for name, local_rank, instead in (("xpu:0", 0, "xpu"), ("mps", 1, "cpu"), ("mps:0", 1, "cpu")):
+        with pytest.raises(ValueError, match=f"^device '{name}' is one GPU, .*: use '{instead}'$"):
+            device.choose_device(name, local_rank)
+
+
 @pytest.mark.parametrize("asked, local_rank", [(None, None), ("cuda", None), ("cuda:1", None), ("cuda", 1)])
 def test_a_gpu_can_be_made_the_current_one(asked, local_rank, gpu, monkeypatch):
     """torch.cuda.set_device takes no 'cuda' without an index."""
