@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import secrets
 import shutil
 import socket
 
@@ -55,6 +56,7 @@ class Checkpoints:
     place         where that is
     resumes       whether the run goes on from a checkpoint with all that is in it
     settings      the config of the checkpoint that the run resumes; {} if it does not
+    run_id        a random name of the run, in all of its checkpoints; old ones lack it, and count as its own
     saved_best    validation loss of ckpt_best.pt, inf before there is one
     failure       why the last checkpoint could not be written
     """
@@ -64,6 +66,7 @@ class Checkpoints:
         self.path, self.best_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ckpt_best.pt"))
         self.saved_at: int | None = None
         self.place, self.resumes, self.settings = self.path, False, {}
+        self.run_id: str | None = None
         self.saved_best = math.inf
         self.agents: list[str] = []     # those of name_of_agent, of all nodes
         self.opened: tuple[str, dict | None] = (self.path, None)  # what open() has chosen, for load()
@@ -85,6 +88,8 @@ class Checkpoints:
         elif not self.resumes and distributed.all_reduce_max(float(restarted())):
             print0(f"torchrun has restarted this run, which has no checkpoint in {self.out_dir} on any node: "
                    "it begins again")
+        before = (self.opened[1] or {}).get("run_id") if self.resumes else None
+        self.run_id = distributed.broadcast(before or secrets.token_hex(8), source or 0)
         on_all_ranks(lambda: distributed.rank() == 0 and lock_out_dir(self.out_dir))
         return source
 
@@ -131,7 +136,7 @@ class Checkpoints:
 
     def _newest(self, path: str, *, needed: bool, made_by: list | None = None) -> tuple[int | None, list]:
         """_find() for one path. With made_by, only checkpoints that a run of one of these agents wrote count.
-        Raises ValueError if there are only broken ones, or none where one is needed."""
+        Raises ValueError if there are only broken ones, none where one is needed, or those of two runs."""
         checkpoint = problem = None
         try:
             if self.first_of_node and made_by != []:
@@ -141,12 +146,18 @@ class Checkpoints:
         except ValueError as e:
             # after a restart by torchrun it may be this run's own
             problem = str(e) if made_by is None or restarted() else None
-        report = checkpoint and checkpoint["iteration"], problem, problem is not None and os.path.exists(path)
-        iterations, problems, unreadable = zip(*distributed.gather(report))
+        report = (checkpoint and checkpoint["iteration"], checkpoint and checkpoint.get("run_id"), problem,
+                  problem is not None and os.path.exists(path))
+        iterations, run_ids, problems, unreadable = zip(*distributed.gather(report))
         source = max((rank for rank, i in enumerate(iterations) if i is not None),
                      key=lambda rank: (iterations[rank], -rank), default=None)
         if source is None and (needed or any(unreadable)):
             raise ValueError(next((p for p, bad in zip(problems, unreadable) if bad), problems[0]))
+        if len(set(run_ids) - {None}) > 1:
+            found = ", ".join(f"rank {rank} has one of iteration {iterations[rank]}, of run {run_id}"
+                              for rank, run_id in enumerate(run_ids) if run_id is not None)
+            raise ValueError(f"the nodes' checkpoints {path} are those of several runs: {found}; move those "
+                             "of other runs away")
         older = []
         for rank, i in enumerate(iterations):
             if unreadable[rank] or i is not None and i < iterations[source]:
@@ -205,7 +216,7 @@ class Checkpoints:
 
     def _find_best(self, progress: Progress, measured_on: str) -> None:
         """Sets saved_best. Forgets best losses, in progress and in ckpt_best.pt, that were measured on other
-        windows, and renames such a ckpt_best.pt."""
+        windows, and renames such a ckpt_best.pt, and that of another run."""
         if progress.measured_on != measured_on:
             print0(f"the best validation loss so far, {progress.best_val_loss:.4f}, was measured on other "
                    "windows or data: it starts anew")
@@ -214,7 +225,7 @@ class Checkpoints:
         with contextlib.suppress(ValueError):  # ckpt_best.pt is missing, or of no use
             if self.first_of_node:
                 best = read_checkpoint(self.best_path)
-                if best.get("measured_on") == measured_on:
+                if best.get("measured_on") == measured_on and best.get("run_id") in (None, self.run_id):
                     best_loss = best.get("val_loss", best["best_val_loss"])
                     best_loss = math.inf if best_loss is None else best_loss  # of no evaluation
                 else:
@@ -229,7 +240,7 @@ class Checkpoints:
         last such one stays."""
         log.sync()
         best = val_loss is not None and val_loss < self.saved_best
-        contents = contents | dict(val_loss=val_loss, agents=self.agents)
+        contents = contents | dict(val_loss=val_loss, agents=self.agents, run_id=self.run_id)
         try:
             best_failure = save_checkpoint(self.path, contents, self.best_path if best else None)
         except OSError as e:

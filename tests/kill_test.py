@@ -101,7 +101,7 @@ def same(a, b) -> bool:
 def differences(out: str, reference: str) -> list[str]:
     """The parts of a finished run that are not bitwise those of the other."""
     a, b = (torch.load(os.path.join(folder, "ckpt.pt"), weights_only=True) for folder in (out, reference))
-    found = [name for name in b if name != "config" and not same(a.get(name), b[name])]
+    found = [name for name in b if name not in ("config", "run_id") and not same(a.get(name), b[name])]
     if read_log(out)[0] != read_log(reference)[0]:
         found.append("log.jsonl")
     return found

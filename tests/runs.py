@@ -23,6 +23,13 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def name_run(path, run_id):
+    """Makes a checkpoint one of the run of this name; None: as those of older versions, without one."""
+    checkpoint = load(path) | dict(run_id=run_id)
+    path.unlink()  # its bytes may be another file's too
+    torch.save(checkpoint, path)
+
+
 def read_log(out):
     """(descriptions of the run, {iteration: train point}, {iteration: eval point}); no point may come
     twice."""

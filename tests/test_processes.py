@@ -17,7 +17,7 @@ import lib.device
 import model
 from lib.checkpoint import tensors_of
 from tests.conftest import ROOT, SMALL, THREADS, TINY
-from tests.runs import assert_one_sentence, assert_same_course, in_float64, load, read_log
+from tests.runs import assert_one_sentence, assert_same_course, in_float64, load, name_run, read_log
 
 SHORT = dict(n_layer=1, max_iters=8, eval_interval=4, before=in_float64)
 
@@ -103,11 +103,15 @@ def assert_same_ends(folder):
 
 @pytest.fixture(scope="module")
 def parts(train, trained, tmp_path_factory):
-    """{n: the out_dir of that course, stopped at iteration n}; "other": of another seed, at iteration 6."""
+    """{n: the out_dir of that course, stopped at iteration n}; "other": of another seed, at iteration 6. The
+    checkpoints of all three are named as those of one run."""
     folder, settings = tmp_path_factory.mktemp("parts"), {k: v for k, v in NODES.items() if k != "out_dir"}
     settings |= dict(before=in_float64, lr_decay_iters=10)
     parts = {n: train(folder / str(n), **settings | dict(max_iters=n)) for n in (3, 6)}
     parts["other"] = train(folder / "other", **settings | dict(max_iters=6, seed=8))
+    for out in parts.values():
+        name_run(out / "ckpt.pt", "one")
+        name_run(out / "ckpt_best.pt", "one")
     parts["whole"] = trained(**settings)
     return parts
 
@@ -122,13 +126,27 @@ def test_the_newest_checkpoint_of_all_nodes_is_resumed(first, second, nodes, par
     whole, end = load(parts["whole"] / "ckpt.pt"), load(tmp_path / "0" / "out" / "ckpt.pt")
     for name, weight in whole["model"].items():
         torch.testing.assert_close(end["model"][name], weight, rtol=0, atol=1e-7, msg=name)
-    assert end["iteration"] == 10 and end["tokens"] == whole["tokens"]
+    assert end["iteration"] == 10 and end["tokens"] == whole["tokens"] and end["run_id"] == "one"
 
 
 def test_two_checkpoints_of_one_iteration_do_not_let_the_nodes_diverge(nodes, parts, tmp_path):
     done = nodes([parts[6], parts["other"]], init_from="resume")
     assert done.returncode == 0, done.stderr
     assert_same_ends(tmp_path)
+
+
+@pytest.mark.parametrize("run_id", ["another", None])
+def test_checkpoints_of_two_runs_are_not_mixed(run_id, nodes, parts, tmp_path):
+    """The newer one may be what another run has left on that node; one without a name may be this run's."""
+    shutil.copytree(parts[6], tmp_path / "newer")
+    name_run(tmp_path / "newer" / "ckpt.pt", run_id)
+    done = nodes([parts[3], tmp_path / "newer"], init_from="auto")
+    if run_id is not None:
+        assert_one_sentence(done, "several runs", "rank 0 has one of iteration 3, of run one",
+                            "rank 1 has one of iteration 6, of run another")
+        assert load(tmp_path / "0" / "out" / "ckpt.pt")["iteration"] == 3
+    else:
+        assert done.returncode == 0 and "at iteration 6" in done.stdout, done.stderr
 
 
 def with_losses_that_stop_being_finite():

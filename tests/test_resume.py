@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, SMALL, TINY, Hostile, write_ids
-from tests.runs import (assert_one_sentence, assert_same_checkpoint, cross_entropy, load, losses, read_log,
-                        untimed)
+from tests.runs import (assert_one_sentence, assert_same_checkpoint, cross_entropy, load, losses, name_run,
+                        read_log, untimed)
 
 
 def test_resume_from_between_two_evaluations(trained, train, tmp_path):
@@ -80,6 +80,20 @@ def test_best_val_loss_is_read_from_the_best_checkpoint(first_version, train, tr
     train(out, **TINY | {"max_iters": 5, "learning_rate": 1, "decay_lr": False}, init_from="resume")
     evals = losses(out)[1]
     assert load(out / "ckpt_best.pt")["iteration"] == 5 and min(evals.values()) < evals[5] < 99
+
+
+def test_the_best_checkpoint_of_another_run_is_kept_and_does_not_count(train, trained, tmp_path):
+    """It was the best of a run that this node has had before, on the same data."""
+    out = tmp_path / "out"
+    shutil.copytree(trained(**TINY), out)
+    name_run(out / "ckpt_best.pt", "another")
+    before, run_id = (out / "ckpt_best.pt").read_bytes(), load(out / "ckpt.pt")["run_id"]
+    train(out, **TINY | {"max_iters": 5, "learning_rate": 1, "decay_lr": False}, init_from="resume")
+    assert losses(out)[1][5] > load(out / "ckpt_best.pt.old")["val_loss"]
+    assert (out / "ckpt_best.pt.old").read_bytes() == before
+    assert run_id and run_id == load(out / "ckpt.pt")["run_id"] == load(out / "ckpt_best.pt")["run_id"]
+    train(tmp_path / "new", **TINY, init_from=out / "ckpt.pt")
+    assert load(tmp_path / "new" / "ckpt.pt")["run_id"] != run_id
 
 
 def test_a_run_from_scratch_renames_the_files_of_an_earlier_one(train, trained, tmp_path):
