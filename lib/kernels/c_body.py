@@ -135,7 +135,14 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
 
 
 def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
-    """See operators.einsum. All tensors are contiguous, and of one type."""
+    """See operators.einsum. All tensors are contiguous, and of one type; experts are of int64.
+
+    Raises IndexError for an expert that there is not: einsum.c would read out of bounds.
+    """
+    if experts is not None and len(experts):
+        least, most = map(int, experts.aminmax())
+        if least < 0 or most >= len(first):
+            raise IndexError(f"experts must be from 0 to {len(first) - 1}; got {least} to {most}")
     lib, routed = library(x.dtype), router is not None
     dims = _sizes(x, first, routed, top_k, sizes, swapped)
     _, _, _, d, e, f, _ = sizes

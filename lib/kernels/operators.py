@@ -211,12 +211,13 @@ def einsum(x: Tensor, first: Tensor, second: Tensor, sizes, swapped: bool, *, ro
                        y[t] = Σ_{e in chosen[t]} gate · W[e] x[t]; logits = x routerᵀ (T, E); chosen
                        (T, top_k), the largest of logits + balance; gates by routing.gate_weights
         given logits   the same with logits (T, E), in at least float32, instead of the router
-        given experts  experts (T, 1) of int64: y[t] = W[experts[t]] x[t]; logits and chosen mean nothing
+        given experts  experts (T, 1), integers: y[t] = W[experts[t]] x[t]; logits and chosen mean nothing
     body: 'torch', 'c' or 'triton' to force one.
     """
     if dtype := autocast_dtype(x):
         x = x.to(dtype) if router is None else x  # the router sees it as it is
         first, second = first.to(dtype), second.to(dtype)
+    experts = None if experts is None else experts.long()
     *tensors, given = [t if t is None else t.contiguous()
                        for t in (x, first, second, router, balance, experts, logits)]
     plain = (type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()

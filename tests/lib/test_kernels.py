@@ -308,6 +308,28 @@ def test_given_experts(sizes, tokens, body):
     check_gradients(y, chosen_sum(rows, ones, experts), (x, first, second))
 
 
+@bodies
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_given_experts_of_another_integer_type(tokens, body):
+    x, *cores, sizes, b_first = routed_call(4, tokens)
+    experts = torch.randint(4, (tokens, 1))
+    y, expected = (kernels.einsum(x, *cores, sizes, b_first, experts=same, body=body)[0]
+                   for same in (experts.int(), experts))
+    assert torch.equal(y, expected)
+
+
+@needs_c
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("expert", [-1, 4])
+def test_an_expert_that_there_is_not(tokens, expert):
+    """einsum.c would read out of bounds."""
+    x, *cores, sizes, b_first = routed_call(4, tokens)
+    experts = torch.zeros(tokens, 1, dtype=torch.int64)
+    experts[1] = expert
+    with pytest.raises(IndexError, match=f"^experts must be from 0 to 3; got .*{expert}"):
+        kernels.einsum(x, *cores, sizes, b_first, experts=experts, body="c")
+
+
 @needs_c
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @all_experts
