@@ -4,7 +4,7 @@ The operator is opaque to torch.compile and its shapes do not depend on the rout
 the result of the first product, again. Its body is chosen when it runs (use_kernel):
 
     c       on CPUs, in float32 and float64: einsum.c, if it can be compiled
-    triton  on CUDA from capability 8.0 on, in bfloat16, float16 and float32
+    triton  on CUDA (not ROCm) from capability 8.0 on, in bfloat16, float16 and float32
     torch   everywhere, in every type
 """
 import functools
@@ -47,9 +47,10 @@ def is_available(name: str, device_type: str, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _has_tensor_cores() -> bool:
-    """Whether the GPU is one that Triton compiles for: from compute capability 8.0 on, or of AMD."""
-    known = torch.cuda.is_available() and not torch.version.hip
-    return not known or torch.cuda.get_device_capability() >= (8, 0)
+    """Whether the GPU, if one can be asked, is one for the Triton body: NVIDIA's from capability 8.0 on."""
+    if torch.version.hip:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def use_kernel(name: str, device_type: str, dtype: str) -> None:
@@ -62,7 +63,7 @@ def use_kernel(name: str, device_type: str, dtype: str) -> None:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {name!r}")
     if name != "auto" and not is_available(name, device_type, getattr(torch, dtype)):
         where = dict(c="on CPUs, with a C compiler, in float32",
-                     triton="on GPUs of compute capability 8.0 or more, with Triton")
+                     triton="on NVIDIA GPUs of compute capability 8.0 or more, with Triton")
         raise ValueError(f"kernel {name!r} does not compute {dtype} on {device_type}: it works {where[name]};"
                          " 'auto' takes one that does")
     _kernel = name

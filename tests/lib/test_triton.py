@@ -195,6 +195,20 @@ def test_triton_needs_a_gpu_of_capability_8(auto, monkeypatch):
         operators.use_kernel("triton", "cuda", "float16")
 
 
+def test_triton_is_not_for_rocm(auto, monkeypatch):
+    """Whose GPUs are 'cuda' to torch, with capabilities of another kind."""
+    monkeypatch.setattr(operators, "_has_tensor_cores", operators._has_tensor_cores.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
+    operators.use_kernel("triton", "cuda", "bfloat16")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert operators.body_name("cuda", torch.bfloat16) == "torch"
+    with pytest.raises(ValueError, match="does not compute bfloat16 on cuda: it works on NVIDIA GPUs of"):
+        operators.use_kernel("triton", "cuda", "bfloat16")
+    operators.use_kernel("auto", "cuda", "bfloat16")
+    assert operators.body_name("cuda", torch.bfloat16) == "torch"
+
+
 @pytest.mark.parametrize("kernel, device, dtype", [("triton", "cpu", "float32"), ("c", "cuda", "float32"),
                                                    ("c", "cpu", "bfloat16"), ("cuda", "cuda", "float32")])
 def test_kernel_that_cannot_be_had(auto, monkeypatch, kernel, device, dtype):
