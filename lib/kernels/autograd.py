@@ -22,7 +22,7 @@ class _NormalizeCore(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         core, rms, shrink, scale = ctx.saved_tensors
-        dot = torch.linalg.vecdot(grad.flatten(-3), core.flatten(-3)).view_as(rms)
+        dot = (grad * core).sum((-3, -2, -1), keepdim=True)  # autocast would compute vecdot in bfloat16
         # where it is normalized, the part of the gradient along the core vanishes
         along = dot / (rms.clamp(min=ctx.std).square() * math.prod(core.shape[-3:])) * (rms > ctx.std)
         dgain = dot * shrink if ctx.gain else None

@@ -801,6 +801,18 @@ def test_router_losses_are_not_autocast():
     torch.testing.assert_close(autocast_gradient, gradient, rtol=1e-6, atol=1e-9)
 
 
+def test_the_gradient_of_a_normalized_core_is_not_autocast():
+    """Where a backward, too, runs under autocast."""
+    core, gain = torch.randn(3, 4, 8, 5, requires_grad=True), torch.rand(3, 1, 1, 1, requires_grad=True)
+    dy, gradients = torch.randn_like(core), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = kernels.normalize_core(core, gain, 0.5)
+            gradients.append(torch.autograd.grad(y, (core, gain), dy))
+    for found, expected in zip(*gradients):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 def test_grouped_operators_are_well_formed():
     x, w, ends = segments((5, 3), (4, 0, 2), torch.float32)
     torch.library.opcheck(_grouped_product, (x, w, ends))
