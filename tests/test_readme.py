@@ -3,8 +3,10 @@ import re
 import shlex
 
 import pytest
+import torch
 
 import configurator
+import model
 from experiments.structures_table import structures_table
 from structured import STRUCTURES, linear
 from tests.conftest import ROOT
@@ -32,6 +34,20 @@ def test_the_example_of_one_layer_runs(capsys):
     (example,) = blocks(README, "python")
     exec(compile(example, "README.md", "exec"), {})
     assert "torch.Size([3072, 768])" in capsys.readouterr().out
+
+
+def test_the_optimizer_of_ones_own_model_is_that_of_gpt():
+    """docs/mup.md's example: the same learning rates and weight decay, experts' biases among them."""
+    gpt = model.GPT(model.GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=16, struct="btt",
+                                    num_experts=4, bias=True))
+    (example,) = blocks((ROOT / "docs" / "mup.md").read_text(encoding="utf-8"), "python")
+    names = dict(model=gpt, torch=torch)
+    exec(compile(example, "mup.md", "exec"), names)
+    made, truth = ({p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups
+                    for p in group["params"]}
+                   for optimizer in (names["optimizer"],
+                                     gpt.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu", 128)))
+    assert made == truth
 
 
 def test_the_table_of_structures_is_what_the_program_prints():
