@@ -60,20 +60,23 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, gates, order, place):
         ctx.save_for_backward(y, gates, order)
+        gates = gates.to(y.dtype)
         return F.embedding_bag(place.view(gates.shape), y, per_sample_weights=gates, mode="sum")
 
     @staticmethod
     def backward(ctx, grad):
         y, gates, order = ctx.saved_tensors
         rows = grad.index_select(0, order // gates.shape[1])
-        dgates = torch.empty_like(gates).view(-1).index_copy_(0, order, (rows * y).sum(1)).view(gates.shape)
-        return rows * gates.flatten()[order, None], dgates, None, None
+        # products of float16 could overflow
+        products = rows.to(torch.promote_types(y.dtype, torch.float32)) * y
+        dgates = torch.empty_like(gates).view(-1).index_copy_(0, order, products.sum(1).to(gates.dtype))
+        return rows * gates.flatten()[order, None].to(rows.dtype), dgates.view(gates.shape), None, None
 
 
 def combine(y: Tensor, gates: Tensor, order: Tensor, place: Tensor) -> Tensor:
     """Rows y (T·k, d) in the order of experts and gates (T, k) -> Σ_k gate · row, (T, d). order, place: see
     dispatch."""
-    return _Combine.apply(y, gates.to(y.dtype), order, place)
+    return _Combine.apply(y, gates, order, place)
 
 
 class _RouterLosses(torch.autograd.Function):

@@ -143,8 +143,8 @@ def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, siz
     dx = _sum_over_choices(_rows_back(dx_rows, of_x), plan).to(x_seen.dtype)
     if logits is None:
         return dx, dfirst, dsecond, None
-    # gate · its gradient is the product of a row's input with the input's gradient
-    s = _rows_back(dx_rows * xs, of_x).sum(1, dtype=logits.dtype)[plan.place]  # (T, k)
+    # gate · its gradient is the product of a row's input with the input's gradient; float16 could overflow
+    s = _rows_back(dx_rows.to(logits.dtype) * xs, of_x).sum(1, dtype=logits.dtype)[plan.place]  # (T, k)
     dlogit = logits_gradient(logits, chosen, gates, s)
     if dlogits is not None:
         dlogit = dlogit + dlogits

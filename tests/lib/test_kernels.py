@@ -578,6 +578,20 @@ def test_combine_with_gates_of_another_type_has_second_derivatives():
     torch.testing.assert_close(found, truth)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("general", [False, True])
+def test_gates_gradients_in_float16_do_not_overflow(general, top_k):
+    """Products of one feature are beyond float16's largest number, 65,504, as under a loss scale."""
+    moe = mixture(EXPERTS[1], top_k=top_k)[general].float()
+    moe.router.data /= 1000  # else the gates are near 0 and 1
+    x, dy, gradients = 100 * torch.randn(40, moe.d_in), 3000 * torch.randn(40, 20), []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            y = moe(x)
+        gradients.append(torch.autograd.grad(y, moe.router, dy.to(y.dtype))[0])
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
+
+
 @pytest.mark.parametrize("path", [0, 1, 2], ids=["experts", "general", "einsum"])
 def test_undefined_gradient(path):
     """A branch after the layer that hands back no gradient counts as one of zeros."""
