@@ -20,8 +20,9 @@ def relative_error(W: Tensor, M: Tensor, C: Tensor | None = None) -> float:
 
 
 def _squared(R: Tensor, C: Tensor | None) -> float:
-    """‖R C^½‖² = tr(R C Rᵀ)."""
-    return max(0.0, ((R if C is None else R @ C.double()) * R).sum().item())
+    """‖R C^½‖² = tr(R C Rᵀ); NaN where R or C has one."""
+    value = ((R if C is None else R @ C.double()) * R).sum().item()
+    return 0.0 if value < 0 else value
 
 # ---- The two-factor einsum ---------------------------------------------------------------------------------
 
@@ -55,7 +56,7 @@ def nearest_einsum(W: Tensor, sizes: tuple, C: Tensor | None = None, sweeps: int
         _improve(B, A, R.transpose(1, 2).transpose(4, 5), C6.permute(0, 2, 1, 3, 5, 4))
         _improve(A, B, R, C6)
         errors.append(_squared(R.reshape_as(W), C))
-        if errors[-2] - errors[-1] <= tolerance * errors[-2]:
+        if not errors[-2] - errors[-1] > tolerance * errors[-2]:  # NaN ends it too
             break
     return A, B, errors
 

@@ -1,4 +1,6 @@
 """The nearest structured matrix: members of a family, gradient descent and brute-force least squares."""
+import math
+
 import pytest
 import torch
 
@@ -147,3 +149,11 @@ def test_relative_error():
     assert relative_error(W, W) == 0 == relative_error(0 * W, 0 * W)
     assert relative_error(W, torch.tensor([[3.0, 0.0]])) == pytest.approx(4 / 5)
     assert relative_error(W, torch.tensor([[3.0, 0.0]]), C) == pytest.approx(4 / 52 ** 0.5)
+
+
+def test_nan_is_no_perfect_fit():
+    W, M, C = torch.ones(12, 12), torch.zeros(12, 12), torch.eye(12)
+    M[0, 0] = C[1, 1] = math.nan
+    assert math.isnan(relative_error(W, M)) and math.isnan(relative_error(W, W, C))
+    _, _, errors = nearest_einsum(torch.randn(RANDOM.d_out, 12), RANDOM, C)
+    assert len(errors) == 2 and all(map(math.isnan, errors))
