@@ -448,7 +448,7 @@ class Dyad(Structured):
 # ---- Mixture of experts ------------------------------------------------------------------------------------
 
 class Aux(NamedTuple):
-    """What a router reports of one batch."""
+    """What a router reports of one batch; all 0 without tokens."""
     load_balance: Tensor  # () E · Σ_e (mean probability of e) · load_e; 1 when balanced
     z_loss: Tensor  # () mean over tokens of logsumexp(logits)²: ST-MoE, arXiv 2202.08906
     load: Tensor    # (E,) share of assignments to each expert, without gradient
@@ -508,9 +508,9 @@ class MoE(nn.Module):
         return F.one_hot(chosen, self.num_experts).sum((0, 1))
 
     def _aux(self, logits: Tensor, chosen: Tensor) -> Aux:
-        load = self._counts(chosen).to(logits.dtype) / chosen.numel()
+        load = self._counts(chosen).to(logits.dtype) / max(1, chosen.numel())
         load_balance, z_loss = kernels.router_losses(logits, load)
-        variance = (logits.detach() - logits.detach().mean(dim=1, keepdim=True)).square().mean()
+        variance = (logits - logits.mean(1, keepdim=True)).detach().square().sum() / max(1, logits.numel())
         return Aux(load_balance, z_loss, load, variance)
 
     @torch.no_grad()

@@ -488,6 +488,17 @@ def test_no_rows(struct, num_experts):
     assert y.shape == (0, 3, 64) and x.grad.shape == x.shape
 
 
+@pytest.mark.parametrize("struct", ["dense", "btt"])
+def test_router_of_no_rows_reports_zeros(struct):
+    """Not NaN, which the loss of other tokens could not be added to."""
+    moe = linear(struct, 16, 64, num_experts=4)
+    y, aux = moe(torch.zeros(0, 16), return_aux=True)
+    (y.sum() + aux.loss).backward()
+    assert not any(value.any() for value in (*aux, moe.router.grad))
+    moe.rebalance(aux.load, aux.variance, 0.1)
+    assert not moe.balance.any()
+
+
 # ---- FLOPs -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("num_experts, top_k", [(0, 2), (4, 1), (4, 3)])
