@@ -14,9 +14,9 @@ For every group u and repeat v, a side maps a row's K numbers to N numbers of z,
 
 for tiles of P rows p, each with the core of one expert. A row lies in memory as [u, v, k], and z as (tile, g,
 b, r, f, d, P), so that what a program reads lies together, whichever side it is of. Two more kernels, route
-and place, make the plan (plan.py says what that is); combine sums a token's k rows, and route_gradient is the
-backward of the gates. There are no atomics and nothing is read back: results are deterministic, and the host
-never waits.
+and place, and a cumulative sum between them make the plan (plan.py says what that is); combine sums a token's
+k rows, and route_gradient is the backward of the gates. There are no atomics and nothing is read back:
+results are deterministic, and the host never waits.
 
 Under TRITON_INTERPRET=1 the kernels run on CPU tensors, which tests them; not in bfloat16, which Triton's
 interpreter multiplies wrongly.
@@ -235,19 +235,14 @@ def route_kernel(logits, balance, chosen, gates, counts, T, E: tl.constexpr, k: 
 
 
 @triton.jit
-def place_kernel(chosen, gates, counts, row_token, row_gate, place, tile_expert, tile_end, T, programs,
+def place_kernel(chosen, gates, sums, row_token, row_gate, place, tile_expert, tile_end, T, programs,
                  tiles, E: tl.constexpr, k: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
                  ROWS: tl.constexpr, P: tl.constexpr, GATED: tl.constexpr):
-    """The rows of a plan: one program per ROWS tokens, whose counts route_kernel has written, and then one
-    per expert, for its tiles and padding rows."""
+    """The rows of a plan: one program per ROWS tokens, and then one per expert, for its tiles and padding
+    rows. sums (programs, E): how many assignments each expert has up to a program's last token."""
     pid = tl.program_id(0)
     e = tl.arange(0, EP)
-    total, before = tl.zeros((EP,), tl.int32), tl.zeros((EP,), tl.int32)
-    for start in range(0, programs, 64):
-        i = start + tl.arange(0, 64)
-        part = tl.load(counts + i[:, None] * E + e[None, :], (i[:, None] < programs) & (e[None, :] < E), 0)
-        total += tl.sum(part, 0)
-        before += tl.sum(tl.where(i[:, None] < pid, part, 0), 0)
+    total = tl.load(sums + (programs - 1) * E + e, e < E, 0)
     ends = tl.cumsum((total + P - 1) // P, 0)  # of each expert's tiles
     starts = ends - (total + P - 1) // P
     if pid < programs:
@@ -256,6 +251,7 @@ def place_kernel(chosen, gates, counts, row_token, row_gate, place, tile_expert,
         there = (t[:, None] < T) & (choice[None, :] < k)
         assignment = tl.reshape(t[:, None] * k + choice[None, :], (ROWS * KP,))
         there = tl.reshape(there, (ROWS * KP,))
+        before = tl.load(sums + (pid - 1) * E + e, (pid > 0) & (e < E), 0)
         expert = tl.load(chosen + assignment, there, 0).to(tl.int32)
         hit = ((e[None, :] == expert[:, None]) & there[:, None]).to(tl.int32)
         rank = tl.cumsum(hit, 0) - 1 + before[None, :] + starts[None, :] * P
@@ -370,7 +366,8 @@ def make_plan(problem: Problem, chosen: Tensor, logits: Tensor | None, balance: 
                 row_gate, torch.empty(T, k, **int32), gates)
     route_kernel[(programs,)](logits, balance, chosen, gates, counts, T, E, k, EP, KP, ROWS,
                               balance is None, gated)
-    place_kernel[(programs + E,)](chosen, gates, counts, plan.row_token, row_gate, plan.place,
+    sums = counts.cumsum(0, dtype=torch.int32)
+    place_kernel[(programs + E,)](chosen, gates, sums, plan.row_token, row_gate, plan.place,
                                   plan.tile_expert, plan.tile_end, T, programs, tiles, E, k, EP, KP, ROWS, P,
                                   gated)
     return plan
