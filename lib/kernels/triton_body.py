@@ -356,7 +356,8 @@ def make_plan(problem: Problem, chosen: Tensor, logits: Tensor | None, balance: 
     T, E, P, tiles = problem.T, problem.E, problem.P, problem.tiles
     k = chosen.shape[1]
     EP, KP = triton.next_power_of_2(E), triton.next_power_of_2(k)
-    ROWS = min(128, max(16, 4096 // (EP * KP)))
+    # of so many tokens a program's (ROWS, KP, EP) fits into registers and shared memory
+    ROWS = min(128, max(1, min(16, 16384 // (EP * KP)), 4096 // (EP * KP)))
     programs, gated = -(-T // ROWS), logits is not None
     int32 = dict(dtype=torch.int32, device=chosen.device)
     counts = torch.empty(programs, E, **int32)

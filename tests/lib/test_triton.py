@@ -98,7 +98,8 @@ def test_given_logits():
         assert (actual - truth).norm() < 1e-5 * truth.norm()
 
 
-@pytest.mark.parametrize("T, k, E", [(50, 2, 4), (1, 1, 1), (300, 3, 5), (40, 1, 16), (7, 8, 8)])
+@pytest.mark.parametrize("T, k, E", [(50, 2, 4), (1, 1, 1), (300, 3, 5), (40, 1, 16), (7, 8, 8),
+                                     (20, 8, 200)])  # a program has 8 tokens
 def test_plan_is_the_plan(T, k, E):
     """The kernels' plan is plan.make_plan's, and its gates are routing.gate_weights'."""
     logits, balance = torch.randn(T, E), torch.randn(E)
@@ -281,17 +282,18 @@ kernels = {name: getattr(triton_body, name) for name in dir(triton_body) if name
 all_sizes, large = [768, 1600, 4096], [4096]
 # 80 and 89 have the same products, and 90 its own; float32 is TF32 where torch's own products are, as in
 # train.py, else exact, without them
-checks = {80: ((torch.bfloat16, "ieee", ["matrix", 4096]), (torch.float32, "tf32", large),
+checks = {80: ((torch.bfloat16, "ieee", ["matrix", "many", 4096]), (torch.float32, "tf32", large),
                  (torch.float32, "ieee", large)),
           89: ((torch.bfloat16, "ieee", all_sizes),),
-          90: ((torch.bfloat16, "ieee", all_sizes), (torch.float32, "tf32", large))}
-cases = {768: [("btt", 768, 768, 8)], 1600: [("btt", 1600, 1600, 16)], 4096: [("btt", 4096, 16384, 16)],
-         "matrix": [("btt", 1600, 1600, 0), ("kronecker", 768, 3072, 0)]}
+          90: ((torch.bfloat16, "ieee", [*all_sizes, "many"]), (torch.float32, "tf32", large))}
+cases = {768: [("btt", 768, 768, 8, 2)], 1600: [("btt", 1600, 1600, 16, 2)],
+         4096: [("btt", 4096, 16384, 16, 2)], "many": [("btt", 768, 768, 256, 8)],
+         "matrix": [("btt", 1600, 1600, 0, 1), ("kronecker", 768, 3072, 0, 1)]}
 for capability, (dtype, precision, of_dtype) in [(c, check) for c in checks for check in checks[c]]:
     for name, kernel in kernels.items():
         setattr(triton_body, name, Compiled(kernel, capability))
     torch.backends.cuda.matmul.fp32_precision = precision
-    for struct, d_in, d_out, E in [case for key in of_dtype for case in cases[key]]:
+    for struct, d_in, d_out, E, k in [case for key in of_dtype for case in cases[key]]:
         sizes = structured.layer_sizes(structured.LayerConfig(struct), E, d_in, d_out)
         swapped, sizes = sizes.order()[0] == "B", sizes.contraction()
         a, b, g, d, e, f, r = sizes
@@ -301,14 +303,15 @@ for capability, (dtype, precision, of_dtype) in [(c, check) for c in checks for 
             first = torch.empty(max(1, E), g, r * f * d, a, dtype=dtype)
             second = torch.empty(max(1, E), f, e, g * r * b, dtype=dtype)
             router, balance = (torch.empty(E, d_in), torch.empty(E)) if E else (None, None)
-            y, logits, chosen = triton_body.forward(x, first, second, router, balance, None, 2 if E else 1,
-                                                    sizes, swapped)
+            y, logits, chosen = triton_body.forward(x, first, second, router, balance, None, k, sizes,
+                                                    swapped)
             triton_body.backward(dy, logits, x, first, second, router, None, logits, chosen, sizes, swapped)
 """
 
 
 def test_compiles_without_spills(tmp_path):
-    """Everything that the body launches at widths of 768 to 16,384, in at most 99 KB of shared memory."""
+    """Everything that the body launches at widths of 768 to 16,384, and with 8 of 256 experts, in at most 99
+    KB of shared memory."""
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True,
                           timeout=3600)
