@@ -137,8 +137,10 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
 def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
     """See operators.einsum. All tensors are contiguous, and of one type; experts are of int64.
 
-    Raises IndexError for an expert that there is not: einsum.c would read out of bounds.
+    Raises IndexError for an expert that there is not, or rows without one: einsum.c would read out of bounds.
     """
+    if experts is not None and len(experts) != len(x):
+        raise IndexError(f"experts has {len(experts)} rows, and x {len(x)}")
     if experts is not None and len(experts):
         least, most = map(int, experts.aminmax())
         if least < 0 or most >= len(first):

@@ -328,6 +328,8 @@ def test_an_expert_that_there_is_not(tokens, expert):
     experts[1] = expert
     with pytest.raises(IndexError, match=f"^experts must be from 0 to 3; got .*{expert}"):
         kernels.einsum(x, *cores, sizes, b_first, experts=experts, body="c")
+    with pytest.raises(IndexError, match=f"^experts has {tokens - 1} rows, and x {tokens}$"):
+        kernels.einsum(x, *cores, sizes, b_first, experts=experts[:-1].abs() % 4, body="c")
 
 
 @needs_c
