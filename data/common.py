@@ -222,15 +222,15 @@ def run(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def work_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder inside out_dir for what is not whole yet. Leftovers of a killed run are removed first; raises
-    ValueError while another process uses it."""
+    """A folder inside out_dir for what is not whole yet. Leftovers of a killed run are removed first, but for
+    the meta.json that check_out_dir looks for; raises ValueError while another process uses it."""
     folder = out_dir / "prepare.tmp"
     folder.mkdir(parents=True, exist_ok=True)
     lock_file(str(folder / "lock"), "another prepare.py writes", "--out-dir")
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name != "lock":
+        elif path.name not in ("lock", "meta.json"):
             path.unlink(missing_ok=True)
     try:
         yield folder
@@ -239,17 +239,23 @@ def work_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def check_out_dir(out_dir: Path, source: dict) -> None:
-    """Raises ValueError if meta.json says, by the keys of SOURCE, that out_dir holds a dataset of another
-    source. A meta.json that cannot be read counts as none."""
+    """Raises ValueError if out_dir holds a dataset of another source, by the keys of SOURCE in meta.json, or
+    token files without a meta.json, which are nanoGPT's, unless a run was killed as it moved its own there.
+    A meta.json that cannot be read counts as none of another source."""
+    meta = out_dir / "meta.json"
+    killed = (out_dir / "prepare.tmp" / "meta.json").exists()  # it is moved last: see write_dataset
+    files = [f"{split}.bin" for split in ("train", "val") if (out_dir / f"{split}.bin").exists()]
+    if files and not meta.exists() and not killed:
+        raise ValueError(f"{out_dir} holds {' and '.join(files)} without a meta.json: adopt nanoGPT's with "
+                         "data/adopt.py, give another --out-dir, or remove them")
     try:
-        old = json.loads((out_dir / "meta.json").read_text(encoding="utf-8"))["source"]
+        old = json.loads(meta.read_text(encoding="utf-8"))["source"]
         old, new = ({key: given[key] for key in SOURCE if key in given} for given in (old, source))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if old != new:
         named = ", ".join(f"{key} {value}" for key, value in old.items()) or "an unknown source"
-        raise ValueError(f"{out_dir} holds a dataset of {named}: give another --out-dir, or remove its "
-                         "meta.json")
+        raise ValueError(f"{out_dir} holds a dataset of {named}: give another --out-dir, or remove it")
 
 
 # ---- Documents ---------------------------------------------------------------------------------------------

@@ -713,23 +713,41 @@ def test_a_dataset_of_another_source_is_not_overwritten(prepare_here, tiktoken_c
         (tmp_path / name).write_text("some text")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    reason = f"existing holds a dataset of {named}: give another --out-dir, or remove its meta.json"
+    reason = f"existing holds a dataset of {named}: give another --out-dir, or remove it"
     with pytest.raises(ValueError, match=re.escape(reason)):
         prepare_here(*arguments.split(), "--out-dir", existing(**source), "--num-proc", 1)
 
 
 @pytest.mark.parametrize("meta", ["same", None, b"{", b"\xff", b"[]", b"[" * 100_000])
 def test_a_dataset_of_the_same_source_is_made_again(prepare_here, tmp_path, meta):
-    """Whatever its text, alphabet and share were before; so is one of which a kill left no meta.json."""
+    """Whatever its text, alphabet and share were before; so is one of which a kill left no meta.json in its
+    place (None)."""
     path, out = tmp_path / "a.txt", tmp_path / "out"
     for text, more in (("old text" * 9, ()), ("new", ("--min-count", 1, "--val-fraction", 0.4))):
         path.write_text(text)
         prepare_here("chars", "--source", path, "--out-dir", out, "--num-proc", 1, *more)
         assert sum(map(len, texts_of(out).values())) == len(text) + 2
         if meta is None:
-            (out / "meta.json").unlink()
+            (out / "prepare.tmp").mkdir()
+            (out / "meta.json").rename(out / "prepare.tmp" / "meta.json")
         elif meta != "same":
             (out / "meta.json").write_bytes(meta)
+
+
+@pytest.mark.parametrize("files", [["train.bin", "val.bin"], ["val.bin"]])
+@pytest.mark.parametrize("name", ["chars", "python_char"])
+def test_token_files_without_a_meta_json_are_not_overwritten(prepare_here, tmp_path, name, files):
+    """They may be nanoGPT's; so may those beside what a killed run had not begun to move."""
+    (tmp_path / "a.txt").write_text("some text")
+    out = tmp_path / "nanoGPT"
+    (out / "prepare.tmp").mkdir(parents=True)
+    for file in ("prepare.tmp/train.bin", *files):
+        (out / file).write_bytes(b"mine")
+    source = ["--source", tmp_path / "a.txt"] if name == "chars" else []
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"holds {' and '.join(files)} without a meta.json: adopt"):
+            prepare_here(name, *source, "--out-dir", out, "--num-proc", 1)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == dict.fromkeys(files, b"mine")
 
 
 @pytest.mark.parametrize(
