@@ -241,7 +241,7 @@ def work_folder(out_dir: Path) -> Iterator[Path]:
 def check_out_dir(out_dir: Path, source: dict) -> None:
     """Raises ValueError if out_dir holds a dataset of another source, by the keys of SOURCE in meta.json, or
     token files without a meta.json, which are nanoGPT's, unless a run was killed as it moved its own there.
-    A meta.json that cannot be read counts as none of another source."""
+    A meta.json that cannot be read counts as none of another source. Old ones may have relative paths."""
     meta = out_dir / "meta.json"
     killed = (out_dir / "prepare.tmp" / "meta.json").exists()  # it is moved last: see write_dataset
     files = [f"{split}.bin" for split in ("train", "val") if (out_dir / f"{split}.bin").exists()]
@@ -251,9 +251,10 @@ def check_out_dir(out_dir: Path, source: dict) -> None:
     try:
         old = json.loads(meta.read_text(encoding="utf-8"))["source"]
         old, new = ({key: given[key] for key in SOURCE if key in given} for given in (old, source))
+        paths = {"paths": list(map(os.path.abspath, old["paths"]))} if "paths" in old else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
-    if old != new:
+    if old | paths != new:
         named = ", ".join(f"{key} {value}" for key, value in old.items()) or "an unknown source"
         raise ValueError(f"{out_dir} holds a dataset of {named}: give another --out-dir, or remove it")
 
@@ -363,7 +364,8 @@ def load_documents(args: argparse.Namespace, work: Path, nfc: bool = False):
                          if (value := getattr(args, key)) is not None}
     if args.source:
         files = tuple(find_files(args.source))  # a list would be the shards of the generator
-        source = {"paths": args.source, "files": len(files)} | source
+        # absolute, since the same name in another folder is another text
+        source = {"paths": list(map(os.path.abspath, args.source)), "files": len(files)} | source
     elif not args.dataset:
         source = {"dataset": HUB_DATASET, "revision": HUB_REVISION}
     check_out_dir(args.out_dir, source)

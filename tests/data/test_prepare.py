@@ -718,6 +718,26 @@ def test_a_dataset_of_another_source_is_not_overwritten(prepare_here, tiktoken_c
         prepare_here(*arguments.split(), "--out-dir", existing(**source), "--num-proc", 1)
 
 
+def test_a_source_is_the_same_however_its_path_is_written(prepare_here, monkeypatch, tmp_path):
+    """And another where the same words name another file. Old datasets have the path as it was typed."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "my.txt").write_text(f"text of {folder}")
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path / "a")
+    for path in ("my.txt", "./my.txt", tmp_path / "a" / "my.txt", "../a/my.txt"):
+        prepare_here("chars", "--source", path, "--out-dir", out, "--num-proc", 1)
+        meta = read(out)[0]
+        assert meta["source"]["paths"] == [str(tmp_path / "a" / "my.txt")]
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(ValueError, match=re.escape(f"holds a dataset of paths {meta['source']['paths']}")):
+        prepare_here("chars", "--source", "my.txt", "--out-dir", out, "--num-proc", 1)
+    meta["source"]["paths"] = ["my.txt"]
+    (out / "meta.json").write_text(json.dumps(meta))
+    prepare_here("chars", "--source", "./my.txt", "--out-dir", out, "--num-proc", 1)
+    assert "b" in read(out)[0]["tokenizer"]["characters"]
+
+
 @pytest.mark.parametrize("meta", ["same", None, b"{", b"\xff", b"[]", b"[" * 100_000])
 def test_a_dataset_of_the_same_source_is_made_again(prepare_here, tmp_path, meta):
     """Whatever its text, alphabet and share were before; so is one of which a kill left no meta.json in its
