@@ -272,7 +272,8 @@ def import_datasets():
 
 def find_files(paths: list[str]) -> list[Path]:
     """Returns the documents' files at `paths`. A folder stands for all such files below it (not behind links
-    to folders), in an order that does not depend on where it is. Raises ValueError if a path has none."""
+    to folders), in an order that does not depend on where it is. Raises ValueError if a path has none, or
+    one that `datasets` cannot open."""
     found, kinds = [], ", ".join(SUFFIXES)
     for path in map(Path, paths):
         if path.is_dir():
@@ -286,6 +287,9 @@ def find_files(paths: list[str]) -> list[Path]:
             raise ValueError(f"the source {path} is none of {kinds}, nor a folder of them")
         else:
             found.append(path)
+    for path in found:
+        if "::" in str(path.absolute()):  # fsspec takes what follows for another file system
+            raise ValueError(f"the source {path.absolute()} cannot be read for the '::' in its path: rename it")
     return found
 
 

@@ -645,6 +645,7 @@ BAD_FILES = {
     "list.jsonl": (b"[1]\n", "list.jsonl: line 1"),
     "latin.jsonl": (b'{"text": "caf\xe9"}\n', f"latin.jsonl: {NOT_UTF8}"),
     "broken.parquet": (b"PAR1 no", "broken.parquet: Parquet file size is 7 bytes"),
+    "a::b.txt": (b"text", "a::b.txt cannot be read for the '::' in its path: rename it"),
     "cut.parquet": (parquet(text=["a" * 99])[:-9], "cut.parquet: "),
     "numbers.parquet": (parquet(text=[1, 2]), "numbers.parquet: the column 'text' holds int64, not strings"),
     "lists.parquet": (parquet(text=[["a"]]), "lists.parquet: the column 'text' holds"),
