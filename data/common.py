@@ -217,6 +217,9 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(f"error: {error}: pip install -r requirements.txt brings what is missing")
         if isinstance(error, (OSError, ValueError)):
             sys.exit("error: " + " ".join(str(error).split()))
+        if isinstance(error, RuntimeError) and "abruptly died" in str(error):  # of `datasets`
+            sys.exit("error: one of the processes was killed, perhaps for lack of memory: give a smaller "
+                     "--num-proc")
         raise
 
 

@@ -915,6 +915,16 @@ def test_killed_while_it_tokenizes(tiktoken_cache, tmp_path):
     assert not (out / "prepare.tmp").exists()
 
 
+def test_a_killed_process_of_several_is_one_sentence(tiktoken_cache, tmp_path):
+    source = write_jsonl(tmp_path / "texts.jsonl", [f"document {i} " for i in range(9)])
+    script = ROOT / "data" / "openwebtext" / "prepare.py"
+    command = [sys.executable, "-c", TOKENIZE, 1, script, "--source", source, "--out-dir", tmp_path / "out",
+               "--num-proc", 2]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
+    assert "give a smaller --num-proc" in refused(done)
+    assert not any((tmp_path / "out").iterdir())
+
+
 INTERRUPTED = """
 import os, runpy, signal, sys
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGINT)
