@@ -433,10 +433,17 @@ def batch_size(documents) -> int:
 
 
 def encode_documents(batch: dict, tokenizer: Tokenizer) -> dict:
-    """{"text": [...]} -> {"ids": [...]}: the ids of each document, and the id that ends it."""
+    """{"text": [...]} -> {"ids": [...]}: the ids of each document, and the id that ends it. Raises
+    ValueError, which has the beginning of the document, if a part of one has no id."""
+    def encode(text):
+        try:
+            return np.asarray(tokenizer.encode_ordinary(text), tokenizer.dtype)
+        except ValueError as error:
+            raise ValueError(f"the document that begins with {text[:50]!r} does not fit the vocabulary: "
+                             f"{error}") from error
+
     end = np.array([tokenizer.start], tokenizer.dtype)
-    return {"ids": [np.append(np.asarray(tokenizer.encode_ordinary(text), tokenizer.dtype), end)
-                    for text in batch["text"]]}
+    return {"ids": [np.append(encode(text), end) for text in batch["text"]]}
 
 
 def write_documents(args: argparse.Namespace, work: Path, documents, tokenizer: Tokenizer,

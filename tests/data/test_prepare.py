@@ -266,6 +266,20 @@ def test_openwebtext_with_a_tokenizers_file(prepare_here, tmp_path, num_proc):
     assert common.open_dataset(tmp_path / "out")[0] == meta
 
 
+def test_a_document_without_ids_is_named(prepare_here, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="none"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "words.json"))
+    source = write_jsonl(tmp_path / "texts.jsonl", ["a b", "b " * 100 + "c", "a"])
+    reason = f"the document that begins with {'b ' * 25!r} does not fit the vocabulary: a part of it has no id"
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1,
+                     "--tokenizer", tmp_path / "words.json")
+
+
 def test_openwebtext_with_another_encoding(prepare_here, monkeypatch, tmp_path):
     """A small one stands for cl100k_base, whose vocabulary cannot be downloaded here."""
     import tiktoken
