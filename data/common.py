@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer import Tokenizer, count_ids, without_half_characters
+from data.tokenizer import FileTokenizer, Tokenizer, count_ids, without_half_characters
 from lib.files import fsync_folder, lock_file
 from lib.terminal import prepare_output
 
@@ -292,7 +292,8 @@ def find_files(paths: list[str]) -> list[Path]:
             found.append(path)
     for path in found:
         if "::" in str(path.absolute()):  # fsspec takes what follows for another file system
-            raise ValueError(f"the source {path.absolute()} cannot be read for the '::' in its path: rename it")
+            raise ValueError(f"the source {path.absolute()} cannot be read for the '::' in its path: rename "
+                             "it")
     return found
 
 
@@ -433,8 +434,9 @@ def batch_size(documents) -> int:
 
 
 def encode_documents(batch: dict, tokenizer: Tokenizer) -> dict:
-    """{"text": [...]} -> {"ids": [...]}: the ids of each document, and the id that ends it. Raises
-    ValueError, which has the beginning of the document, if a part of one has no id."""
+    """{"text": [...]} -> {"ids": [...], "lost": [...]}: the ids of each document, and the id that ends it;
+    what FileTokenizer.count_lost counts. Raises ValueError, which has the beginning of the document, if a
+    part of one has no id."""
     def encode(text):
         try:
             return np.asarray(tokenizer.encode_ordinary(text), tokenizer.dtype)
@@ -443,22 +445,32 @@ def encode_documents(batch: dict, tokenizer: Tokenizer) -> dict:
                              f"{error}") from error
 
     end = np.array([tokenizer.start], tokenizer.dtype)
-    return {"ids": [np.append(encode(text), end) for text in batch["text"]]}
+    ids = list(map(encode, batch["text"]))
+    counts = isinstance(tokenizer, FileTokenizer)  # the others have ids for every text, or a rare mark
+    lost = map(tokenizer.count_lost, batch["text"], ids) if counts else [0] * len(ids)
+    return {"ids": [np.append(of_text, end) for of_text in ids], "lost": list(lost)}
 
 
 def write_documents(args: argparse.Namespace, work: Path, documents, tokenizer: Tokenizer,
                     source: dict) -> None:
     """Splits the documents, tokenizes them and writes the dataset."""
     datasets = import_datasets()
-    features = datasets.Features({"ids": datasets.Sequence(datasets.Value(tokenizer.dtype))})
-    size, ids = batch_size(documents), {}
+    features = datasets.Features({"ids": datasets.Sequence(datasets.Value(tokenizer.dtype)),
+                                  "lost": datasets.Value("int64")})
+    size, ids, lost = batch_size(documents), {}, 0
     for split, texts in split_documents(documents, args.val_fraction).items():
         encoded = texts.map(encode_documents, fn_kwargs={"tokenizer": tokenizer}, batched=True,
                             batch_size=size, writer_batch_size=size, remove_columns=["text"],
                             features=features, num_proc=args.num_proc, desc=f"tokenizing {split}")
         ids[split] = _shards(encoded, f"writing {split}.bin")
+        lost += sum(sum(part["lost"]) for part in encoded.select_columns("lost").iter(1 << 16))
     source = source | {"documents": len(documents), "val_fraction": args.val_fraction}
-    write_dataset(args.out_dir, work, tokenizer, ids, source)
+    meta = write_dataset(args.out_dir, work, tokenizer, ids, source)
+    if lost and tokenizer.unknown_id is None:
+        print(f"{lost:,} characters of the text have no token, and are left out: take another --tokenizer")
+    elif lost:
+        print(f"{lost / (meta['train_tokens'] + meta['val_tokens']):.2%} of the tokens, {lost:,}, are the "
+              "unknown token, and what they stand for is lost: take another --tokenizer to keep it")
 
 
 def _shards(encoded, desc: str, size: int = 10_000) -> Iterator[np.ndarray]:
@@ -472,8 +484,9 @@ def _shards(encoded, desc: str, size: int = 10_000) -> Iterator[np.ndarray]:
 
 
 def write_dataset(out_dir: Path, work: Path, tokenizer: Tokenizer, splits: dict[str, Iterable[np.ndarray]],
-                  source: dict) -> None:
-    """Writes a dataset into `work` and, when it is whole, moves it into out_dir. Prints the counts.
+                  source: dict) -> dict:
+    """Writes a dataset into `work` and, when it is whole, moves it into out_dir. Prints the counts. Returns
+    what meta.json holds.
 
     splits: {"train": ..., "val": ...}, iterables of 1-D arrays of ids. source: the object that meta.json
     keeps, to which the SHA-256 of both files is added. A kill at any moment leaves the old dataset, no
@@ -511,6 +524,7 @@ def write_dataset(out_dir: Path, work: Path, tokenizer: Tokenizer, splits: dict[
         print(f"the validation split has {share:.0%} of all tokens, since documents are held out whole, and "
               "these are few, or differ much in size: join them into one file, which is cut in two")
     print(f"wrote {out_dir}")
+    return meta
 
 
 def write_file(path: Path, chunks: Iterable[bytes]) -> str:

@@ -263,6 +263,7 @@ class FileTokenizer:
     def __init__(self, text: str, end_of_text: str | int | None = None):
         try:
             from tokenizers import Tokenizer
+            from tokenizers.pre_tokenizers import ByteLevel
         except ImportError as error:
             raise OSError("this tokenizer needs the library tokenizers: pip install -r "
                           "requirements-transformers.txt") from error
@@ -290,6 +291,11 @@ class FileTokenizer:
         self.unknown_id = vocabulary.get(described.get("unk_token"), described.get("unk_id"))
         # One byte that is no part of a character makes all bytes beside it U+FFFD.
         self.bytes = {i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name)}
+        has_bytes = described.get("byte_fallback") and len(self.bytes) == 256 or (
+            "ByteLevel" in f"{file.get('normalizer')} {file.get('pre_tokenizer')}"
+            and vocabulary.keys() >= set(ByteLevel.alphabet()))
+        # byte pairs leave out what they do not know, others have no ids for the whole text
+        self.drops = "merges" in described and self.unknown_id is None and not has_bytes
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a prompt: the names of special tokens in it are those tokens."""
@@ -300,10 +306,25 @@ class FileTokenizer:
         encode = functools.partial(self._encode, special_as_text=True)
         return encode_in_pieces(encode, text, self.dtype)
 
+    def count_lost(self, text: str, ids: np.ndarray) -> int:
+        """Returns how many of a document's ids are the unknown token; where there is none, how many of its
+        characters, but blanks, are left out."""
+        lost = 0 if self.unknown_id is None else np.count_nonzero(ids == self.unknown_id)
+        for first in range(0, len(text) if self.drops else 0, PIECE):
+            part = text[first:first + PIECE]
+            places = np.array(self._encoding(part, special_as_text=True).offsets, int).reshape(-1, 2)
+            begun, ended = (np.bincount(column, minlength=len(part) + 1) for column in places.T)
+            outside = np.flatnonzero((begun - ended).cumsum()[:-1] == 0)
+            lost += sum(not part[place].isspace() for place in outside)
+        return lost
+
     def _encode(self, text: str, special_as_text: bool) -> list[int]:
+        return self._encoding(text, special_as_text).ids
+
+    def _encoding(self, text: str, special_as_text: bool):
         self.tokenizer.encode_special_tokens = special_as_text
         try:
-            return self.tokenizer.encode(without_half_characters(text), add_special_tokens=False).ids
+            return self.tokenizer.encode(without_half_characters(text), add_special_tokens=False)
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f"a part of it has no id, and there is no unknown token ({error})") from error
 

@@ -266,6 +266,33 @@ def test_openwebtext_with_a_tokenizers_file(prepare_here, tmp_path, num_proc):
     assert common.open_dataset(tmp_path / "out")[0] == meta
 
 
+@pytest.mark.parametrize("name, texts, remark", [
+    ("words", ["a b", "a c漢 b c"], "25.00% of the tokens, 2, are the unknown token"),
+    ("words", ["a b"] * 2, ""),
+    ("pairs", ["ab b", "a漢 \n🙂cb a"], "3 characters of the text have no token, and are left out"),
+    ("pairs", ["ab b", " \n"], ""), ("some bytes", ["ab", "a漢b漢"], "2 characters of the text have no token"),
+    ("bytes", ["ab 漢", "🙂"], ""), ("fallback", ["ab 漢", "🙂"], "")])
+def test_what_a_vocabulary_does_not_cover_is_counted(prepare_here, tmp_path, capsys, name, texts, remark):
+    """Checked by hand: documents end with a token too, and blanks are left out by design."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {"words": ["?", "a", "b"], "bytes": alphabet, "some bytes": ["Ġ", "a", "b"],
+              "fallback": ["a", "b", *(f"<0x{i:02X}>" for i in range(256))]}.get(name, ["a", "b"])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?") if name == "words" else models.BPE(
+        vocabulary, [], byte_fallback=name == "fallback"))
+    made.pre_tokenizer = (pre_tokenizers.ByteLevel(add_prefix_space=False) if "bytes" in name
+                          else pre_tokenizers.WhitespaceSplit())
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "made.json"))
+    source = write_jsonl(tmp_path / "texts.jsonl", texts)
+    prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1,
+                 "--tokenizer", tmp_path / "made.json", "--val-fraction", 0.5)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(remark or "wrote ") and read(tmp_path / "out")
+
+
 def test_a_document_without_ids_is_named(prepare_here, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -274,7 +301,8 @@ def test_a_document_without_ids_is_named(prepare_here, tmp_path):
     made.add_special_tokens(["</s>"])
     made.save(str(tmp_path / "words.json"))
     source = write_jsonl(tmp_path / "texts.jsonl", ["a b", "b " * 100 + "c", "a"])
-    reason = f"the document that begins with {'b ' * 25!r} does not fit the vocabulary: a part of it has no id"
+    reason = (f"the document that begins with {'b ' * 25!r} does not fit the vocabulary: a part of it has no "
+              "id")
     with pytest.raises(ValueError, match=re.escape(reason)):
         prepare_here("openwebtext", "--source", source, "--out-dir", tmp_path / "out", "--num-proc", 1,
                      "--tokenizer", tmp_path / "words.json")
