@@ -59,11 +59,12 @@ def is_transposed(name: str) -> bool:
 # ---- GPT-2 in ----------------------------------------------------------------------------------------------
 
 def find(init_from: str) -> str | None:
-    """The folder of the GPT-2 that init_from names, after its download; None if it names none.
+    """The folder of the GPT-2 that init_from names, after its download; None if it names none. A folder
+    with a config.json comes before the hub's GPT-2 of its name.
 
     Raises ValueError where it cannot be downloaded.
     """
-    if init_from not in GPT2_NAMES:
+    if init_from not in GPT2_NAMES or os.path.isfile(os.path.join(init_from, "config.json")):
         return init_from if init_from not in INIT_FROM and os.path.isdir(init_from) else None
     try:
         import huggingface_hub

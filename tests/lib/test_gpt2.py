@@ -3,6 +3,8 @@ import json
 import math
 import os
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -157,6 +159,17 @@ def test_compiled_it_computes_the_same(saved):
     torch.testing.assert_close(again, loss)
     for a, b in zip(torch.autograd.grad(again, list(model.parameters())), expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+def test_a_folder_comes_before_the_hubs_gpt2_of_its_name(copied, monkeypatch, tmp_path):
+    copied().rename(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(
+        snapshot_download=lambda name, **_: asked.append(name) or "downloaded"))
+    assert gpt2.find("gpt2") == "gpt2" and not asked
+    (tmp_path / "gpt2-xl").mkdir()  # without a config.json, such as a run's folder
+    assert gpt2.find("gpt2-xl") == "downloaded" and asked == ["openai-community/gpt2-xl"]
+
 
 # ---- What cannot be taken in -------------------------------------------------------------------------------
 
