@@ -6,10 +6,12 @@ The folder holds model.safetensors, config.json, generation_config.json, the tok
 and, unless the model is a plain GPT-2, modeling_structured_gpt.py, the code of the model. docs/export.md says
 how to load it. Config files and --key=value override the keys below; --help lists them.
 """
+import itertools
 import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 
 from configurator import configure, fail
 from lib.terminal import prepare_output
@@ -322,9 +324,17 @@ def model_card(name: str, model: GPT, tok: tokenizer.Tokenizer, checkpoint: dict
 
 
 def example_prompt(tok: tokenizer.Tokenizer) -> str:
-    """'The', or a letter of the vocabulary where it lacks those of this word."""
-    chars = getattr(tok, "chars", "The")
-    return "The" if set("The") <= set(chars) else next(filter(str.isalpha, chars), chars[0])
+    """'The', or the text of a token where the vocabulary lacks this word: the first that is of letters, or
+    the first of all."""
+    def is_known(text: str) -> bool:
+        try:
+            return bool(ids := tok.encode(text)) and tok.unknown_id not in ids
+        except ValueError:
+            return False
+
+    def tokens() -> Iterator[str]:
+        return (tok.decode([i]) for i in range(tok.vocab_size))
+    return next(filter(is_known, itertools.chain(["The"], filter(str.isalpha, tokens()), tokens())), "The")
 
 
 def describe_structure(config: GPTConfig) -> str:

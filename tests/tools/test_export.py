@@ -527,3 +527,16 @@ def test_without_transformers(tmp_path, refused, monkeypatch):
     ("\n Thes", None, "The"), ("\n αβ", None, "α"), ("\n αβ\ufffd", "\ufffd", "α")])
 def test_the_model_card_has_a_prompt_of_the_alphabet(characters, unknown, prompt):
     assert export.example_prompt(CharTokenizer(characters, unknown)) == prompt
+
+
+@pytest.mark.parametrize("model, tokens, prompt", [
+    ("WordLevel", ["</s>", "1", "κόσμε"], "κόσμε"), ("WordLevel", ["</s>", "1", "-"], "</s>"),
+    ("BPE", ["</s>", "1", "α"], "α"), ("WordPiece", ["[UNK]", "</s>", "##a", "no"], "no"),
+    ("BPE", ["</s>", "T", "h", "e"], "The")])
+def test_the_model_card_has_a_prompt_that_the_file_has_ids_for(model, tokens, prompt):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    options = dict(merges=[]) if model == "BPE" else dict(unk_token="[UNK]")
+    made = Tokenizer(getattr(models, model)({token: i for i, token in enumerate(tokens)}, **options))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>"])
+    assert export.example_prompt(FileTokenizer(made.to_str())) == prompt
