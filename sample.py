@@ -15,7 +15,7 @@ from lib.terminal import prepare_output
 
 # what to sample
 out_dir: str = "out"                    # a run's out_dir (its ckpt.pt), or a checkpoint file
-start: str = "\n"                       # the prompt; FILE:path reads it from a file, - from stdin
+start: str | None = None                # the prompt; FILE:path: from a file, -: from stdin; None: a new text
 prompts: str | None = None              # a file of prompts instead, one a line; *.jsonl: JSON texts
 batch_size: PositiveInt = 8             # samples at once with prompts; windows at once with eval
 num_samples: PositiveInt = 1            # texts to make from each prompt
@@ -91,6 +91,7 @@ model.to(device)
 
 block_size = model.config.block_size
 end_of_text = tok.end_of_text if stop_at_end else None
+new_text = start is None and prompts is None  # which begins after tok.start
 
 # ---- Texts, and their tokens -------------------------------------------------------------------------------
 
@@ -161,7 +162,8 @@ class Continuation:
     def __init__(self, prompt: list[int], unread: int):
         self.unread = unread  # tokens of the prompt that come before its continuation
         self.left = max_new_tokens  # 0 where the text has ended
-        self.decode, self.before_stop = tok.decoder(after=prompt), StopText(stop)
+        after = () if new_text else prompt  # tok.start is not part of the text
+        self.decode, self.before_stop = tok.decoder(after), StopText(stop)
 
     def add(self, token: int) -> str:
         """The text that this token completes; "" for the prompt's own tokens, and after the end."""
@@ -201,6 +203,8 @@ def print_samples() -> None:
     """Prints each prompt with its continuations: as they come, or when those of a batch have all ended."""
     if prompts is not None:
         texts = read_prompts(prompts)
+    elif start is None:
+        texts = [""]
     elif start == "-" or start.startswith("FILE:"):
         texts = [read_text(start.removeprefix("FILE:"), "prompt file")]
     else:
@@ -208,9 +212,10 @@ def print_samples() -> None:
     samples = []  # (what is printed before a continuation, the prompt's tokens)
     for i, text in enumerate(texts, 1):
         name = f"prompt {i} of {len(texts)}" if prompts is not None else ""
-        ids = encode(text, name or "prompt")
+        ids = [tok.start] if new_text else encode(text, name or "prompt")
         if not ids:
-            fail(f"the {name or 'prompt'} is empty: give it at least one character")
+            fail(f"the {name or 'prompt'} " + ("has no tokens in this vocabulary" if text else
+                                               "is empty: give it at least one character"))
         for j in range(1, num_samples + 1):
             number = f"sample {j} of {num_samples}" if num_samples > 1 else ""
             heading = ", ".join(filter(None, (name, number)))

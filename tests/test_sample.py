@@ -151,7 +151,7 @@ def test_top_k_top_p_and_temperature(tmp_path):
     assert shares(temperature=0.5) == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30], abs=0.04)
 
 
-@pytest.mark.parametrize("prompt", ['"""Return"""', "'a' + 'b'", "None"])
+@pytest.mark.parametrize("prompt", ['"""Return"""', "'a' + 'b'", "'None'"])
 def test_a_prompt_keeps_its_quotes(prompt, sample, out):
     """Python code arrives whole, as the shell hands it on."""
     expected = likeliest(out / "ckpt.pt", prompt, 1) + "\n"
@@ -252,6 +252,28 @@ def test_where_a_text_ends(settings, text, parrot):
     is three tokens, and 9 more are left."""
     settings = dict(out_dir=parrot, start="漢", temperature=0, max_new_tokens=12) | settings
     assert here(**settings) == (text + "\n", "")
+
+
+def test_without_a_prompt_a_new_text_begins(sample, out, parrot):
+    """After the end-of-text token, or the newline; neither is printed."""
+    assert here(out_dir=parrot, temperature=0) == ("漢字 naïve 🙂 one\r\n\n two\n", "")
+    assert sample(temperature=0) == greedy(out / "ckpt.pt", "\n", 20)[1:] + "\n"
+
+
+@pytest.mark.parametrize("make, start, expected", [
+    ("BPE", None, r"[ab</s> ]+\n"), ("BPE", "\n", "the prompt has no tokens in this vocabulary"),
+    ("characters", None, "[ab]{3}\n")])
+def test_a_vocabulary_without_a_newline(make, start, expected, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    pairs = Tokenizer(models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
+    tok = FileTokenizer(pairs.to_str()) if make == "BPE" else CharTokenizer("ab")
+    config = dict(block_size=8, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_embd=4)
+    torch.save({"model": model.GPT(model.GPTConfig(**config)).state_dict(), "model_args": config,
+                "tokenizer": tok.to_meta()}, tmp_path / "ckpt.pt")
+    printed, error = here(out_dir=tmp_path, max_new_tokens=3, stop_at_end=False,
+                          **({} if start is None else {"start": start}))
+    assert re.fullmatch(expected, printed) or expected in error
 
 
 @pytest.mark.parametrize("settings, texts", [
