@@ -130,10 +130,15 @@ def main() -> int:
         fail(f"steps must be at least 2, since the first moves zeros alone; got {steps}")
     if any(w < 32 or w % 32 for w in widths) or len(set(widths)) < 2:
         fail(f"widths must be two or more different multiples of 32, the size of a head; got {widths}")
-    names = structs.split(",")
+    names = [name.strip() for name in structs.split(",")]
+    if len(set(names)) < len(names):
+        fail(f"structs must name every structure once; got {structs!r}")
     for name in names:
         structure_config(name)      # ends here for an unknown one, not after the structures before it
     meta, splits = open_dataset(dataset)
+    if len(splits["train"]) <= block_size:
+        fail(f"train.bin of the dataset holds {len(splits['train'])} tokens, too few for block_size = "
+             f"{block_size}")
     rows, status = [], 0
     for name in names:
         rows += (found := check_structure(name, splits["train"], meta["vocab_size"]))
@@ -143,6 +148,9 @@ def main() -> int:
             line, status = line + f"  <- not below {LIMIT:g}", 1
         print(line, flush=True)
     write_csv(os.path.join(out, "coordinate_check.csv"), rows)
+    if not any(0 < row["rms"] < math.inf for row in rows):
+        print("no figure: every value is 0 or not finite")
+        return status
     with optional_figures():
         draw(rows, out)
     return status

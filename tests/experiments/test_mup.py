@@ -52,6 +52,8 @@ def test_coordinates_that_diverge_fail(run, python_text, tmp_path):
     done = run("experiments.coordinate_check", "--structs=dense", "--widths=32,64", "--learning_rate=1e29",
                f"--dataset={python_text}", f"--out={tmp_path}")
     assert done.returncode == 1 and "inf" in done.stdout and "not below 2" in done.stdout
+    assert "no figure: every value is 0 or not finite" in done.stdout and not done.stderr
+    assert (tmp_path / "coordinate_check.csv").exists()
 
 
 @pytest.fixture
@@ -88,10 +90,17 @@ def test_measured_sizes_are_those_of_known_activations(coordinate_check):
     (["--structs=dense,bt"], "'bt'"), (["--structs=quickstart"], "is no structure config"),
     (["--widths=128,"], "widths"),
     (["--widths=100,200"], "widths"), (["--steps=1"], "steps"), (["--seeds=0"], "seeds"),
-    (["--learning_rate=-1"], "learning_rate"), (["--dataset=nowhere"], "nowhere")])
+    (["--learning_rate=-1"], "learning_rate"), (["--dataset=nowhere"], "nowhere"),
+    (["--structs=dense, dense"], "every structure once"), (["--structs=dense, bt"], "'bt'")])
 def test_mistakes_in_a_coordinate_check_are_one_sentence(refused, tmp_path, flags, word):
     assert word in refused("experiments.coordinate_check", *flags, f"--out={tmp_path}/c")
     assert not (tmp_path / "c").exists()
+
+
+def test_too_little_text_for_a_coordinate_check_is_one_sentence(refused, python_text, tmp_path):
+    assert "too few for block_size = 9999999" in refused(
+        "experiments.coordinate_check", "--block_size=9999999", f"--dataset={python_text}",
+        f"--out={tmp_path}/c")
 
 
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)     # a step is a factor 10
