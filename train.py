@@ -237,7 +237,7 @@ if wandb_log:
     progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
     logger.start_wandb(project=wandb_project, name=wandb_run_name, config=config, id=progress.wandb_id,
                        resume="allow")
-logger.log(type="run", config=config, model_args=model_args, torch=torch.__version__,
+logger.log(type="run", config=config, model_args=model_args, **digests, torch=torch.__version__,
            python=sys.version.split()[0], device=device_name(device), processes=ddp_world_size, dtype=dtype,
            compile=compile, params=raw_model.num_params(), active_params=raw_model.num_params(active=True),
            flops_per_token=train_flops_per_token, tokens_per_iter=tokens_per_iter,

@@ -29,6 +29,7 @@ losses: tuple = ()              # validation losses at which FLOPs and time are 
 smoothing: UnitFloat = 0.9      # of training losses: weight of the average before, at each logged iteration
 out: str = "out-compare"        # folder of the figure
 
+DIGEST = "the digest of the validation windows"
 AXES = {"iter": "iterations", "tokens": "tokens", "flops": "training FLOPs", "seconds": "training seconds"}
 
 
@@ -117,7 +118,8 @@ def measured_on(start: dict) -> dict:
     """What validation losses must have in common to be comparable."""
     config = start["config"]
     found = {"dataset": config["dataset"], "vocabulary": start.get("model_args", {}).get("vocab_size"),
-             "block_size": config["block_size"], "validation windows": validation_windows(config)}
+             "block_size": config["block_size"], "validation windows": validation_windows(config),
+             DIGEST: start.get("measured_on", "")[:12] or None}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -144,8 +146,13 @@ def name_runs(runs: list[Run]) -> None:
 
 def remarks(runs: list[Run]) -> list[str]:
     """What a reader must know before comparing the losses."""
-    notes = []
-    for key in different([run.measured for run in runs]):
+    notes, keys = [], different([run.measured for run in runs])
+    # equal digests are equal tokens, whatever a dataset is called; other windows have another digest anyway
+    same_windows = not {"block_size", "validation windows"} & set(keys)
+    decides = same_windows and all(DIGEST in run.measured for run in runs)
+    for key in keys:
+        if key == ("dataset" if decides else DIGEST):
+            continue
         values = ", ".join(f"{run.measured[key]} ({run.label})" for run in runs if key in run.measured)
         notes.append(f"these validation losses do not measure the same, compare them with care: {key} is "
                      + values)

@@ -11,6 +11,7 @@ from tools import compare
 CONFIG = dict(struct="dense", dataset="d", block_size=10, eval_tokens=None, eval_iters=2, batch_size=5,
               learning_rate=0.01, min_lr=0.001, max_iters=40, lr_decay_iters=40, num_experts=0, rank=None,
               out_dir="out", seed=1, weight_norm=False, head_aligned=False)
+DIGEST = "the digest of the validation windows"
 
 
 def start(**changes):
@@ -159,6 +160,35 @@ def test_losses_that_do_not_measure_the_same_are_remarked_on(changes, words, tmp
     notes = compare.remarks(runs)
     assert len(notes) == (words is not None)
     assert all(words in note and "do not measure the same" in note for note in notes)
+
+
+@pytest.mark.parametrize("digests, changes, words", [
+    (("a1", "a1"), {"dataset": "/a/copy"}, []),
+    (("a1", "b2"), {}, [f"{DIGEST} is a1 (run0), b2 (run1)"]),
+    (("a1", "b2"), {"dataset": "other"}, [f"{DIGEST} is a1 (run0), b2 (run1)"]),
+    (("a1", None), {"dataset": "other"}, ["dataset is d (run0), other (run1)"]),
+    (("a1", "b2"), {"block_size": 20}, ["block_size is 10"]),
+    (("a1", "b2"), {"eval_iters": 3, "dataset": "other"}, ["dataset is", "validation windows is 10"])])
+def test_equal_validation_tokens_count_not_the_name_of_the_dataset(digests, changes, words, tmp_path):
+    """Logs without a digest are older; one of other windows says nothing of the dataset."""
+    runs = []
+    for i, (digest, config) in enumerate(zip(digests, [{}, changes])):
+        line = start(**config) | ({"measured_on": digest} if digest else {})
+        runs.append(compare.read_run(write(tmp_path / f"run{i}", line)))
+        runs[-1].label = f"run{i}"
+    notes = compare.remarks(runs)
+    assert len(notes) == len(words) and all(part in note for part, note in zip(words, notes)), notes
+
+
+def test_the_log_of_train_has_the_digest(train, python_text, tmp_path):
+    from data.batches import Batches
+    from data.common import open_dataset
+    out = train(tmp_path / "out", max_iters=0)
+    config = log.read_log(str(out))[0]["config"]
+    sizes = {key: config[key] for key in ("block_size", "batch_size", "seed")}
+    batches = Batches(open_dataset(str(python_text))[1], **sizes, sequences=1, device="cpu",
+                      val_windows=log.validation_windows(config))
+    assert compare.read_run(str(out)).measured[DIGEST] == batches.val_digest()[:12]
 
 
 def test_smoothing_by_hand():
