@@ -198,7 +198,7 @@ def make_model() -> GPT:
 
 raw_model = or_fail(make_model)
 if gpt2_folder:
-    or_fail(gpt2.load_weights, gpt2_folder, raw_model)
+    or_fail(gpt2.load_weights, gpt2_folder, raw_model, meta["tokenizer"])
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type,
                                            mup_base_width if mup else None)
 finite_steps = FiniteSteps(optimizer)  # its step() sets the rates, and steps where loss and norm are finite

@@ -3,6 +3,7 @@
 There a Conv1D keeps its matrix as (d_in, d_out), and one Conv1D makes q, k and v; here every projection has a
 matrix of its own, (1, d_out, d_in). Errors that a user can fix are ValueError, with one sentence.
 """
+import contextlib
 import json
 import math
 import os
@@ -31,6 +32,8 @@ FIELDS = {"vocab_size": ("vocab_size", 50257), "n_positions": ("block_size", 102
           "layer_norm_epsilon": ("norm_eps", 1e-5), "tie_word_embeddings": ("tie_embeddings", True)}
 # activation_function: the field gelu; of the names of one function, the last is written
 GELUS = {"gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu": "exact"}
+# some of the vocabulary that data calls gpt2
+GPT2_TOKENS = {"!": 0, "Ġthe": 262, "<|endoftext|>": 50256}
 # what else makes this model a GPT-2
 FIXED = dict(struct="dense", bias=True, qk_norm=False, num_experts=0, ffn_experts=0, weight_norm=False,
              head_aligned=False, branch_scale=1.0)
@@ -128,9 +131,10 @@ def read_settings(folder: str) -> dict:
     return FIXED | fields | dict(gelu=GELUS[activation], attention_scale=head_size ** -0.5 if scaled else 1.0)
 
 
-def load_weights(folder: str, model) -> None:
+def load_weights(folder: str, model, tokenizer: dict | None = None) -> None:
     """Puts the weights of the GPT-2 in `folder` into a model of its settings. A collective: all ranks end
-    with rank 0's. Rows beyond the model's vocabulary and positions are left out.
+    with rank 0's. Rows beyond the model's vocabulary and positions are left out. tokenizer: the data's, as
+    meta.json describes it; there is a remark if its ids are those of other tokens.
 
     Raises ValueError for weights that cannot be read or do not fit, and for a vocabulary that is not the
     model's; up to 127 rows more than that are padding.
@@ -159,8 +163,36 @@ def load_weights(folder: str, model) -> None:
 
     on_all_ranks(load)
     print0(f"starting from the weights of {folder}")
+    if tokenizer and (remark := other_tokens(folder, tokenizer)):
+        print0(remark)
     weights = list(model.state_dict().values())
     distributed.broadcast_tensors(weights, 0, weights[0].device)
+
+
+def other_tokens(folder: str, tokenizer: dict) -> str | None:
+    """A remark if a tokenizer.json or vocab.json in `folder` gives a token another id than the data's
+    tokenizer; None if it does not, or there is none that can be read."""
+    match tokenizer:
+        case {"name": "char", "characters": characters}:
+            ours = {character: i for i, character in enumerate(characters)}
+        case {"name": "tokenizers", "json": text}:
+            ours = _token_ids(json.loads(text))
+        case _:
+            ours = GPT2_TOKENS if tokenizer["name"] == "gpt2" else {}
+    for name in ("tokenizer.json", "vocab.json"):
+        with contextlib.suppress(ValueError):
+            theirs = _token_ids(_read_json(os.path.join(folder, name)))
+            if others := [token for token in ours if theirs.get(token, ours[token]) != ours[token]]:
+                return (f"the weights belong to another vocabulary than the data: {others[0]!r} is "
+                        f"{theirs[others[0]]} in {folder}/{name}, and {ours[others[0]]} in the data")
+    return None
+
+
+def _token_ids(file: dict) -> dict[str, int]:
+    """{token: id} of a tokenizer.json, or of a vocab.json, which may have a token "model"."""
+    model = file.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else file
+    return vocabulary if isinstance(vocabulary, dict) else {}
 
 
 def read_tensors(folder: str) -> dict[str, Tensor]:

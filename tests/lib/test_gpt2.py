@@ -160,6 +160,29 @@ def test_compiled_it_computes_the_same(saved):
     for a, b in zip(torch.autograd.grad(again, list(model.parameters())), expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
+WORDS = {"name": "tokenizers", "json": json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}), "end_of_text": 0}
+CHARS = {"name": "char", "characters": "ab"}
+
+
+@pytest.mark.parametrize("file, contents, tokenizer, remark", [
+    ("vocab.json", {"b": 0, "model": 1}, CHARS, "'b' is 0 in "),
+    ("vocab.json", {"a": 0, "c": 1}, CHARS, None),
+    ("tokenizer.json", {"model": {"vocab": {"a": 1, "b": 0}}}, WORDS, "'a' is 1 in "),
+    ("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1}}}, WORDS, None),
+    ("tokenizer.json", {"model": {"vocab": [["a", -1.0]]}}, WORDS, None), ("vocab.json", [], CHARS, None),
+    ("other.json", {"b": 0}, CHARS, None), ("vocab.json", {"!": 3, "b": 1}, {"name": "gpt2"}, "'!' is 3 in "),
+    ("vocab.json", {"!": 0, "\u0120the": 262, "<|endoftext|>": 50256}, {"name": "gpt2"}, None),
+    ("vocab.json", {"!": 3}, {"name": "cl100k_base"}, None)])
+def test_weights_of_another_vocabulary_are_remarked_on(copied, capsys, file, contents, tokenizer, remark):
+    """Which may have as many tokens."""
+    folder = copied()
+    (folder / file).write_text(json.dumps(contents))
+    gpt2.load_weights(str(folder), GPT(GPTConfig(**gpt2.read_settings(str(folder)))), tokenizer)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("starting from the weights of ") and len(lines) == (remark is not None)
+    assert all(remark in line and "another vocabulary than the data" in line for line in lines)
+
+
 def test_a_folder_comes_before_the_hubs_gpt2_of_its_name(copied, monkeypatch, tmp_path):
     copied().rename(tmp_path / "gpt2")
     monkeypatch.chdir(tmp_path)
@@ -303,9 +326,12 @@ def test_finetuning_learns_and_resumes(saved, finetune, run, tmp_path):
     assert done.returncode == 0 and len(done.stdout) == 4 + 9 + 1
 
 
-def test_two_processes_start_from_the_same_weights(saved, finetune, tmp_path):
-    done = finetune(processes=2, init_from=saved()[0], max_iters=0)
+def test_two_processes_start_from_the_same_weights(saved, copied, finetune, tmp_path):
+    """And one of them says that the weights belong to other characters, though to as many."""
+    (copied() / "vocab.json").write_text(json.dumps({"a": 0}))
+    done = finetune(processes=2, init_from=tmp_path / "copied", max_iters=0)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("another vocabulary than the data: 'a' is 0 in ") == 1
     weights = load(tmp_path / "out" / "ckpt.pt")["model"]
     assert torch.equal(weights["wte.weight"], saved()[1].transformer.wte.weight)
 
