@@ -45,6 +45,12 @@ def keys_of_file(path: str) -> set[str]:
         return set()
 
 
+def launcher() -> list[str]:
+    """The words before train.py: torchrun's where this run has several processes, all on one node."""
+    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return ["torchrun", f"--nproc_per_node={here}"] if here == processes > 1 else ["python"]
+
+
 def dense_command(arguments: Sequence[str], config: dict, adopted: dict, ratio: float) -> tuple[str, str]:
     """(command, out_dir) of the dense run beside a run, with `ratio` times its iterations: see
     next_commands."""
@@ -61,8 +67,8 @@ def dense_command(arguments: Sequence[str], config: dict, adopted: dict, ratio: 
         words.append(flag_of("lr_decay_iters", decay))
     out_dir = config["out_dir"]
     if out_dir == default_out_dir(arguments) != default_out_dir(words):
-        return shlex.join(["python", "train.py", *words]), default_out_dir(words)
-    return shlex.join(["python", "train.py", *words, f"--out_dir={out_dir}-dense"]), f"{out_dir}-dense"
+        return shlex.join([*launcher(), "train.py", *words]), default_out_dir(words)
+    return shlex.join([*launcher(), "train.py", *words, f"--out_dir={out_dir}-dense"]), f"{out_dir}-dense"
 
 
 def next_commands(arguments: Sequence[str], config: dict, adopted: dict, ratio_to_dense: float) -> str:

@@ -80,6 +80,17 @@ def test_dense_takes_the_place_of_the_structure_alone(arguments, out_dir, comman
     assert f" {command}\n" in commands(arguments, out_dir=out_dir or default_out_dir(arguments))
 
 
+@pytest.mark.parametrize("world, here, launcher", [
+    ("4", "4", "torchrun --nproc_per_node=4"), ("1", "1", "python"),
+    ("8", "4", "python")])  # of two nodes, one cannot start the other
+def test_the_dense_run_has_as_many_processes(world, here, launcher, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    text = commands(["config/btt_moe.py"], out_dir="out-btt_moe")
+    assert f" {launcher} train.py config/dense.py --max_iters=25\n" in text
+    assert proposed(text)["sample more"][:2] == ["python", "sample.py"]
+
+
 @pytest.mark.parametrize("init_from, proposes", [("scratch", True), ("auto", True), ("resume", True),
                                                  ("gpt2", False), ("out/ckpt.pt", False)])
 def test_no_dense_run_beside_one_from_other_weights(init_from, proposes):
