@@ -41,7 +41,7 @@ class GPTConfig(LayerConfig):
     layers: str = "all"             # which projections are structured: 'all', 'attn', 'mlp'; others are dense
     ffn_experts: int = 0            # standard MoE: experts that are whole MLPs
     qk_norm: bool = True            # layer norm of queries and keys, per head
-    # φ of q, k, v and γ of o are the heads; None: for monarch and btt, unless num_experts or layers = "mlp"
+    # φ of q, k, v and γ of o are the heads; None: for btt and monarch without experts, if of full rank then
     head_aligned: bool | None = None
     gelu: str = "exact"             # or its 'tanh' approximation
     norm_eps: float = 1e-5          # of every layer norm
@@ -74,8 +74,7 @@ class GPTConfig(LayerConfig):
 
     def _resolve_head_aligned(self) -> None:
         if self.head_aligned is None:
-            suits = self.struct in ("monarch", "btt") and not self.num_experts
-            self.head_aligned = suits and self.layers != "mlp"
+            self.head_aligned = self._suits_heads()
         if self.head_aligned and self.layers == "mlp":
             raise ValueError("head_aligned needs structured attention: layers must be 'all' or 'attn'")
         theta = structured.STRUCTURES.get(self.struct)
@@ -83,6 +82,17 @@ class GPTConfig(LayerConfig):
         if self.head_aligned and not has_both and self.struct != "einsum":
             raise ValueError("head_aligned needs a structure with γ and φ: monarch, btt, or an einsum that "
                              f"has both; struct is {self.struct!r}")
+
+
+    def _suits_heads(self) -> bool:
+        """Whether q, k, v and o are of BTT or Monarch, without experts, and keep full rank when they follow
+        the heads: BTT mostly does, by its ρ; Monarch needs √n_embd heads."""
+        if self.struct not in ("monarch", "btt") or self.num_experts or self.layers == "mlp":
+            return False
+        if self.cheapest_sizes:  # an old checkpoint, which may lack the answer
+            return True
+        d, fixed = self.n_embd, (dict(phi=self.n_head), dict(gamma=self.n_head))
+        return all(structured.layer_sizes(self, 0, d, d, **index).rank() == d for index in fixed)
 
 
 def projection(config: GPTConfig, part: str, d_in: int, d_out: int, **role) -> nn.Module:

@@ -14,8 +14,7 @@ with α·β·γ = d_in and δ·ε·φ = d_out. In code each index, and its size,
 T is the number of rows (tokens), E that of experts, k of them chosen per token. The sizes come from exponents
 θ in [0, 1]^7 that do not depend on the width: size_α = d_in^θα, ..., size_φ = d_out^θφ, size_ρ = min(d_in,
 d_out)^θρ. Dense, low-rank, Kronecker, Monarch, Tensor-Train and Block Tensor-Train matrices are points of
-this space (STRUCTURES), and one class, Einsum, serves it all. Read on: Theta, Sizes, the layers (Structured,
-Einsum, Dyad), the mixture of experts (MoE), and linear().
+this space (STRUCTURES), and one class, Einsum, serves it all.
 
 Source: Potapczynski et al., "Searching for Efficient Linear Layers over a Continuous Space of Structured
 Matrices" (NeurIPS 2024, arXiv 2410.02117); DYAD: Chandy et al., arXiv 2312.06881. FLOPs count 2 per
@@ -95,10 +94,11 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
         return self.flops_exponent - 1
 
     def sizes(self, d_in: int, d_out: int, rank: int | None = None, *, gamma: int | None = None,
-              phi: int | None = None) -> "Sizes":
+              phi: int | None = None, summed: float = 1) -> "Sizes":
         """Integer sizes that multiply out to the widths exactly: the divisor triples nearest to d^θ in log
-        space; ties go to the fewest FLOPs, then the fewest parameters. `rank` overrides ρ; `gamma`
-        and `phi` fix the size of their index, and the other two share the rest of the width.
+        space; ties go to the greatest rank of a sum of `summed` such matrices, then to the fewest FLOPs, then
+        the fewest parameters. `rank` overrides ρ; `gamma` and `phi` fix the size of their index, and the
+        other two share the rest of the width.
 
         Raises ValueError where a width is not positive or does not factor near the targets, where the rank is
         not in 1 ... min(d_in, d_out), and where a fixed index has no exponent or does not divide its width.
@@ -109,7 +109,7 @@ class Theta(NamedTuple("Theta", [(name, float) for name in INDICES])):
             rank = max(1, round(least ** self.rho))
         if not 1 <= rank <= least:
             raise ValueError(f"rank must be between 1 and {least} for {d_in} -> {d_out}; got {rank}")
-        return _nearest_sizes(self, d_in, d_out, rank, gamma, phi)
+        return _nearest_sizes(self, d_in, d_out, rank, gamma, phi, summed)
 
 
 # ρ = 1 in dense, kronecker and monarch; 'einsum' takes its θ from the caller, and 'dyad' has none
@@ -169,6 +169,11 @@ class Sizes(NamedTuple("Sizes", [(name, int) for name in INDICES])):
     def params(self) -> int:
         return sum(self.core_sizes().values())
 
+    def rank(self) -> int:
+        """The rank of W with generic cores: at most the widths, and what the indices between A and B pass."""
+        a, b, g, d, e, f, r = self
+        return min(self.d_in, self.d_out, b * g * d * f * r, a * g * e * f * r)
+
     def flops(self) -> int:
         """Forward FLOPs per token in the cheaper order."""
         return 2 * self.contraction()._multiply_adds()
@@ -184,7 +189,7 @@ class Sizes(NamedTuple("Sizes", [(name, int) for name in INDICES])):
 
 
 @functools.lru_cache(maxsize=4096)
-def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma, phi) -> Sizes:
+def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma, phi, summed) -> Sizes:
     """The cached body of Theta.sizes; the widths and the rank are checked."""
     for name, fixed, exponent, width in (("gamma", gamma, theta.gamma, d_in), ("phi", phi, theta.phi, d_out)):
         if fixed is not None and not 0 < exponent < 1:
@@ -198,7 +203,8 @@ def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma, phi) -
     except ValueError as e:
         raise ValueError(f"the map {d_in} -> {d_out} has no sensible factorization: {e}; dense and low_rank "
                          "take any width") from None
-    return min((Sizes(*i, *o, rank) for i in ins for o in outs), key=lambda s: (s.flops(), s.params(), s))
+    return min((Sizes(*i, *o, rank) for i in ins for o in outs),
+               key=lambda s: (-min(d_in, d_out, summed * s.rank()), s.flops(), s.params(), s))
 
 # ---- Layers ------------------------------------------------------------------------------------------------
 
@@ -214,6 +220,7 @@ class LayerConfig:
     bias: bool = False
     dyad_blocks: int = 4            # D, for struct 'dyad' alone
     dyad_variant: str = "it"        # 'it', 'ot' or 'dt', for struct 'dyad' alone
+    cheapest_sizes: bool = False    # of sizes that are as near, whatever their rank: as in old checkpoints
 
     def __post_init__(self):
         if self.struct not in STRUCTURES:
@@ -266,8 +273,7 @@ class Structured(nn.Module):
         return dict(self._fans)
 
     def init_std(self, name: str) -> float:
-        fan_in, fan_out = self._fans[name]
-        return math.sqrt(min(fan_in, fan_out)) / fan_in
+        return math.sqrt(min(self._fans[name])) / self._fans[name][0]
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
         """{parameter name: factor on Adam's learning rate}: d0 / (n · fan_in) for each core, else 1; n is
@@ -359,8 +365,7 @@ class Einsum(Structured):
         # the first core is used again along d_in, for β, and the second along d_out, for δ
         for (name, uses), width in zip(self.sizes.uses().items(), (self.d_in, self.d_out)):
             if uses > 1:
-                t = math.log(uses, width)
-                multipliers[name] *= (width / base_width) ** (t / 2)
+                multipliers[name] *= (width / base_width) ** (math.log(uses, width) / 2)  # t / 2
         return multipliers
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -439,7 +444,6 @@ class Dyad(Structured):
         return W
 
     def flops_per_token(self) -> int:
-        """Forward FLOPs per row."""
         return 4 * self.d_in * self.d_out // self.blocks
 
     def describe_sizes(self) -> str:
@@ -496,22 +500,19 @@ class MoE(nn.Module):
     def _dispatch(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, d_in), logits (T, E) -> y (T, d_out), chosen (T, k), with rows gathered by expert."""
         chosen = kernels.choose(logits, self.balance, self.top_k)
-        gates = kernels.gate_weights(logits, chosen)  # (T, k)
         order = chosen.flatten().to(torch.int16).argsort(stable=True)  # (T·k,) assignments by expert
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         rows = kernels.dispatch(x, order, place.view(chosen.shape))  # (T·k, d_in)
         y = self.experts(rows, self._counts(chosen).cumsum(0))  # (T·k, d_out)
-        return kernels.combine(y, gates, order, place), chosen
+        return kernels.combine(y, kernels.gate_weights(logits, chosen), order, place), chosen
 
     def _counts(self, chosen: Tensor) -> Tensor:
-        """Assignments to each expert: (E,)."""
-        return F.one_hot(chosen, self.num_experts).sum((0, 1))
+        return F.one_hot(chosen, self.num_experts).sum((0, 1))  # (E,) assignments to each expert
 
     def _aux(self, logits: Tensor, chosen: Tensor) -> Aux:
         load = self._counts(chosen).to(logits.dtype) / max(1, chosen.numel())
-        load_balance, z_loss = kernels.router_losses(logits, load)
         variance = (logits - logits.mean(1, keepdim=True)).detach().square().sum() / max(1, logits.numel())
-        return Aux(load_balance, z_loss, load, variance)
+        return Aux(*kernels.router_losses(logits, load), load, variance)
 
     @torch.no_grad()
     def rebalance(self, load: Tensor, variance: Tensor, rate: float | Tensor) -> None:
@@ -584,11 +585,10 @@ def layer_sizes(config: LayerConfig, num_experts: int, d_in: int, d_out: int, *,
     if rank not in (None, 1) and struct in ("dense", "kronecker", "monarch"):
         with_rank = dict(dense="low_rank", kronecker="tt", monarch="btt")[struct]
         raise ValueError(f"struct {struct!r} has no rank to set (got {rank}); {with_rank!r} has one")
-    if rank is None and num_experts and struct == "low_rank":
-        rank = max(1, min(d_in, d_out) // num_experts)  # all experts' ranks sum to full rank
-    elif rank is None and num_experts and struct != "einsum":
-        rank = 1
-    return theta.sizes(d_in, d_out, rank, gamma=gamma, phi=phi)
+    if rank is None and num_experts and struct != "einsum":  # low_rank: all experts make about full rank
+        rank = max(1, min(d_in, d_out) // num_experts) if struct == "low_rank" else 1
+    summed = math.inf if config.cheapest_sizes else config.top_k if num_experts else 1
+    return theta.sizes(d_in, d_out, rank, gamma=gamma, phi=phi, summed=summed)
 
 
 def _checked_sizes(sizes, d_in: int, d_out: int) -> Sizes:

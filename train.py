@@ -49,7 +49,7 @@ aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 �
 router_balance_rate: NonNegativeFloat = 0.0  # step size of router biases that even out the load; 0: none
 weight_norm: bool | None = None         # cap each core's rms at its init_std; None: for all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
-head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt without experts
+head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: where btt has full rank then
 dyad_blocks: PositiveInt = 4            # of struct 'dyad': blocks of each of its two matrices
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # what it permutes: 'it' inputs, 'ot' outputs, 'dt' both
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width; others have a factor

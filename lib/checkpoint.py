@@ -22,6 +22,8 @@ from lib.log import print0
 # what every checkpoint holds
 CONTENTS = dict(model=dict, optimizer=dict, scaler=dict, model_args=dict, config=dict, tokenizer=dict,
                 iteration=int, tokens=int, flops=float, best_val_loss=float)
+# what a checkpoint means that lacks a field, where that is not the field's default
+EARLIER = dict(model_args=dict(cheapest_sizes=True))
 
 
 @dataclasses.dataclass
@@ -343,6 +345,9 @@ def read_checkpoint(path: str, needed: dict[str, type] = CONTENTS) -> dict:
     wrong = [name for name, kind in needed.items() if not isinstance(checkpoint.get(name), kind)]
     if wrong:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks a valid {', '.join(wrong)}")
+    for name, earlier in EARLIER.items():
+        if isinstance(checkpoint.get(name), dict):
+            checkpoint[name] = earlier | checkpoint[name]
     return checkpoint
 
 

@@ -398,14 +398,32 @@ def test_head_aligned_projections_see_heads():
 
 
 @pytest.mark.parametrize("options, aligned", [
-    *((KINDS[kind], kind in ("monarch", "btt", "moe of btt")) for kind in KINDS),
-    (dict(struct="btt", layers="attn"), True), (dict(struct="btt", layers="mlp"), False)], ids=str)
-def test_monarch_and_btt_without_experts_are_head_aligned_by_default(options, aligned):
-    """φ or γ is 8 of a width of 64 = 8·8 where it is not, and the number of heads, 4, where it is."""
-    attn = GPT(GPTConfig(**SMALL | dict(n_head=4, n_embd=64) | options)).blocks[0].attn
-    for layer, index in ((attn.q, "phi"), (attn.k, "phi"), (attn.v, "phi"), (attn.o, "gamma")):
-        sizes = getattr(getattr(layer, "experts", layer), "sizes", None)
-        assert (sizes is not None and getattr(sizes, index) == 4) == aligned
+    *((KINDS[kind], kind in ("btt", "moe of btt")) for kind in KINDS),
+    (dict(struct="btt", layers="attn"), True), (dict(struct="btt", layers="mlp"), False),
+    (dict(struct="btt", rank=1), False), (dict(struct="btt", rank=2), True)], ids=str)
+def test_btt_without_experts_is_head_aligned_by_default_where_it_has_full_rank_then(options, aligned):
+    """φ or γ is then the number of heads, 4, instead of 8: with rank 1, as Monarch has, products of 32
+    columns."""
+    attn, free = (GPT(GPTConfig(**SMALL | dict(n_head=4, n_embd=64) | options | dict(head_aligned=follow)))
+                  .blocks[0].attn for follow in (None, False))
+    for name, index in (("q", "phi"), ("k", "phi"), ("v", "phi"), ("o", "gamma")):
+        sizes, of_free = (getattr(getattr(getattr(a, name), "experts", getattr(a, name)), "sizes", None)
+                          for a in (attn, free))
+        assert (sizes != of_free) == aligned
+        assert not aligned or (getattr(sizes, index), getattr(of_free, index)) == (4, 8)
+
+
+@pytest.mark.parametrize("struct, n_embd, n_head", [
+    ("monarch", 64, 4), ("monarch", 64, 8), ("monarch", 96, 6), ("btt", 64, 2), ("btt", 64, 4),
+    ("btt", 128, 4)])
+def test_heads_take_no_rank_away_by_default(struct, n_embd, n_head):
+    """q, k, v and o have the rank that they have where nothing follows the heads."""
+    def ranks(**options):
+        attn = GPT(GPTConfig(struct=struct, n_embd=n_embd, n_head=n_head, n_layer=1, vocab_size=32,
+                             block_size=16, weight_norm=False, **options)).double().blocks[0].attn
+        torch.nn.init.normal_(getattr(attn.o, attn.o.order[-1]))    # it starts at zero
+        return [int(torch.linalg.matrix_rank(layer.to_dense())) for layer in (attn.q, attn.k, attn.v, attn.o)]
+    assert ranks() == ranks(head_aligned=False)
 
 
 @pytest.mark.parametrize("options, word", [(dict(struct="dense"), "'dense'"), (dict(struct="tt"), "'tt'"),
@@ -490,7 +508,8 @@ def test_weights_of_the_first_version_mean_what_they_meant(kind):
     """Their names, their shapes, and the loss of a model with weights sin(0.7 i^1.1 + n), for the n-th by
     name."""
     options, loss, shapes = (MODELS_V1[kind][key] for key in ("options", "loss", "shapes"))
-    config = GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=2, n_embd=16, **options)
+    config = GPTConfig(block_size=8, vocab_size=12, n_layer=1, n_head=2, n_embd=16, cheapest_sizes=True,
+                       **options)
     model = GPT(config).double().eval()
     weights = dict(sorted(model.state_dict().items()))
     assert {name: list(w.shape) for name, w in weights.items()} == shapes

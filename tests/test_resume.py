@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from model import GPT, GPTConfig, load_checkpoint
 from tests.conftest import ROOT, SMALL, TINY, Hostile, write_ids
 from tests.runs import (assert_one_sentence, assert_same_checkpoint, cross_entropy, load, losses, name_run,
                         read_log, untimed)
@@ -258,6 +259,22 @@ def test_sample_reads_a_checkpoint_of_the_first_version(run, old_run):
     assert done.returncode == 0 and len(done.stdout) == 3 + 20 + 1, done.stderr
     text = done.stdout[:-1]
     assert sum(ord(b) == ord(a) + 1 for a, b in zip(text, text[1:])) > 10
+
+
+def test_a_checkpoint_from_before_rank_decided_between_sizes_keeps_its_own(trained, train, tmp_path):
+    """Of 8 = 2 x 4 as 4 x 2 or 2 x 4, in Monarch matrices: they had half of the rank."""
+    settings = TINY | dict(n_embd=8)
+    checkpoint = load(trained("monarch", **settings) / "ckpt.pt")
+    old = GPT(GPTConfig(**checkpoint["model_args"] | dict(cheapest_sizes=True)))
+    assert old.blocks[0].attn.q.sizes.rank() == 4
+    del checkpoint["model_args"]["cheapest_sizes"]
+    torch.save(checkpoint | dict(model=old.state_dict()), tmp_path / "old.pt")
+    assert load_checkpoint(str(tmp_path / "old.pt"))[2].blocks[0].attn.q.sizes == old.blocks[0].attn.q.sizes
+    out = train(tmp_path / "out", "monarch", **settings, init_from=tmp_path / "old.pt")
+    train(out, "monarch", **settings | dict(max_iters=6), init_from="resume")
+    resumed = load(out / "ckpt.pt")
+    assert resumed["iteration"] == 6 and resumed["model_args"]["cheapest_sizes"] is True
+    assert resumed["model"]["blocks.0.attn.q.A"].shape == old.blocks[0].attn.q.A.shape
 
 
 # What cannot be resumed

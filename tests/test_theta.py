@@ -130,21 +130,31 @@ def test_rank_of_matrices_grows_with_psi_in_quarters(theta):
 
 # Sizes
 
+@pytest.mark.parametrize("struct, top_k, rank", [("monarch", 2, 64), ("btt", 2, 64), ("monarch", 1, 128)])
+def test_experts_have_full_rank_together(struct, top_k, rank):
+    """Those of a token are added up: two of half the rank cost less, and suffice."""
+    layer = linear(struct, 128, 128, num_experts=8, top_k=top_k)
+    assert layer.experts.sizes.rank() == rank
+
+
 @settings(deadline=None, max_examples=120, derandomize=True)
-@given(simplex(), simplex(), st.floats(0, 1), smooth_widths, smooth_widths)
-def test_sizes_are_the_nearest_and_then_the_cheapest(inputs, outputs, rho, d_in, d_out):
+@given(st.sampled_from([1, 2, math.inf]), simplex(), simplex(), st.floats(0, 1), smooth_widths, smooth_widths)
+def test_sizes_are_the_nearest_then_of_the_greatest_rank_then_the_cheapest(summed, inputs, outputs, rho, d_in,
+                                                                           d_out):
+    def loss(s):
+        return -min(d_in, d_out, summed * min_cut(s)), *cost(s)
     theta = Theta(*inputs, *outputs, rho)
-    sizes = theta.sizes(d_in, d_out)
+    sizes = theta.sizes(d_in, d_out, summed=summed)
     assert sizes.d_in == d_in == math.prod(sizes[:3]) and sizes.d_out == d_out == math.prod(sizes[3:6])
     assert sizes.rho == max(1, round(min(d_in, d_out) ** rho))
     assert (sizes.flops(), sizes.params()) == cost(sizes)
 
     near_in, near_out = nearest_by_brute_force(d_in, inputs), nearest_by_brute_force(d_out, outputs)
     assert sizes[:3] in near_in and sizes[3:6] in near_out
-    assert cost(sizes) == min(cost(Sizes(*i, *o, sizes.rho)) for i in near_in for o in near_out)
+    assert loss(sizes) == min(loss(Sizes(*i, *o, sizes.rho)) for i in near_in for o in near_out)
 
     (a, b, g), (d, e, f) = inputs, outputs
-    assert cost(Theta(b, a, g, e, d, f, rho).sizes(d_in, d_out)) == cost(sizes)
+    assert loss(Theta(b, a, g, e, d, f, rho).sizes(d_in, d_out, summed=summed)) == loss(sizes)
 
 
 def test_both_contraction_orders_occur():
@@ -175,14 +185,16 @@ def min_cut(sizes):
 @given(explicit)
 def test_random_cores_have_the_greatest_rank(sizes):
     layer = randomize(linear("einsum", sizes.d_in, sizes.d_out, sizes=sizes))
-    assert torch.linalg.matrix_rank(layer.to_dense()).item() == min_cut(sizes)
+    assert torch.linalg.matrix_rank(layer.to_dense()).item() == min_cut(sizes) == sizes.rank()
 
 
 @pytest.mark.parametrize("struct, d_in, d_out, rank", [
     ("low_rank", 64, 256, 8), ("kronecker", 96, 384, 96), ("tt", 256, 64, 64), ("monarch", 144, 144, 144),
-    ("btt", 64, 256, 64), ("dense", 40, 24, 24)])
+    ("btt", 64, 256, 64), ("dense", 40, 24, 24),
+    ("monarch", 128, 128, 128), ("kronecker", 96, 96, 96), ("monarch", 128, 512, 128)])  # √128 is no integer
 def test_all_but_low_rank_have_full_rank(struct, d_in, d_out, rank):
-    assert torch.linalg.matrix_rank(make(struct, d_in, d_out).to_dense()).item() == rank
+    layer = make(struct, d_in, d_out)
+    assert torch.linalg.matrix_rank(layer.to_dense()).item() == rank == layer.sizes.rank()
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)

@@ -107,7 +107,7 @@ def settings_of(starts: list[dict]) -> dict:
     config |= {key: start[key] for key in ("dtype", "compile", "device", "processes") if key in start}
     follow = {"min_lr": config["learning_rate"] / 10, "lr_decay_iters": config["max_iters"],
               "weight_norm": config["struct"] != "dense",
-              "head_aligned": config["struct"] in ("monarch", "btt") and not config.get("num_experts")
+              "head_aligned": config["struct"] == "btt" and not config.get("num_experts")
               and config.get("layers") != "mlp"}
     config |= {key: None for key, value in follow.items() if config.get(key) == value}
     left_out = (*NO_EFFECT, "eval_iters", "eval_tokens", "backend")

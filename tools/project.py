@@ -23,7 +23,7 @@ struct: str = "btt"                     # low_rank, kronecker, monarch, tt, btt,
 rank: PositiveInt | None = None         # rank ρ; None: d^θρ
 theta: tuple | None = None              # exponents of alpha beta gamma delta epsilon phi rho, for 'einsum'
 layers: Literal["all", "attn", "mlp"] = "all"  # which projections; others stay dense
-head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: monarch, btt
+head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: where btt has full rank then
 dyad_blocks: PositiveInt = 4            # blocks of struct 'dyad'
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
 # in which norm they are nearest
@@ -170,8 +170,8 @@ def project(dense: GPT, moments) -> tuple[GPT, list[list]]:
     ValueError where the structure does not fit the widths.
     """
     config = dataclasses.replace(dense.config, struct=struct, rank=rank, theta=theta, layers=layers,
-                                 head_aligned=head_aligned, weight_norm=False, dyad_blocks=dyad_blocks,
-                                 dyad_variant=dyad_variant)
+                                 head_aligned=head_aligned, weight_norm=False, cheapest_sizes=False,
+                                 dyad_blocks=dyad_blocks, dyad_variant=dyad_variant)
     torch.manual_seed(seed)
     model = GPT(config)
     found = projections(model)  # those that stay dense too: a dense layer may have had a weight norm
