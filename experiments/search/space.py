@@ -3,8 +3,8 @@
 Optuna chooses five integers, each an index into one of the lists in LEVELS: θγ; θα's share of 1 - θγ, of
 which θβ has the rest; θφ; θδ's share of 1 - θφ, of which θε has the rest; and θρ. The lists hold the
 fractions of all structures of the paper. Named structures lie on corners and edges of the two simplices,
-which real numbers would never hit. Exchanging the two cores (α with β, δ with ε) gives the same matrices, so
-that shares of α start at 1/2.
+which real numbers would never hit. Exchanging the two cores (α with β, δ with ε) gives the same matrices but
+for the order of their inputs and outputs, which the heads alone see, so that shares of α start at 1/2.
 
 The model of a θ: among the widths in the list, and for θρ > 0 the ranks within a quarter of d^θρ, those whose
 FLOPs per token are within the tolerance; of these the one whose integer sizes are nearest to d^θ.
@@ -52,7 +52,7 @@ def indices_of(theta: Theta) -> dict[str, int]:
 
 
 def swapped(theta: Theta) -> Theta:
-    """The θ of the same matrices with its two cores exchanged."""
+    """The θ with its two cores exchanged: the same matrices but for the order of their inputs and outputs."""
     a, b, g, d, e, f, r = theta
     return Theta(b, a, g, e, d, f, r)
 
@@ -83,8 +83,10 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A name for a folder: the same for two θ that come to the same matrices."""
-        same = [max(s, s.swapped()) for s in self.sizes]
+        """A name for a folder: the same for two θ that come to the same model. With cores exchanged that is
+        one where neither side has indices of both cores, which would change places within the heads."""
+        same = [max(s, s.swapped()) if 1 in (s.alpha, s.beta) and 1 in (s.delta, s.epsilon) else s
+                for s in self.sizes]
         contents = f"{self.width} {self.num_experts} {self.top_k} {[tuple(s) for s in same]}"
         square = "".join(f"{letter}{size}" for letter, size in zip("abgdefr", same[0]) if size > 1)
         experts = f"-e{self.num_experts}k{self.top_k}" if self.num_experts else ""
@@ -193,7 +195,7 @@ class Space:
                 continue    # integer sizes change the FLOPs by less than a factor of 2
             for rank in _ranks(theta, d):
                 try:
-                    sizes = tuple(theta.sizes(*d_in_out, rank) for d_in_out in _maps(d))
+                    sizes = tuple(theta.sizes(*d_in_out, rank, summed=max(1, top_k)) for d_in_out in _maps(d))
                 except ValueError:
                     continue
                 flops = self.flops_of(sizes, d, experts, top_k)

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 optuna = pytest.importorskip("optuna")
 
@@ -13,7 +14,7 @@ from experiments.search import study as search_study
 from experiments.search.report import importances, plan_text, rows_of
 from experiments.search.space import LEVELS, Space, indices_of, swapped, theta_of
 from experiments.search.study import Search, begin, counted, make_pruner, make_sampler, open_study
-from structured import STRUCTURES, Theta
+from structured import STRUCTURES, Sizes, Theta, linear
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning",
                                         "ignore:Heartbeat of storage")
@@ -124,17 +125,34 @@ def test_settings_that_change_the_cost_or_make_no_model_are_refused(python_text,
         space.runs(space.point(NAMED["btt"]), str(tmp_path))
 
 
-def test_points_have_the_same_name_if_their_matrices_are_the_same():
-    generic = Theta(1/2, 1/4, 1/4, 1/4, 1/2, 1/4, 1/4)
-    assert SPACE.point(generic).name == SPACE.point(swapped(generic)).name
+def exchanged(s):
+    """What has the same name: the sizes and, where heads do not tell them apart, those of exchanged cores."""
+    return frozenset((s, s.swapped()) if 1 in s[:2] and 1 in s[3:5] else (s,))
+
+
+def test_points_have_the_same_name_if_their_models_are_the_same():
+    for name in ("dense", "low_rank", "monarch", "btt"):
+        assert SPACE.point(NAMED[name]).name == SPACE.point(swapped(NAMED[name])).name
     assert len({SPACE.point(theta).name for theta in NAMED.values()}) == len(NAMED)
     # many θ come to the same sizes
     narrow, by_sizes = make_space(widths=(16,), dense_width=16, tolerance=3.0), {}
     for theta in set(t for t in random_thetas(150) if t.nu <= 1):
         point = narrow.point(theta)
-        by_sizes.setdefault(tuple(frozenset((s, s.swapped())) for s in point.sizes), []).append(point.name)
+        by_sizes.setdefault(tuple(map(exchanged, point.sizes)), []).append(point.name)
     assert all(len(set(names)) == 1 for names in by_sizes.values()) and max(map(len, by_sizes.values())) > 1
     assert len({names[0] for names in by_sizes.values()}) == len(by_sizes) > 20
+
+
+def test_exchanged_cores_are_another_model_where_heads_see_it():
+    """A head is a slice of y[φ, ε, δ]: of 72 rows, whose rank exchanging ε and δ changes here."""
+    one = Sizes(16, 18, 1, 72, 4, 1, 1)
+    ranks, names = [], []
+    for sizes in (one, one.swapped()):
+        layer = linear("einsum", 288, 288, sizes=sizes, weight_norm=False).double()
+        heads = layer.to_dense().detach().view(4, 72, 288)
+        ranks.append(torch.linalg.matrix_rank(heads).tolist())
+        names.append(SPACE.point(NAMED["dense"])._replace(sizes=(sizes,) * 3).name)
+    assert ranks == [[16] * 4, [64] * 4] and names[0] != names[1]
 
 
 @pytest.mark.parametrize("changes, theta, words", [
