@@ -4,7 +4,7 @@
     python -m experiments.scaling fit --runs=out-teacher/runs --base=dense_normed
                                                                 laws and figures, as for train.py's runs
 
-After the paper's second domain (its Figure 5, bottom). The teacher is a ReLU network of random weights on 8
+After the paper's third domain (its Figure 5, bottom). The teacher is a ReLU network of random weights on 8
 normal numbers, its output standardized; a student has three hidden layers, whose inner maps are structured,
 and sees every example once. The loss is the mean squared error on a test set: 1 for a student that knows
 nothing. The paper's students are residual blocks of two maps, with GELU, and its rate decays.

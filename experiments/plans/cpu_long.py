@@ -1,15 +1,20 @@
-# Beyond the grid of cpu.py: the mixtures to 3e13 FLOPs, three times its budget, and dense with weight norm to
-# 6e13, which is about what it needs for their losses, at widths 96 and 128, which resumes its runs, and the
-# second seeds at 64; and width 192 for the structures whose best width is the largest without it.
+# Beyond the grid of cpu.py: the baseline, dense with weight norm, to 1e14 FLOPs and the mixtures to 6e13, for
+# whose losses it needs about as much, at the widths that are the best there; this resumes that grid's runs.
+# The narrower ones go as far as they are in question. And width 192 for structures whose best width is the
+# largest without it.
 #
 #     python -m experiments.scaling sweep experiments/plans/cpu_long.py --jobs=2
 #     python -m experiments.scaling sweep experiments/plans/cpu_long.py --n_embd=64 --seed=2 --jobs=2
 #
+# At their ends the 10 million characters have been read 1 to 4 times.
 from experiments.plans.cpu import *  # noqa: F403
-_longer = dict(dense_normed=6e13, btt_moe=3e13, btt_moe_16=3e13, moe=3e13)  # FLOPs
+_longer = {"dense_normed": {64: 3e13, 96: 1e14, 128: 1e14, 192: 1e14},      # FLOPs by width
+           "btt_moe": {64: 3e13, 96: 3e13, 128: 6e13, 192: 6e13},
+           "btt_moe_16": {64: 3e13, 96: 3e13, 128: 6e13, 192: 6e13},
+           "moe": {64: 6e13, 96: 6e13, 128: 6e13}}
 _structures = structures  # noqa: F821
-structures = ({label: _structures[label] | dict(flops=flops) for label, flops in _longer.items()}
-              | {label: _structures[label] | dict(flops=1e13, n_embd=192) for label in ("kronecker", "tt")})
-structures["btt_moe"]["n_embd"] = [96, 128, 192]
-n_embd = [96, 128]
+structures = ({label: _structures[label] | dict(flops=flops, n_embd=[width for width in flops if width > 64])
+               for label, flops in _longer.items()}
+              | {label: _structures[label] | dict(flops={64: 1e13, 192: 1e13}, n_embd=[192])
+                 for label in ("kronecker", "tt")})
 evals = 60

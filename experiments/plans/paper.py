@@ -4,14 +4,15 @@
 #     python -m experiments.scaling sweep experiments/plans/paper.py --jobs=8 --gpus=1
 #
 # From the paper and its published scripts: OpenWebText in a vocabulary of 96 characters, 128 of them a
-# sequence, 65,536 a step, 100,000 steps at a constant 3e-3 after 2,000 of warmup, no weight decay; 3 and 6
-# layers with heads of 64, QK norm; widths 256 to 4096, dense to 1024; and the list of θ below, where the
-# scripts write a third as 0.33 and 0.67.
+# sequence, 65,536 a step, 100,000 steps at a constant 3e-3 after 2,000 of warmup, no weight decay; the rate
+# that of a dense layer of width 768, which µP takes to the others; AdamW's betas 0.9 and 0.95, gradients
+# clipped at 1; 3 and 6 layers with heads of 64, QK norm; widths 256 to 4096, dense to 1024; and the list of θ
+# below, where the scripts write a third as 0.33 and 0.67.
 #
-# Ours: the names of the θ, the batch in 8 micro-batches of 64, evaluations of 200 x 64 sequences, AdamW's
-# betas and the gradient clipping of train.py, this repository's µP (base width 128) and integer sizes. In the
-# paper's GPT-2 runs the indices do not follow the heads, so head_aligned is off. And dense_normed, dense with
-# the weight norm that all others have: the fairer baseline, by fit --base=dense_normed.
+# Ours: the names of the θ, the batch in 8 micro-batches of 64, evaluations of 200 x 64 sequences, integer
+# sizes, the learned gains of the weight norm, and what docs/mup.md calls ours in µP. In the paper's GPT-2
+# runs the indices do not follow the heads, so head_aligned is off. And dense_normed, dense with the weight
+# norm that all others have: the fairer baseline, by fit --base=dense_normed.
 _thetas = {  # alpha beta gamma delta epsilon phi rho
     # Monarch and what lies between it and dense, θα + θε = 1
     "btt 1/2": (1/2, 0, 1/2, 0, 1/2, 1/2, 0),                       # Monarch: ψ 1, ν 1/2, ω 0
@@ -58,6 +59,7 @@ gradient_accumulation_steps = 8
 max_iters = 100_000
 decay_lr = False
 learning_rate = 3e-3
+mup_base_width = 768
 warmup_iters = 2_000
 weight_decay = 0.0
 eval_interval = 2_500

@@ -4,11 +4,11 @@
 #
 # From the paper and its published scripts: the data and schedule of paper.py; BTT-MoE (experts of Monarch's θ
 # and rank 1 in every projection) at widths 256 to 2048 against the standard MoE (experts are MLPs) at 128 to
-# 1024, each with 8 and 16 experts, 2 per token, and 3, 6 and 9 layers; experts that are dense or of low rank
-# as ablations.
+# 1024, each with 8 and 16 experts, 2 per token, 3, 6 and 9 layers; the auxiliary losses times 0.01; experts
+# that are dense or of low rank as ablations.
 #
-# Ours: as in paper.py; the ablations at 3 layers and 8 experts alone; the weight of the auxiliary losses is
-# train.py's.
+# Ours: as in paper.py; dense with 9 layers; the ablations at 3 layers and 8 experts alone; the weight norm of
+# each expert by itself; routers that begin random instead of at zero.
 from experiments.plans.paper import *  # noqa: F403
 _wide, _narrow = [256, 512, 1024, 2048], [128, 256, 512, 1024]
 structures = {

@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import configurator
 from experiments import launcher
 from experiments.scaling import plan as plans
 from experiments.scaling.sweep import Job, Sweep
+from model import GPT, GPTConfig, lr_multipliers
 from tests.conftest import ROOT, ForkedProgram
 
 # Writes the log of a run that took no time. 'jobs' beside it says what was started. Where 'locks' exists, it
@@ -220,7 +222,7 @@ ONE_SIZE = ["--n_embd=256", "--n_layer=3"]   # of the paper's many
 
 @pytest.mark.parametrize("plan, count, flags", [
     ("cpu", 40, []), ("cpu_rates", 80, []), ("cpu_seeds", 20, []), ("cpu_widths", 20, []),
-    ("cpu_long", 11, []), ("search_controls", 6, []),
+    ("cpu_long", 13, []), ("search_controls", 6, []),
     ("lr_transfer", 54, []), ("paper", 25, ONE_SIZE), ("paper_moe", 8, ONE_SIZE)])
 def test_every_model_of_a_plan_can_be_made(run, python_text, tmp_path, plan, count, flags):
     done = run("experiments.scaling", "sweep", f"experiments/plans/{plan}.py", "--dry_run=True",
@@ -253,6 +255,18 @@ def test_a_runs_name_depends_on_what_is_learned_alone():
         assert launcher.Run("dense", settings | {key: 7}, 1.0, "").name == name
     assert launcher.Run("dense", settings | dict(weight_decay=0.1), 1.0, "").name != name
     assert name == "dense-d32-l2-lr0.001-s1-i10-d41a0292"    # by an earlier version, whose runs must be found
+
+
+@pytest.mark.parametrize("plan", ["paper", "paper_moe"])
+def test_the_papers_rate_is_that_of_a_dense_layer_of_width_768(plan):
+    """The base width of its scripts; the MLP's down projection is four times as wide."""
+    plan = runpy.run_path(str(ROOT / "experiments" / "plans" / f"{plan}.py"))
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=1, n_embd=768, vocab_size=96, block_size=128))
+    rates = {name: plan["learning_rate"] * factor
+             for name, factor in lr_multipliers(model, plan["mup_base_width"]).items()}
+    assert rates["blocks.0.attn.v.A"] == rates["lm_head.A"] == rates["wte.weight"] == pytest.approx(3e-3)
+    assert rates["blocks.0.mlp.down.A"] == pytest.approx(7.5e-4)
 
 
 def test_paper_config_is_a_point_of_its_plan():
