@@ -1,5 +1,5 @@
-"""Override a script's annotated globals by config files and --key=value, of which the last one wins. A user's
-mistake ends in one sentence and exit status 1. Imports no torch, which is slow to load."""
+"""Override a script's annotated globals with config files and --key=value; the last one wins. A user's
+mistake ends in one sentence and exit status 1. Does not import torch, which is slow to load."""
 import ast
 import contextlib
 import difflib
@@ -35,7 +35,7 @@ class Key(NamedTuple):
 
 def configure(namespace: dict, argv: list[str] | None = None, given: set[str] | None = None) -> dict:
     """Return {key: value} for a script's globals() and arguments (None: sys.argv[1:]); exit after --help."""
-    given = set() if given is None else given  # takes the names of the keys that the arguments set
+    given = set() if given is None else given  # collects the names of the keys that the arguments set
     keys = read_keys(namespace["__file__"])
     config = {key.name: key.default for key in keys.values()}
     for arg in sys.argv[1:] if argv is None else argv:
@@ -102,14 +102,14 @@ def read_type(annotation: str) -> tuple[type, bool, tuple, tuple]:
 
 
 def parse(key: Key, text: str) -> object:
-    """Return the value that a text on the command line gives the key, or fail. Text stays as it is."""
-    value = text  # the shell has taken its quotes: those that are left belong to the text
+    """Return the key's value from its text on the command line, or fail. A str key's text stays as it is."""
+    value = text  # the shell has removed its quotes: any left belong to the text
     if key.optional and text in ("None", "none", "null"):
         value = None
     elif key.type is bool:
         value = BOOLS.get(text.lower(), text)
     elif key.type is tuple:
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # coerce says it then
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # coerce reports it
             value = ast.literal_eval(text.strip())
             value = (value,) if type(value) in (int, float) else value
     elif key.type is not str:
@@ -161,7 +161,7 @@ def read_flag(arg: str, keys: dict[str, Key]) -> tuple[str, object]:
 
 
 def nearest(name: str, known: dict | list, prefix: str = "") -> str:
-    """Return the end of a sentence about an unknown name: the known name that it resembles, if any."""
+    """Return the end of an error about an unknown name: the known name that it resembles, if any."""
     close = difflib.get_close_matches(name.lower(), known, n=1)
     return f"did you mean {prefix}{close[0]}?" if close else "--help lists the keys"
 

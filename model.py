@@ -1,7 +1,7 @@
-"""GPT-2 whose every attention and MLP projection is a structured matrix made by structured.py.
+"""GPT-2 in which every attention and MLP projection is a structured matrix made by structured.py.
 
 Shapes: B batch, T tokens, d n_embd, nh heads, hs = d / nh head size, V vocabulary, R routers, E experts.
-Scales follow µP, structure-aware: see configure_optimizers here, and docs/mup.md.
+Scales follow a structure-aware µP: see configure_optimizers here, and docs/mup.md.
 """
 import contextlib
 import dataclasses
@@ -114,8 +114,8 @@ def gelu(config: GPTConfig) -> nn.GELU:
 
 
 def apply_layer(layer: nn.Module, x: Tensor, aux: list | None, logits: Tensor | None = None) -> Tensor:
-    """layer(x). If the layer is a MoE, its Aux is appended to the list aux, where there is one, and logits
-    may be those of its router."""
+    """layer(x). If the layer is a MoE, its Aux is appended to the list aux, if given, and logits may be its
+    router's, if they are already known."""
     if not isinstance(layer, structured.MoE):
         return layer(x)
     if aux is None:
@@ -126,8 +126,8 @@ def apply_layer(layer: nn.Module, x: Tensor, aux: list | None, logits: Tensor | 
 
 
 def shared_logits(layers: list[nn.Module], x: Tensor) -> list[Tensor | None]:
-    """The logits (T, E) of each router, by one product: all read the same x (..., d) of T rows. None for each
-    where the layers have no routers, or a kernel computes the logits beside its other work."""
+    """The logits (T, E) of each router, by one product, as all read the same x (..., d) of T rows. None for
+    each if the layers have no routers, or a kernel computes the logits itself."""
     if not all(isinstance(layer, structured.MoE) for layer in layers) or kernels.computes_logits(x):
         return [None] * len(layers)
     routers = torch.cat([layer.router for layer in layers])  # (layers · E, d)
@@ -137,8 +137,8 @@ def shared_logits(layers: list[nn.Module], x: Tensor) -> list[Tensor | None]:
 
 @contextlib.contextmanager
 def fixed_cores(model: nn.Module):
-    """A context in which cores are normalized, and cast to the autocast type around it, once and not at every
-    call: for generation, while no weight changes."""
+    """A context in which cores are normalized and cast to the surrounding autocast type only once, not at
+    every call: for generation, while no weight changes."""
     layers = [m for m in model.modules() if isinstance(m, structured.Structured)]
     dtype = kernels.autocast_dtype(next(model.parameters()))
     try:
@@ -268,7 +268,7 @@ class Block(nn.Module):
 
 
 class ModelAux(NamedTuple):
-    """What the routers of a model report of one batch."""
+    """What the routers of a model report about one batch."""
     loss: Tensor  # () mean over routers of load-balance loss + 0.1 · z-loss, unweighted; 0 without routers
     load: Tensor  # (R, E) share of assignments to each expert at each router
     variance: Tensor  # (R,) mean over tokens of the variance of a token's logits at each router
@@ -298,8 +298,8 @@ class GPT(nn.Module):
         With targets (B, T; -1 is ignored) logits are (B, T, V) and loss is the cross-entropy alone, in nats
         per token; without, logits are those of the last position, (B, 1, V), and loss is None. With a cache,
         idx are the tokens that follow those already read. Without return_logits the logits are returned as
-        None, which saves their memory in training. Raises ValueError when more than block_size tokens are in
-        sight.
+        None, which saves their memory in training. Raises ValueError if the tokens in the cache and these are
+        more than block_size.
         """
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
@@ -341,8 +341,8 @@ class GPT(nn.Module):
 
     @classmethod
     def count_params(cls, config: GPTConfig) -> int:
-        """The number of parameters of a model of this config, not allocated. Raises ValueError for sizes that
-        do not fit each other."""
+        """The number of parameters of a model of this config, without making it. Raises ValueError for sizes
+        that do not fit each other."""
         with torch.device("meta"):  # shapes without memory
             small = cls(dataclasses.replace(config, n_layer=1))
         block = sum(p.numel() for p in small.blocks[0].parameters())
@@ -350,7 +350,7 @@ class GPT(nn.Module):
 
     @classmethod
     def count_flops(cls, config: GPTConfig) -> int:
-        """flops_per_token of a model of this config, not allocated. Raises ValueError as count_params."""
+        """flops_per_token of a model of this config, without making it. Raises ValueError as count_params."""
         with torch.device("meta"):
             return cls(config).flops_per_token()
 
@@ -372,7 +372,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def balance_routers(self, steps: Iterable[Iterable]) -> None:
-        """A rebalance for each item of `steps`, by the mean load and variance over its batches (X, Y), of any
+        """Rebalances once per item of `steps`, by the mean load and variance over its batches (X, Y), of any
         sizes. The rate of step i is 1 / (1 + i / 5), so that the biases settle."""
         self.eval()
         for i, batches in enumerate(steps):
@@ -395,8 +395,7 @@ class GPT(nn.Module):
 
     def describe_load(self, load: Tensor, entropy: Tensor) -> list[str]:
         """One line for each block that has routers, from the shares of assignments load (R, E) and their
-        entropy (R,) in nats: least and largest load ÷ mean, and the entropy as a share of the greatest there
-        can be."""
+        entropy (R,) in nats: least and largest load ÷ mean, and the entropy as a share of its maximum."""
         blocks: dict[str, list] = {}
         for name, shares, nats in zip(self.routers(), load * load.shape[1], entropy):
             _, block, *_, part = name.split(".")  # blocks.3.attn.q
@@ -434,12 +433,12 @@ class GPT(nn.Module):
                known: Tensor | None = None) -> Iterator[Tensor]:
         """Yields max_new_tokens next tokens, (B, 1) each, after the prompt idx (B, T), T >= 1.
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest, and then top_p the fewest of the
-        likeliest whose probabilities sum to top_p. known (B, N) are the first N tokens to come, -1 where one
-        is to be drawn: the rest of prompts that are longer than T. A window slides past block_size: when it
-        is full, its oldest quarter is forgotten and the rest read again (positions are learned, so that keys
-        of shifted tokens cannot be kept). The cache changes the tokens only by rounding. Dropout acts unless
-        eval() was called.
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest, and then top_p the smallest set
+        of likeliest tokens whose probabilities sum to top_p. known (B, N) gives the first N of the next
+        tokens, -1 where one is to be sampled: the rest of prompts that are longer than T. Beyond block_size
+        the window slides: when it is full, its oldest quarter is dropped and the rest read again (positions
+        are learned, so keys of shifted tokens cannot be kept). The cache changes the tokens only by rounding.
+        Dropout is active unless eval() was called.
         """
         if idx.shape[1] < 1:
             raise ValueError("generation needs a prompt of at least one token")
@@ -496,10 +495,10 @@ def lr_multipliers(module: nn.Module, base_width: int | None) -> dict[str, float
 
 
 def load_checkpoint(place: str) -> tuple[str, dict, GPT]:
-    """The path, the contents and the model, for evaluation, of a checkpoint or of an out_dir's ckpt.pt.
+    """(path, contents, model in evaluation mode) of a checkpoint, or of an out_dir's ckpt.pt.
 
-    Nothing of it is executed; its tensors are mapped, not read. Raises ValueError if there is none, or it
-    holds no such model.
+    No code in it is executed; its tensors are mapped, not read. Raises ValueError if there is no checkpoint,
+    or it contains no such model.
     """
     path = os.path.join(place, "ckpt.pt") if os.path.isdir(place) else place
     checkpoint = read_checkpoint(path, dict(model=dict, model_args=dict))

@@ -91,7 +91,7 @@ model.to(device)
 
 block_size = model.config.block_size
 end_of_text = tok.end_of_text if stop_at_end else None
-new_text = start is None and prompts is None  # which begins after tok.start
+new_text = start is None and prompts is None  # it begins after tok.start
 
 # ---- Texts, and their tokens -------------------------------------------------------------------------------
 
@@ -183,8 +183,8 @@ class Continuation:
 def continuations(batch: list[list[int]]) -> Iterator[list[str]]:
     """Pieces of text, one for each prompt of the batch at a time, until all texts have ended.
 
-    The model reads as many tokens as the shortest prompt has, then one of every row at a time: the prompt's
-    own, as long as there are some, or one that is drawn. Of a prompt the last block_size tokens count.
+    The model reads as many tokens as the shortest prompt has, then one token per row at a time: the prompt's
+    own while any are left, otherwise a sampled one. Only a prompt's last block_size tokens are used.
     """
     batch = [ids[-block_size:] for ids in batch]
     shortest, longest = min(map(len, batch)), max(map(len, batch))

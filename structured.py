@@ -141,7 +141,7 @@ class Sizes(NamedTuple("Sizes", [(name, int) for name in INDICES])):
         return {name: n for name, n in cores.items() if n > 1} or {"A": 1}
 
     def order(self) -> tuple[str, ...]:
-        """Cores in the order of contraction: the cheaper of the two orders, A first where they tie."""
+        """Cores in the order of contraction: the cheaper of the two orders, A first in a tie."""
         names = self.core_sizes()
         if len(names) == 1:
             return tuple(names)
@@ -210,7 +210,7 @@ def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma, phi, s
 
 @dataclasses.dataclass
 class LayerConfig:
-    """What a config file can say of a layer. model.GPTConfig inherits it, and train.py has a key for each."""
+    """What a config file can set of a layer. model.GPTConfig inherits it; train.py has a key for each one."""
     struct: str = "dense"           # a name in STRUCTURES
     rank: int | None = None         # ρ; None: d^θρ, but 1 in experts of a named structure (low_rank: d / E)
     theta: tuple | None = None      # seven exponents, for struct 'einsum' alone
@@ -230,7 +230,7 @@ class LayerConfig:
         self.check_experts("num_experts")
 
     def check_experts(self, name: str) -> None:
-        """Raises ValueError for a number of experts, the field `name`, or a top_k that make no mixture."""
+        """Raises ValueError if the number of experts, the field `name`, or top_k is out of range."""
         experts = getattr(self, name)
         if not (experts == 0 or 2 <= experts < 2 ** 15):  # sorted as 16-bit integers
             raise ValueError(f"{name} must be 0 (no experts), or at least 2 and below 32768; got {experts}")
@@ -337,7 +337,7 @@ class Einsum(Structured):
             y = rows
             for core in (core.squeeze(-3) for core in cores):  # (out, in), with experts (E, out, in)
                 y = F.linear(y, core) if ends is None else kernels.grouped_product(y, core, ends)
-        elif ends is None:  # the operator wants a leading E, here 1
+        elif ends is None:  # the operator expects a leading E, here 1
             y = kernels.einsum(rows, *(core[None] for core in cores), self.contraction, self.b_first)[0]
         else:
             expert = torch.searchsorted(ends, torch.arange(len(rows), device=x.device), right=True)[:, None]
@@ -346,7 +346,7 @@ class Einsum(Structured):
 
     def mixture(self, x: Tensor, balance: Tensor, top_k: int, **routing) -> tuple[Tensor, ...]:
         """x (T, d_in) -> y (T, d_out), logits (T, E), chosen experts (T, k); routing: router=(E, d_in), or
-        logits=(T, E) that are known."""
+        logits=(T, E) if already known."""
         cores = (self.core(name) for name in self.order)
         y, logits, chosen = kernels.einsum(x, *cores, self.contraction, self.b_first, balance=balance,
                                            top_k=top_k, **routing)
@@ -362,7 +362,7 @@ class Einsum(Structured):
         leaves each term 1 / √u of the step that it would get alone; u = d^t, and u0 = d0^t (docs/mup.md).
         """
         multipliers = super().lr_multipliers(base_width)
-        # the first core is used again along d_in, for β, and the second along d_out, for δ
+        # the first core is reused along d_in, for each β, and the second along d_out, for each δ
         for (name, uses), width in zip(self.sizes.uses().items(), (self.d_in, self.d_out)):
             if uses > 1:
                 multipliers[name] *= (width / base_width) ** (math.log(uses, width) / 2)  # t / 2
@@ -452,7 +452,7 @@ class Dyad(Structured):
 # ---- Mixture of experts ------------------------------------------------------------------------------------
 
 class Aux(NamedTuple):
-    """What a router reports of one batch; all 0 without tokens."""
+    """What a router reports about one batch; all 0 if there are no tokens."""
     load_balance: Tensor  # () E · Σ_e (mean probability of e) · load_e; 1 when balanced
     z_loss: Tensor  # () mean over tokens of logsumexp(logits)²: ST-MoE, arXiv 2202.08906
     load: Tensor    # (E,) share of assignments to each expert, without gradient
@@ -485,7 +485,7 @@ class MoE(nn.Module):
         self.register_buffer("balance", torch.zeros(num_experts))  # (E,) the experts' biases
 
     def forward(self, x: Tensor, return_aux: bool = False, logits: Tensor | None = None):
-        """x (..., d_in) -> y (..., d_out), or (y, Aux). logits (T, E): the router's, where they are known."""
+        """x (..., d_in) -> y (..., d_out), or (y, Aux). logits (T, E): the router's, if already known."""
         rows = x.reshape(-1, self.d_in)  # (T, d_in)
         router = self.router.to(torch.promote_types(self.router.dtype, torch.float32))
         if isinstance(self.experts, Einsum) and not self.experts.plain:  # one operator does all of it
@@ -520,7 +520,7 @@ class MoE(nn.Module):
         self.balance += torch.nan_to_num(rate * variance.sqrt() * (1 - self.num_experts * load), 0, 0, 0)
 
     def lr_multipliers(self, base_width: int) -> dict[str, float]:
-        """The factor on the learning rate of the router; the experts answer for themselves."""
+        """The factor on the learning rate of the router; the experts have their own method."""
         return {"router": base_width / self.d_in}
 
     def flops_per_token(self) -> int:

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py config/btt_moe.py      eight GPUs of one node
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 \\
         train.py config/btt_moe.py                              two nodes of four: the same command on both
-    python train.py config/btt_moe.py --init_from=resume        go on where a run ended
-    torchrun --max-restarts=3 train.py config/btt_moe.py        go on by itself when a process dies
+    python train.py config/btt_moe.py --init_from=resume        continue a run
+    torchrun --max-restarts=3 train.py config/btt_moe.py        continue by itself when a process dies
 
 Config files and --key=value override the keys below, from left to right; --help lists them.
 """
@@ -61,7 +61,7 @@ weight_decay: NonNegativeFloat = 0.1    # each iteration multiplies every matrix
 beta1: UnitFloat = 0.9                  # decay of the first moment
 beta2: UnitFloat = 0.95                 # decay of the second moment
 grad_clip: NonNegativeFloat = 1.0       # clip the gradient's norm at this value; 0: do not
-max_skipped: PositiveInt = 25           # stop after so many non-finite iterations in a row
+max_skipped: PositiveInt = 25           # stop after this many non-finite iterations in a row
 decay_lr: bool = True                   # cosine decay after the warmup; False: constant
 warmup_iters: NonNegativeInt = 2000     # iterations of linear warmup
 lr_decay_iters: NonNegativeInt | None = None  # iteration at which min_lr is reached; None: max_iters
@@ -151,14 +151,14 @@ backend = backend or ("nccl" if device_type == "cuda" else "gloo")
 amp = autocast(device_type, dtype)
 or_fail(distributed.connect, backend)
 masked = dict(out_dir=None, dataset=None, device=device_type, init_from=os.path.basename(init_from))
-or_fail(distributed.require_same, config | masked | dict(dtype=dtype, torch=torch.__version__))  # but paths
+or_fail(distributed.require_same, config | masked | dict(dtype=dtype, torch=torch.__version__))  # not paths
 or_fail(kernels.use_kernel, kernel, device_type, dtype)
 compile = or_fail(choose_compile, compile, device)
 
 # ---- Settings that come with the weights -------------------------------------------------------------------
 
 checkpoints = Checkpoints(out_dir, first_of_node=ddp_local_rank == 0)
-# what the initial weights (of a checkpoint or, below, of GPT-2) fix: fields of GPTConfig, and mup's keys
+# what the initial weights (a checkpoint's or, below, GPT-2's) determine: fields of GPTConfig, mup's keys
 start_settings = or_fail(checkpoints.start_settings, init_from, GPTConfig, config, given)
 gpt2_folder = None if start_settings else or_fail(gpt2.find, init_from)
 if gpt2_folder:
@@ -177,7 +177,7 @@ batches = or_fail(lambda: Batches(
     val_windows=validation_windows(settings), device=device))
 digests = dict(trained_on=batches.train_digest(), measured_on=batches.val_digest())
 or_fail(distributed.require_same, digests | dict(tokenizer=meta["tokenizer"]))
-or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_size)  # all ids, shared out
+or_fail(check_token_ids, splits, vocab_size, ddp_local_rank % local_size, local_size)  # a share each
 
 # ---- Model and optimizer -----------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ model_args = dataclasses.asdict(gpt_config)
 config = {key: model_args.get(key, globals()[key]) for key in config}
 
 def make_model() -> GPT:
-    """The model on its device, the same on every rank. Raises ValueError if it does not fit the memory."""
+    """The model on its device, the same on every rank. Raises ValueError if it does not fit in memory."""
     try:
         check_memory(GPT.count_params(gpt_config), device_type)
         torch.manual_seed(seed)
@@ -220,7 +220,7 @@ if ddp:
 # ---- Log ---------------------------------------------------------------------------------------------------
 
 peak, peak_source = peak_flops(device, dtype, ddp_world_size)  # None: unknown
-train_flops_per_token = 3 * raw_model.flops_per_token()  # forward, and twice as much backward
+train_flops_per_token = 3 * raw_model.flops_per_token()  # the backward costs twice the forward
 print0(f"model: {raw_model.num_params():,} parameters, {raw_model.num_params(active=True):,} active, "
        f"{raw_model.flops_per_token():,} forward FLOPs per token, vocabulary {vocab_size}\n  "
        + "\n  ".join(raw_model.describe()))
@@ -247,7 +247,7 @@ logger.log(type="run", config=config, model_args=model_args, **digests, torch=to
 # ---- Training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(iteration: int, c: dict = config) -> float:
-    """Linear warmup, then a cosine down to min_lr, or a constant: of iteration and settings c alone."""
+    """Linear warmup, then a constant or a cosine to min_lr; depends on iteration and settings c alone."""
     if iteration < c["warmup_iters"]:
         return c["learning_rate"] * (iteration + 1) / (c["warmup_iters"] + 1)
     if not c["decay_lr"]:
@@ -269,7 +269,7 @@ def any_signal() -> int:
 
 
 def balance_routers() -> None:
-    """Balances a new model's routers on 40 batches of at most 8,192 training tokens, alike on every rank."""
+    """Balances a new model's routers on 40 batches of at most 8,192 training tokens, equally on all ranks."""
     count = min(max(1, 8192 // block_size), sequences_per_iter)  # sequences of a step
     parts = [(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     with amp:
@@ -279,7 +279,7 @@ def balance_routers() -> None:
 
 def train_step() -> bool:
     """One iteration, without waiting for a GPU. If the loss or the gradient norm is not finite, weights,
-    optimizer and routers' biases stay as they were. Returns False, and changes nothing, at a signal."""
+    optimizer and routers' biases stay as they were. On a signal it returns False and changes nothing."""
     # dropout is a function of seed, iteration and rank, so that a resumed run repeats it
     state = np.random.SeedSequence((seed, progress.iteration, ddp_rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))  # 63 bits
@@ -329,7 +329,7 @@ def log_point(kind: str, at: Progress = progress, **values) -> None:
 
 
 def save_checkpoint(val_loss: float | None = None) -> None:
-    """Writes all that a run needs to go on, if the disk takes it and these weights' loss is finite."""
+    """Writes all that a resume needs, unless the disk is full or the loss of these weights is not finite."""
     if not (next_loss_is_finite() if val_loss is None else math.isfinite(val_loss)):
         print0(f"no checkpoint of iteration {progress.iteration} is written: its loss is not finite")
     elif master:
@@ -383,7 +383,7 @@ def read_results() -> None:
             distributed.disconnect()
             fail(f"the loss or the gradient was not finite in {progress.skipped_in_a_row} iterations in a "
                  f"row, up to {at.iteration}: try another --learning_rate, --grad_clip or --seed (for other "
-                 f"data), or a --dtype of more range; {advice}")
+                 f"data), or a --dtype with more range; {advice}")
 
 
 if src_rank is None and num_routers and router_balance_rate:
@@ -401,7 +401,7 @@ while True:
     elif progress.iteration % checkpoint_interval == 0:
         save_checkpoint()
     last_report += time.perf_counter() - paused_at  # the time of an iteration does not include these
-    if any_signal() or progress.iteration >= max_iters or not train_step():  # ranks await rank 0's file here
+    if any_signal() or progress.iteration >= max_iters or not train_step():  # all wait for rank 0's file here
         break
     iterations_since_report += 1
     if progress.iteration % log_interval == 0:
