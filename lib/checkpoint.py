@@ -28,7 +28,7 @@ EARLIER = dict(model_args=dict(cheapest_sizes=True))
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is: the counters that a checkpoint holds."""
+    """How far a run has come: the counters that a checkpoint holds."""
     iteration: int = 0
     tokens: int = 0
     flops: float = 0.0
@@ -47,7 +47,7 @@ class Progress:
 
 
 class Checkpoints:
-    """out_dir/ckpt.pt, the last checkpoint, and out_dir/ckpt_best.pt, the one of least validation loss.
+    """out_dir/ckpt.pt, the last checkpoint, and out_dir/ckpt_best.pt, the one of lowest validation loss.
 
     Rank 0 writes them, on its own node. The nodes may share out_dir or have one each, and rank 0 may be on
     another node the next time: the first rank of every node looks for checkpoints, and all ranks use the
@@ -56,7 +56,7 @@ class Checkpoints:
 
     saved_at      iteration of the last checkpoint, None before there is one
     place         where that is
-    resumes       whether the run goes on from a checkpoint with all that is in it
+    resumes       whether the run continues a checkpoint, with its whole state, not just its weights
     settings      the config of the checkpoint that the run resumes; {} if it does not
     run_id        a random name of the run, in all of its checkpoints; old ones lack it, and count as its own
     saved_best    validation loss of ckpt_best.pt, inf before there is one
@@ -76,7 +76,7 @@ class Checkpoints:
 
     def open(self, init_from: str) -> int | None:
         """Finds the newest whole checkpoint of all nodes, and locks rank 0's out_dir. Returns the rank that
-        has it; None without one.
+        has it; None if there is none.
 
         init_from: 'scratch', 'resume', 'auto', or the path of a checkpoint whose weights the run starts from,
         *.pt; a GPT-2 is like 'scratch'. Raises ValueError if there is nothing to start from, or out_dir
@@ -99,11 +99,11 @@ class Checkpoints:
         """Renames what an earlier run has left in every out_dir, unless this run resumes it."""
         if not self.resumes and self.first_of_node:
             for name, new in rename_old_files(self.out_dir).items():
-                print0(f"{name} of an earlier run is {new} in {self.out_dir} from here on")
+                print0(f"{name} of an earlier run is renamed to {new} in {self.out_dir}")
 
     def start_settings(self, init_from: str, config_class, config: dict, given: set[str]) -> dict:
         """The settings of a run that starts from the checkpoint that open() would find: the fields of its
-        config_class, and mup's, but for those that the user has given; {} without one. A collective.
+        config_class, and mup's, except those that the user has given; {} if there is none. A collective.
 
         config: the run's keys; given: the names of those that the user has set. Raises ValueError if one that
         is given contradicts the checkpoint.
@@ -224,7 +224,7 @@ class Checkpoints:
                    "windows or data: it starts anew")
             progress.best_val_loss = math.inf
         best_loss = math.inf
-        with contextlib.suppress(ValueError):  # ckpt_best.pt is missing, or of no use
+        with contextlib.suppress(ValueError):  # ckpt_best.pt is missing or unusable
             if self.first_of_node:
                 best = read_checkpoint(self.best_path)
                 if best.get("measured_on") == measured_on and best.get("run_id") in (None, self.run_id):
@@ -237,9 +237,9 @@ class Checkpoints:
         self.saved_best = min(distributed.gather(best_loss))
 
     def save(self, contents: dict, val_loss: float | None, log) -> None:
-        """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the least, after the waiting lines
-        of `log`, a Logger, which may fail. Where the disk does not take a checkpoint, it says so, and the
-        last such one stays."""
+        """Writes ckpt.pt, and ckpt_best.pt too if its validation loss is the lowest so far, after the waiting
+        lines of `log`, a Logger, which may fail. If a checkpoint cannot be written, it says so, and the
+        previous one stays."""
         log.sync()
         best = val_loss is not None and val_loss < self.saved_best
         contents = contents | dict(val_loss=val_loss, agents=self.agents, run_id=self.run_id)
@@ -268,12 +268,12 @@ class Checkpoints:
 
 
 def name_of_agent() -> str | None:
-    """The torchrun that has started this process, and restarts it, by a name that no other one has on any
-    machine; None without one."""
+    """A name of the torchrun that started this process, and restarts it, which no other torchrun on any
+    machine has; None without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     started = ""
-    with contextlib.suppress(OSError, IndexError):  # Linux: field 22 is when the process has begun
+    with contextlib.suppress(OSError, IndexError):  # Linux: field 22 is the start time of the process
         with open(f"/proc/{os.getppid()}/stat", encoding="utf-8", errors="replace") as f:
             started = f.read().rpartition(")")[2].split()[19]
     return f"{socket.gethostname()} {os.getppid()} {started}"
@@ -289,7 +289,7 @@ def adopt_settings(place: str, there: dict, config: dict, given: set[str]) -> di
 
 
 def progress_of(checkpoint: dict) -> Progress:
-    """The counters that a checkpoint holds; those that an older one lacks are at their start."""
+    """The counters that a checkpoint holds; those that an older one lacks have their initial values."""
     names = [field.name for field in dataclasses.fields(Progress)]
     return Progress(**{name: checkpoint[name] for name in names if name in checkpoint})
 
@@ -304,8 +304,8 @@ def changed_settings(before: dict, config: dict) -> list[tuple[str, object, obje
 def save_checkpoint(path: str, contents: dict, best_path: str | None) -> OSError | None:
     """Writes contents to path atomically, and to best_path first if one is given.
 
-    No tensor is copied but one at a time on its way from a GPU. Raises OSError if the disk does not take it;
-    both then hold the previous checkpoints. Where best_path alone cannot be written, the error is returned. A
+    No tensor is copied, except one at a time on its way from a GPU. Raises OSError if the write fails; both
+    files then hold the previous checkpoints. If best_path alone cannot be written, the error is returned. A
     kill between the two leaves path older than best_path: the resumed run makes the same best once more.
     """
     write_temporary(path, lambda f: torch.save(contents, f))
@@ -328,7 +328,7 @@ def save_checkpoint(path: str, contents: dict, best_path: str | None) -> OSError
 def read_checkpoint(path: str, needed: dict[str, type] = CONTENTS) -> dict:
     """The contents of a checkpoint, its tensors mapped from the file rather than read into memory.
 
-    Nothing of it is executed. Raises ValueError if it cannot be read, or lacks something that is needed.
+    No code in it is executed. Raises ValueError if it cannot be read, or lacks something that is needed.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -386,8 +386,8 @@ def _shapes(weights: dict) -> dict[str, str]:
 
 
 def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) -> None:
-    """Loads a checkpoint that was checked into a model, its optimizer and its scaler; ValueError if it does
-    not fit.
+    """Loads a checked checkpoint into a model, its optimizer and its scaler. Raises ValueError if it does not
+    fit.
 
     The optimizer keeps the options that it has, such as betas and weight decay. What it takes over is copied:
     a tensor that is mapped from the file would keep the file's memory, and change if the file did.
@@ -398,13 +398,13 @@ def restore_checkpoint(path: str, checkpoint: dict, model, optimizer, scaler) ->
         model.load_state_dict(checkpoint["model"])
         state = checkpoint["optimizer"]
         groups = state["param_groups"]
-        if len(groups) == len(options):  # by options, such as fused, the optimizer puts its state on a device
+        if len(groups) == len(options):  # options such as fused decide the device of the optimizer's state
             state = state | dict(param_groups=[group | own for group, own in zip(groups, options)])
         optimizer.load_state_dict(state)
         if checkpoint["scaler"]:  # {}: the run was not in float16, and its scaler is a new one from here on
             scaler.load_state_dict(checkpoint["scaler"])
         for p, state in optimizer.state.items():
-            shapes = dict(exp_avg=p.shape, exp_avg_sq=p.shape, step=())  # Adam's; others have others
+            shapes = dict(exp_avg=p.shape, exp_avg_sq=p.shape, step=())  # Adam's; others are not checked
             for name, value in state.items():
                 if not isinstance(value, torch.Tensor):
                     continue
@@ -429,7 +429,7 @@ def tensors_of(state):
 
 
 def without_values(state):
-    """Nested dicts and lists with zeros for every tensor, of its shape and dtype: one number in memory."""
+    """Nested dicts and lists with zeros for every tensor, of its shape and dtype, as one number in memory."""
     if isinstance(state, torch.Tensor):
         return torch.zeros((), dtype=state.dtype).expand(state.shape)
     if isinstance(state, dict):

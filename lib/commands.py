@@ -1,11 +1,11 @@
-"""Command lines of train.py: what they may start from, the folder that one writes to, and those that a run
-proposes at its end. Needs no torch."""
+"""Command lines of train.py: what they may start from, which folder they write to, and which ones a run
+suggests at its end. Needs no torch."""
 import os
 import re
 import shlex
 from collections.abc import Sequence
 
-# keys that say the structure, and keys that say which run it is
+# keys that define the structure, and keys that identify the run
 STRUCTURE = ("struct", "rank", "theta", "layers", "num_experts", "top_k", "ffn_experts", "weight_norm",
              "head_aligned", "dyad_blocks", "dyad_variant", "router_balance_rate")
 # those that make any run dense; the others then have no effect
@@ -30,7 +30,7 @@ def key_of(word: str) -> str | None:
 
 
 def flag_of(key: str, value) -> str:
-    """The word of a command line that sets a key; a tuple's may stand without quotes."""
+    """The word of a command line that sets a key; a tuple's needs no quotes."""
     text = ",".join(map(repr, value)) + "," if isinstance(value, tuple) else value
     return f"--{key}={text}"
 
@@ -52,7 +52,7 @@ def launcher() -> list[str]:
 
 
 def dense_command(arguments: Sequence[str], config: dict, adopted: dict, ratio: float) -> tuple[str, str]:
-    """(command, out_dir) of the dense run beside a run, with `ratio` times its iterations: see
+    """(command, out_dir) of the dense run to compare a run with, of `ratio` times its iterations: see
     next_commands."""
     words = [word for word in arguments if key_of(word) not in (*STRUCTURE, *RUN)]
     files = {word: keys_of_file(word) for word in words if key_of(word) is None}
@@ -72,11 +72,11 @@ def dense_command(arguments: Sequence[str], config: dict, adopted: dict, ratio: 
 
 
 def next_commands(arguments: Sequence[str], config: dict, adopted: dict, ratio_to_dense: float) -> str:
-    """What to run after a run: a line each for more samples, for its curves and, where the run was not dense
-    itself and did not begin with other weights, for dense with as many training FLOPs.
+    """What to run after a run: one line each for more samples, for its curves and, unless the run was itself
+    dense or began with other weights, for dense with as many training FLOPs.
 
-    config: its keys with the values that were used. adopted: those that a checkpoint, and not the arguments,
-    gave it. ratio_to_dense: FLOPs per token ÷ those of dense.
+    config: its keys with the values that were used. adopted: those that came from a checkpoint and not
+    from the arguments. ratio_to_dense: FLOPs per token ÷ those of dense.
     """
     out_dir = config["out_dir"]
     lines, folders = [("sample more", f"python sample.py {shlex.quote(f'--out_dir={out_dir}')}")], [out_dir]

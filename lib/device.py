@@ -12,7 +12,7 @@ from lib.distributed import on_all_ranks
 from lib.log import print0
 
 # Dense bfloat16 and float16 FLOP/s from the makers' data sheets. The first key that is a word of the device's
-# name counts.
+# name is used.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
     "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12,
@@ -22,8 +22,8 @@ PEAK_FLOPS = {
 
 
 def choose_device(device: str | None, local_rank: int | None = None) -> tuple[str, str]:
-    """(device, its type): cuda, mps or cpu, the best there is for None. A GPU has its index, as
-    torch.cuda.set_device wants: 'cuda' is that of local_rank, the first one without; so is 'xpu'.
+    """(device, its type); None: the best there is of cuda, mps and cpu. A GPU gets an index, as
+    torch.cuda.set_device requires: 'cuda' and 'xpu' mean that of local_rank, or else the first one.
 
     Raises ValueError if the device cannot be used, or is one GPU for several processes (local_rank).
     """
@@ -46,8 +46,8 @@ def choose_device(device: str | None, local_rank: int | None = None) -> tuple[st
 
 
 def use_device(device: str, tf32: bool = False) -> None:
-    """Makes a GPU the current one, whose type, memory and end of work are then asked for; with tf32, its
-    products of float32 round their inputs to TF32. On a CPU freed memory is kept."""
+    """Makes a GPU the current one, to which later queries of type, memory and pending work refer; with tf32,
+    its float32 products round their inputs to TF32. On a CPU freed memory is kept."""
     device_type = torch.device(device).type
     if device_type == "cuda":
         torch.cuda.set_device(device)
@@ -58,7 +58,7 @@ def use_device(device: str, tf32: bool = False) -> None:
 
 
 def choose_dtype(dtype: str | None, device_type: str) -> str:
-    """dtype, or for None bfloat16 where the current GPU has it, and does not emulate it, else float32."""
+    """dtype; None: bfloat16 if the current GPU has it, and does not emulate it, else float32."""
     if dtype is None:
         has_bfloat16 = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bfloat16 else "float32"
@@ -120,7 +120,7 @@ def device_name(device: str) -> str:
 def peak_flops(device: str, dtype: str, count: int = 1) -> tuple[float, str] | tuple[None, None]:
     """(FLOP/s of `count` such devices, where the figure comes from); None without a data sheet in PEAK_FLOPS.
 
-    CPUs and float32 have none. A product that is timed is no peak: on a busy machine a run can be faster.
+    CPUs and float32 have none. A timed product is not a peak: on a busy machine a run can be faster.
     """
     if torch.device(device).type == "cuda" and dtype != "float32":
         name = device_name(device)
@@ -131,12 +131,12 @@ def peak_flops(device: str, dtype: str, count: int = 1) -> tuple[float, str] | t
 
 
 def peak_memory(device: str) -> int | None:
-    """Most bytes that tensors have taken at once on a GPU so far; None elsewhere, where nobody counts."""
+    """Most bytes that tensors have taken at once on a GPU so far; None elsewhere, where it is not counted."""
     return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else None
 
 
 def check_memory(params: int, device_type: str) -> None:
-    """Raises ValueError if the weights of so many float32 parameters are more than this machine's memory.
+    """Raises ValueError if the weights of that many float32 parameters exceed this machine's memory.
 
     On a CPU their gradients and Adam's two moments count too.
     """

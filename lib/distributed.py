@@ -38,11 +38,11 @@ def connect(backend: str) -> None:
 
 
 def name_of_start(store, rank: int, world_size: int, seconds: float = 1800.0) -> str:
-    """A name that these ranks alone have, for their keys in a store. torchrun's outlives a restart, with the
-    addresses of dead processes in it, and the nodes of a run may differ in how many restarts they count.
+    """A name that only these ranks have, for their keys in a store. torchrun's store outlives a restart, with
+    the addresses of dead processes in it, and the nodes of a run may count different numbers of restarts.
 
-    Each rank answers rank 0's nonce with one of its own, and rank 0 repeats the pair: keys that an earlier
-    start has left lack one of the two. Raises RuntimeError where a rank is missing after so many seconds.
+    Each rank answers rank 0's nonce with one of its own, and rank 0 repeats the pair: keys left by an earlier
+    start lack one of the two. Raises RuntimeError if a rank is still missing after so many seconds.
     """
     nonce, deadline = secrets.token_hex(8), time.monotonic() + seconds
 
@@ -86,7 +86,7 @@ def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max(x: float) -> float:
-    """The largest x of all ranks, exchanged by their hosts: no device is waited for."""
+    """The largest x of all ranks, exchanged by their hosts without waiting for a device."""
     if is_connected():
         x = torch.tensor(x, dtype=torch.float32)
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
@@ -119,7 +119,7 @@ def broadcast(x, source: int):
 
 
 def broadcast_tensors(tensors, source: int, device: str) -> None:
-    """Gives every tensor, in place, its value on the rank `source`, by way of the device of the backend."""
+    """Gives every tensor, in place, its value on the rank `source`, sent via the backend's device."""
     if is_connected():
         for tensor in tensors:
             sent = tensor.detach().to(device).contiguous()
@@ -142,7 +142,7 @@ def on_all_ranks(function, *args):
 
 
 def require_same(values: dict) -> None:
-    """Raises ValueError, which names them, where ranks differ in the values of a dict."""
+    """Raises ValueError, which names the keys, if the values of a dict differ between ranks."""
     first, *others = gather(values)
     for rank, other in enumerate(others, 1):
         keys = [key for key in first | other if first.get(key) != other.get(key)]

@@ -7,7 +7,7 @@ from lib import distributed
 @torch.no_grad()
 def evaluate(model, batches, shape: tuple[int, int], amp, stopped) -> tuple[float, torch.Tensor] | None:
     """(cross-entropy in nats per token, load (R, E) of the routers' experts), means over all validation
-    windows. A collective. None if stopped() is true before one of the batches; it must be so on every rank.
+    windows. A collective. None if stopped() is true before a batch; it must agree on every rank.
 
     model     a model.GPT, or one that is called like it; left in training mode
     batches   val(i) of val_batches batches, val_windows windows in all, on `device`
@@ -37,7 +37,7 @@ def score_text(model, ids: torch.Tensor, window: int, stride: int, batch_size: i
     """Cross-entropy of ids[1:] in nats, summed: each token is scored once, by the model in evaluation mode.
 
     Windows of `window` tokens slide by `stride`, so that at least window - stride + 1 tokens come before each
-    one that is scored, but at the beginning of the text; the last window ends with the text.
+    one that is scored, except at the beginning of the text; the last window ends with the text.
 
     ids  (N,) on the model's device, N >= 2; stride <= window <= the model's block_size
     amp  the context in which the model computes
@@ -45,7 +45,7 @@ def score_text(model, ids: torch.Tensor, window: int, stride: int, batch_size: i
     targets = len(ids) - 1
     window = min(window, targets)
     starts = [*range(0, targets - window, stride), targets - window]
-    fresh = [window, *(b - a for a, b in zip(starts, starts[1:]))]  # targets that no window before has scored
+    fresh = [window, *(b - a for a, b in zip(starts, starts[1:]))]  # targets that no earlier window scored
     windows = ids.unfold(0, window + 1, 1)  # (N - window, window + 1), not copied
     nats = torch.zeros((), dtype=torch.float64)
     for i in range(0, len(starts), batch_size):

@@ -1,7 +1,7 @@
 """How figures are drawn, by experiments and tools alike. Needs matplotlib, and imports it where it draws.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart. Each curve also has a marker and a
-line style of its own, so that a grey print shows as much. Every figure is written as svg and as png.
+line style of its own, so that it can be told apart in grey. Every figure is written as svg and as png.
 """
 import contextlib
 import os
@@ -18,7 +18,7 @@ LINES = ("-", (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, 
 
 @contextlib.contextmanager
 def optional_figures():
-    """Without matplotlib there is a remark instead of a figure."""
+    """Without matplotlib, prints a remark instead of drawing figures."""
     try:
         yield
     except ImportError:
@@ -47,8 +47,8 @@ def figure(panels: int = 1, rows: int = 1, **options):
 
 
 def log_ticks(ax, name: str) -> None:
-    """Make the axis 'x' or 'y' logarithmic, with fewer ticks the more decades it has: powers of ten along x;
-    losses and multipliers, along y, are read as 1.5 and 2."""
+    """Make the axis 'x' or 'y' logarithmic, with fewer ticks the more decades it has: labels are powers of
+    ten along x, and plain numbers such as 1.5 and 2 along y, for losses and multipliers."""
     from matplotlib import ticker
     ax.set(**{f"{name}scale": "log"})
     axis = getattr(ax, f"{name}axis")
@@ -67,8 +67,8 @@ def log_ticks(ax, name: str) -> None:
 
 
 def save(fig, ax, folder: str, name: str) -> None:
-    """Write a figure, the legend of `ax` beside all axes, into a folder that is made if need be. The same
-    figure is the same file."""
+    """Write a figure, the legend of `ax` beside all axes, into a folder, which is created if necessary.
+    The same figure gives the same file."""
     import matplotlib.pyplot as plt
     plt.rcParams["svg.hashsalt"] = name
     os.makedirs(folder, exist_ok=True)

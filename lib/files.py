@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LOCK_WAIT = 120.0  # seconds; a file server keeps the locks of a machine that is gone for some 90
+LOCK_WAIT = 120.0  # seconds; a file server keeps the locks of a lost machine for some 90 s
 
 # ---- Lock --------------------------------------------------------------------------------------------------
 
@@ -51,9 +51,9 @@ def lock_out_dir(out_dir: str) -> None:
 
 
 def lock_file(path: str, owner_writes: str, flag: str) -> None:
-    """Locks a file, which is made, until this process ends, with a record lock: see lock_out_dir. Raises
-    ValueError if another process has locked it: at once if it is on this machine, else, and after a restart
-    by torchrun, when LOCK_WAIT is over, since its machine may be gone and the lock with it."""
+    """Creates a file and holds a record lock on it until this process ends: see lock_out_dir. Raises
+    ValueError if another process has locked it: at once if that is on this machine; otherwise, and after a
+    restart by torchrun, only after LOCK_WAIT, since its machine may be gone and the lock soon expire."""
     if fcntl is None:
         return
     give_up_at = None
@@ -85,13 +85,13 @@ def lock_file(path: str, owner_writes: str, flag: str) -> None:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     owner = os.getpid()
     # the descriptor is never closed: the lock lasts as long as the process
-    # without links the file is gone (work_folder), and one of this name is the next process's
+    # a file without links is gone (work_folder): one of this name is another process's
     atexit.register(lambda: os.getpid() == owner and os.fstat(descriptor).st_nlink and remove(path))
 
 
 def is_locked(path: str) -> bool:
-    """Whether a process, on any machine, holds lock_file's lock on a file, which is not made; False where
-    there are no record locks. Not for a process that holds it: it would lose it."""
+    """Whether a process, on any machine, holds lock_file's lock on a file, which is not created; False where
+    there are no record locks. The process that holds the lock must not call it: it would lose the lock."""
     if fcntl is not None:
         with contextlib.suppress(OSError), open(path, "r+b") as f:
             try:
@@ -112,7 +112,7 @@ def rename_old_files(out_dir: str) -> dict[str, str]:
     """Renames the files of an earlier run to <name>.old, or .old2 ... where there is one, for a run from
     scratch. Returns {name: new name}.
 
-    A log without a training iteration is of no use to anyone, and stays to be overwritten. Two nodes may
+    A log without a training iteration is useless, and is left to be overwritten. Two nodes may
     rename the same files of a shared folder: the second one finds some of them gone.
     """
     names = ["ckpt.pt", "ckpt_best.pt", "log.jsonl"]
@@ -138,7 +138,7 @@ def remove(path: str) -> None:
 
 def write_temporary(path: str, write) -> None:
     """The first half of an atomic write: calls write(file) on path + ".tmp" and syncs it. Raises OSError, and
-    removes it, if the disk does not take it."""
+    removes it, if the write fails."""
     remove(path + ".tmp")  # never overwritten in place: it may be another name of ckpt_best.pt
     try:
         with open(path + ".tmp", "wb") as f:
@@ -159,7 +159,7 @@ def replace_file(path: str) -> None:
 
 
 def write_whole(path: str, text: str) -> None:
-    """Both halves, for a text. Raises OSError, and leaves the old file, if the disk does not take it."""
+    """Both halves, for a text. Raises OSError, and leaves the old file, if the write fails."""
     write_temporary(path, lambda file: file.write(text.encode()))
     replace_file(path)
 

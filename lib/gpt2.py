@@ -62,8 +62,8 @@ def is_transposed(name: str) -> bool:
 # ---- GPT-2 in ----------------------------------------------------------------------------------------------
 
 def find(init_from: str) -> str | None:
-    """The folder of the GPT-2 that init_from names, after its download; None if it names none. A folder
-    with a config.json comes before the hub's GPT-2 of its name.
+    """The folder of the GPT-2 that init_from names, downloaded if necessary; None if it names none. A folder
+    with a config.json takes precedence over the hub's GPT-2 of its name.
 
     Raises ValueError where it cannot be downloaded.
     """
@@ -88,7 +88,7 @@ def start_settings(folder: str, config: dict, given: set[str]) -> dict:
     config: the run's keys; given: the names of those that the user has set. A block_size that is less than
     the number of positions crops them. mup is off: these weights were not trained with its scales, and
     learning_rate is what AdamW takes for each of them. Raises ValueError for a contradiction, and for a
-    config.json that is not sound or asks for what this model does not have.
+    config.json that is invalid or asks for what this model does not have.
     """
     there = read_settings(folder)
     if "struct" in given and config["struct"] != "dense":
@@ -134,7 +134,7 @@ def read_settings(folder: str) -> dict:
 def load_weights(folder: str, model, tokenizer: dict | None = None) -> None:
     """Puts the weights of the GPT-2 in `folder` into a model of its settings. A collective: all ranks end
     with rank 0's. Rows beyond the model's vocabulary and positions are left out. tokenizer: the data's, as
-    meta.json describes it; there is a remark if its ids are those of other tokens.
+    meta.json describes it; a remark is printed if its ids are those of other tokens.
 
     Raises ValueError for weights that cannot be read or do not fit, and for a vocabulary that is not the
     model's; up to 127 rows more than that are padding.

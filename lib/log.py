@@ -26,14 +26,14 @@ def format_duration(seconds: float) -> str:
 
 def validation_windows(settings: dict) -> int:
     """How many windows of block_size tokens a run's evaluations take, by its settings; old ones have no
-    eval_tokens. Raises KeyError where they have no other of these keys."""
+    eval_tokens. Raises KeyError if another of these keys is missing."""
     tokens = settings.get("eval_tokens")
     return -(-tokens // settings["block_size"]) if tokens else settings["eval_iters"] * settings["batch_size"]
 
 
 def read_log(place: str) -> list[dict]:
-    """The points of a log file, or of a folder's log.jsonl: [] without one. Half lines and lines that are no
-    JSON object are left out."""
+    """The points of a log file, or of a folder's log.jsonl: [] if there is none. Incomplete lines and lines
+    that are not JSON objects are left out."""
     path, points = os.path.join(place, "log.jsonl") if os.path.isdir(place) else place, []
     with contextlib.suppress(OSError):
         with open(path, encoding="utf-8", errors="replace") as f:
@@ -88,7 +88,8 @@ class RunLog:
         os.fsync(self.file.fileno())
 
     def _reopen_if_gone(self) -> None:
-        """Lines for a file without a name, or of a handle that a server has forgotten, would be lost."""
+        """Opens the log again if it was removed or replaced, or a server has forgotten its handle: its lines
+        would be lost."""
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
                 return
@@ -114,7 +115,7 @@ class RunLog:
 
 
 def _finite(x):
-    """x with None in place of every float in it that JSON does not have."""
+    """x with None for every float in it that JSON cannot express."""
     if isinstance(x, dict):
         return {k: _finite(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
@@ -125,8 +126,8 @@ def _finite(x):
 class Wandb:
     """A wandb run that cannot stop training: whatever wandb raises is printed once, and switches it off.
 
-    Charts are over `iter`. wandb's own step only rises, and what comes for an earlier one is dropped: the
-    points that a run makes again when it resumes from an older checkpoint.
+    Charts are over `iter`, since wandb's own step can only rise: it would drop the points that a run makes
+    again when it resumes from an older checkpoint.
     """
 
     def __init__(self, **options):

@@ -30,9 +30,9 @@ def nearest_einsum(W: Tensor, sizes: tuple, C: Tensor | None = None, sweeps: int
                    tolerance: float = 1e-5) -> tuple[Tensor, Tensor, list[float]]:
     """Cores A[γ, α, δ, φ, ρ] and B[γ, β, ε, φ, ρ] of the nearest matrix, and squared errors ‖(W - M) C^½‖².
 
-    Without C it is exact: an SVD of each slice (γ, φ). So it is with C where γ = 1 and α or β = 1. Else the
+    Without C it is exact, an SVD of each slice (γ, φ); with C too where γ = 1 and α or β = 1. Otherwise the
     plain solution is improved by alternating least squares, until a sweep over both cores lowers the squared
-    error by less than its share `tolerance`, or `sweeps` are made; errors: before, and after each sweep.
+    error by less than the fraction `tolerance`, or for `sweeps`; errors: before, and after each sweep.
     """
     a, b, g, d, e, f, r = sizes
     W = W.double()
@@ -69,8 +69,8 @@ def matrix_of(A: Tensor, B: Tensor) -> Tensor:
 
 def _by_slices(W6: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Nearest cores to W6[φ, ε, δ, γ, β, α]: A and B of one (γ, φ) are a rank-ρ factorization of the slice
-    (αδ, βε), whatever the other slices are. Singular values are shared equally; more ranks than the slice
-    has are 0."""
+    (αδ, βε), whatever the other slices are. Singular values are shared equally; ranks beyond
+    those of the slice are 0."""
     f, e, d, g, b, a = W6.shape
     slices = W6.permute(3, 0, 5, 2, 4, 1).reshape(g, f, a * d, b * e)
     U, S, Vh = torch.linalg.svd(slices, full_matrices=False)
@@ -131,8 +131,8 @@ def _solve(H: Tensor, slope: Tensor) -> Tensor:
 # ---- DYAD --------------------------------------------------------------------------------------------------
 
 def nearest_sum(W: Tensor, places, C: Tensor | None = None) -> list[Tensor]:
-    """Cores of the nearest matrix that is the sum of what they put at these places, exact: the places say
-    which entries may differ from 0, and where several cores have one, they share it equally.
+    """Exact cores of the nearest matrix that is a sum of cores with their entries at these places: all other
+    entries are 0, and an entry that several cores have is shared equally.
 
     places: for each core, the (rows, columns) of its entries, tensors of the core's shape (structured.Dyad).
     """

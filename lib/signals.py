@@ -25,8 +25,8 @@ class DeferredSignals:
                 signal.signal(number, self._handle)
 
     def stop_deferring(self, handled: int) -> None:
-        """From here on a signal exits at once: also one that came since the caller last looked, unless it has
-        `handled` one."""
+        """From here on a signal exits at once, even one that came since the caller last looked, unless the
+        caller has `handled` one."""
         self.deferring = False
         if self.received and not handled:
             raise Stopped(128 + self.received)

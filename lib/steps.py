@@ -42,7 +42,7 @@ class FiniteSteps:
     def read(self) -> list[tuple[Any, float, float]]:
         """(note, loss, norm) of each step since the last call, in order. Waits for the device, once.
 
-        The learning rates are those of the last step that was taken, as if the others had never been.
+        The learning rates are those of the last step that was taken, as if the others had never happened.
         """
         if not self.waiting:
             return []

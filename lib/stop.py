@@ -1,4 +1,4 @@
-"""Text that comes in pieces, up to a text that ends it."""
+"""Text that arrives in pieces, cut off at a stop text."""
 
 
 class StopText:

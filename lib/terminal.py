@@ -1,4 +1,4 @@
-"""A program's output, where its terminal lacks the letters or takes no more. Needs no torch."""
+"""A program's output, on terminals that lack characters and on outputs that fail. Needs no torch."""
 import contextlib
 import io
 import sys
@@ -11,7 +11,7 @@ class OutputLost(SystemExit):
 class Output(io.RawIOBase):
     """Bytes for a terminal, a pipe or a file, given as a raw stream.
 
-    With keep_going, what it does not take (a closed pipe, a full disk) is dropped. Without, the first such
+    With keep_going, what cannot be written (a closed pipe, a full disk) is dropped. Without, the first such
     write raises OutputLost: with the status of SIGPIPE for a closed pipe, else with one sentence.
     """
 
@@ -48,8 +48,8 @@ def excepthook(kind, error, traceback) -> None:
 
 
 def prepare_output(keep_going: bool = False) -> None:
-    """Every program calls it first: letters that stdout and stderr lack become "?", and neither a failed
-    write nor Ctrl-C has a traceback.
+    """Every program calls it first: characters that stdout and stderr lack become "?", and neither a failed
+    write nor Ctrl-C prints a traceback.
 
     keep_going: the program has more to do than to print, and goes on without its output (see Output). Streams
     that are not the program's own, such as those of a test, stay as they are.

@@ -325,7 +325,7 @@ def test_a_restart_by_torchrun_is_not_from_scratch(train, run, flags, tmp_path):
     """Whatever init_from is, and however many restarts this node has counted: the same torchrun has made what
     is there. What another start has made is renamed."""
     train(tmp_path / "out", max_iters=3)
-    for restarts, iterations, words in ((1, 2, "ckpt.pt of an earlier run is ckpt.pt.old"),
+    for restarts, iterations, words in ((1, 2, "ckpt.pt of an earlier run is renamed to ckpt.pt.old"),
                                         (0, 4, "resuming")):
         done = run("train.py", *flags(max_iters=iterations), TORCHELASTIC_RUN_ID="none",
                    TORCHELASTIC_RESTART_COUNT=str(restarts))

@@ -85,7 +85,7 @@ class _RouterLosses(torch.autograd.Function):
         z = logits.logsumexp(dim=1, keepdim=True)
         p = (logits - z).exp()
         ctx.save_for_backward(p, z, load)
-        tokens = max(1, len(p))  # without any both are 0
+        tokens = max(1, len(p))  # without tokens both are 0
         return load.numel() / tokens * (p.sum(0) * load).sum(), z.square().sum() / tokens
 
     @staticmethod

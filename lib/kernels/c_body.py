@@ -1,8 +1,8 @@
 """The einsum operator on CPUs in float32 and float64: einsum.c, compiled at first use.
 
-The compiler is $CC, or the first of cc, gcc and clang that is there. The library is kept in
-$XDG_CACHE_HOME/einsum-kernels (~/.cache), under a hash of source, flags, compiler and CPU. Where it cannot be
-had, a RuntimeWarning says why in one sentence, and the torch body computes instead.
+The compiler is $CC, or the first of cc, gcc and clang that exists. The library is kept in
+$XDG_CACHE_HOME/einsum-kernels (~/.cache), under a hash of source, flags, compiler and CPU. If it cannot be
+built or loaded, a RuntimeWarning says why in one sentence, and the torch body computes instead.
 """
 import ctypes
 import functools
@@ -99,18 +99,18 @@ def load(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled einsum.c for a dtype, or None, with a warning, where it cannot be had."""
+    """The compiled einsum.c for a dtype, or None, with a warning, if it cannot be built or loaded."""
     try:
         return load(build(dtype, cache_folder()))
     except (OSError, RuntimeError) as e:  # RuntimeError: there is no home folder
-        warnings.warn(f"einsums take PyTorch's products, which are slower, since {e}", RuntimeWarning,
+        warnings.warn(f"einsums use PyTorch's products, which are slower, since {e}", RuntimeWarning,
                       stacklevel=2)
         return None
 
 
 @functools.lru_cache(maxsize=1024)
 def _scratch(dtype: torch.dtype, dims: bytes, backward: int) -> int:
-    """Numbers of scratch that a call needs."""
+    """How many numbers of scratch memory a call needs."""
     sizes = (ctypes.c_int64 * 13).from_buffer_copy(dims)
     return library(dtype).scratch_size(sizes, ctypes.c_int64(backward))
 
@@ -137,7 +137,7 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
 def forward(x, first, second, router, balance, experts, top_k, sizes, swapped):
     """See operators.einsum. All tensors are contiguous, and of one type; experts are of int64.
 
-    Raises IndexError for an expert that there is not, or rows without one: einsum.c would read out of bounds.
+    Raises IndexError for experts that do not exist, or rows without one: einsum.c would read out of bounds.
     """
     if experts is not None and len(experts) != len(x):
         raise IndexError(f"experts has {len(experts)} rows, and x {len(x)}")

@@ -11,8 +11,8 @@ operators.py. There are two routes:
     one launch  F.grouped_mm with the offsets on the device: bfloat16 on GPUs of compute capability 9.x and
                 10.x. Elsewhere PyTorch's grouped_mm is itself a loop that reads the offsets back.
     a loop      one product per expert with rows; the offsets are read back once, for a product and its two
-                gradients: the GPU waits for a few launches, which costs less than to gather a matrix for each
-                tile of rows.
+                gradients: the GPU waits for a few launches, which costs less than gathering a matrix for
+                each tile of rows.
 
 The operators are registered with torch.library: torch.compile sees opaque calls whose shapes do not depend on
 the routing.
@@ -64,7 +64,7 @@ def loop_product_grad_w(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
 
 
 def _pad(x: Tensor) -> Tensor:
-    """Zeros behind the last dimension: grouped_mm wants rows of a multiple of 16 bytes, from such a place."""
+    """Zeros behind the last dimension: grouped_mm needs rows of a multiple of 16 bytes that begin at one."""
     extra = -x.shape[-1] % (16 // x.element_size())
     x = F.pad(x, (0, extra)) if extra else x.contiguous()
     return x.clone() if x.storage_offset() * x.element_size() % 16 else x
@@ -77,7 +77,7 @@ def one_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
         return x.new_empty(0, rows)
     if any(size * w.element_size() % 16 for size in w.shape[1:]):
         w = _pad(_pad(w.mT).mT)
-    elif not w.mT.is_contiguous():  # it is in a backward, where w is the transpose of a matrix
+    elif not w.mT.is_contiguous():  # in a backward it is, since w is a transpose there
         w = _pad(w)
     return F.grouped_mm(_pad(x), w.mT, offs=ends.to(torch.int32))[:, :rows].contiguous()
 
@@ -87,7 +87,7 @@ def one_product_grad_w(x: Tensor, dy: Tensor, ends: Tensor) -> Tensor:
     if not len(x):
         return x.new_zeros(len(ends), dy.shape[1], x.shape[1])
     dw = F.grouped_mm(_pad(dy).mT, _pad(x), offs=ends.to(torch.int32))  # (E, M', K')
-    # for an expert without rows the kernel may leave what it finds in the memory
+    # for an expert without rows the kernel may leave memory as it finds it
     has_rows = (ends.diff(prepend=ends.new_zeros(1)) > 0)[:, None, None]
     return torch.where(has_rows, dw[:, :dy.shape[1], :x.shape[1]], 0)
 

@@ -96,8 +96,8 @@ def _body(name: str, logits_given: bool, x: Tensor, first: Tensor, *others: Tens
 
 
 def computes_logits(x: Tensor) -> bool:
-    """Whether the body of a mixture that reads x would rather compute the router's logits itself: c, so on a
-    CPU whether or not einsum.c could be compiled. torch.compile traces this."""
+    """Whether the body of a mixture that reads x computes the router's logits itself: c does, so this is true
+    on a CPU, even if einsum.c could not be compiled. torch.compile traces this."""
     dtype = autocast_dtype(x) or x.dtype
     return x.device.type == "cpu" and _kernel in ("auto", "c") and dtype in (torch.float32, torch.float64)
 
@@ -119,7 +119,7 @@ def _einsum(x: Tensor, first: Tensor, second: Tensor, router: Tensor | None, bal
     y, logits, chosen = _body(body, given is not None, x, first, second, router, balance).forward(
         x, first, second, router, balance, experts, top_k, sizes, swapped,
         *([] if given is None else [given]))
-    # an operator returns tensors, and none of its inputs
+    # an operator must return tensors, none of them an input
     return (y, x.new_empty(0) if router is None else logits,
             chosen if balance is not None else x.new_empty(0, dtype=torch.int64))
 

@@ -6,8 +6,8 @@ Letters are those of the contraction (structured.py), where the first core comes
     first (E, g, rfd, a)    second (E, f, e, grb)
 
 Three primitives make the six products of a layer: rows_to_z and z_to_rows (x -> z -> y, and dy -> dz -> dx
-with the cores' roles exchanged), and core_gradient. z has its features first, (..., rfd, Pb): what rearranges
-it for the second core then copies along the rows, and for one matrix with b = d = 1 there is no copy.
+with the cores' roles exchanged), and core_gradient. z has its features first, (..., rfd, Pb), so that
+rearranging it for the second core copies along the rows, and needs no copy for one matrix with b = d = 1.
 """
 import torch
 import torch.nn.functional as F

@@ -13,7 +13,7 @@ For every group u and repeat v, a side maps a row's K numbers to N numbers of z,
     core_gradient    dcore[u, n, k] = Σ_{p, v} z[n, p] · row[p; u, v, k]
 
 for tiles of P rows p, each with the core of one expert. A row lies in memory as [u, v, k], and z as (tile, g,
-b, r, f, d, P), so that what a program reads lies together, whichever side it is of. Two more kernels, route
+b, r, f, d, P), so that what a program reads is contiguous, for either side. Two more kernels, route
 and place, and a cumulative sum between them make the plan (plan.py says what that is); combine sums a token's
 k rows, and route_gradient is the backward of the gates. There are no atomics and nothing is read back:
 results are deterministic, and the host never waits.
@@ -57,7 +57,7 @@ def _tokens(row, row_token, T, PLANNED: tl.constexpr):
 
 @triton.jit
 def _work(pid, U: tl.constexpr, V: tl.constexpr, blocks: tl.constexpr):
-    """What a program is for: its tile, group, repeat and block. Programs of a tile are neighbours."""
+    """The work of a program: its tile, group, repeat and block. Programs of a tile are neighbours."""
     return pid // (blocks * V * U), pid // (blocks * V) % U, pid // blocks % V, pid % blocks
 
 
@@ -69,8 +69,8 @@ def rows_to_z_kernel(rows, core, z, row_token, row_gate, tile_expert, T,
                      CN: tl.constexpr, CK: tl.constexpr, Z: tl.constexpr, P: tl.constexpr,
                      BN: tl.constexpr, BK: tl.constexpr, PLANNED: tl.constexpr, GATED: tl.constexpr,
                      PRECISION: tl.constexpr):
-    """One program per tile, group, repeat and block of N. Rows are read where their tokens are, and count
-    times their gates."""
+    """One program per tile, group, repeat and block of N. Rows are read where their tokens are, and are
+    multiplied by their gates."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = (N + BN - 1) // BN
     tile, u, v, block = _work(pid, U, V, blocks)
@@ -215,7 +215,7 @@ def route_kernel(logits, balance, chosen, gates, counts, T, E: tl.constexpr, k: 
         if GIVEN:
             best = tl.load(chosen + t * k + i, there, 0).to(tl.int32)
         else:
-            best = tl.minimum(tl.argmax(score, 1), E - 1)  # of NaN alone, an expert too
+            best = tl.minimum(tl.argmax(score, 1), E - 1)  # a valid expert even if all are NaN
             tl.store(chosen + t * k + i, best.to(tl.int64), there)
         hit = e[None, :] == best[:, None]
         taken += tl.sum((hit & there[:, None]).to(tl.int32), 0)
@@ -356,7 +356,7 @@ def make_plan(problem: Problem, chosen: Tensor, logits: Tensor | None, balance: 
     T, E, P, tiles = problem.T, problem.E, problem.P, problem.tiles
     k = chosen.shape[1]
     EP, KP = triton.next_power_of_2(E), triton.next_power_of_2(k)
-    # of so many tokens a program's (ROWS, KP, EP) fits into registers and shared memory
+    # so many that a program's (ROWS, KP, EP) fits into registers and shared memory
     ROWS = min(128, max(1, min(16, 16384 // (EP * KP)), 4096 // (EP * KP)))
     programs, gated = -(-T // ROWS), logits is not None
     int32 = dict(dtype=torch.int32, device=chosen.device)
@@ -433,7 +433,7 @@ def route_gradient(plan: Plan, logits: Tensor, chosen: Tensor, s: Tensor, dlogit
 # ---- The body ----------------------------------------------------------------------------------------------
 
 def _turned(rows: Tensor, groups: int, outer: int, inner: int) -> Tensor:
-    """rows[u, i, j] -> rows[u, j, i]: kernels read and write the K numbers of a repeat together, where the
+    """rows[u, i, j] -> rows[u, j, i]: kernels read and write the K numbers of a repeat side by side; the
     caller may have them apart (torch_body.py says when). A view where i or j has one value, else a copy."""
     return rows.view(len(rows), groups, outer, inner).mT.reshape(len(rows), groups * outer * inner)
 
