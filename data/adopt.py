@@ -1,4 +1,4 @@
-"""Take in a folder of nanoGPT's: train.bin and val.bin of 16-bit token ids, to which this writes meta.json.
+"""Adopt a folder of nanoGPT's, train.bin and val.bin of 16-bit token ids, by adding a meta.json.
 
     python data/adopt.py FOLDER                          GPT-2's vocabulary, or the characters of its meta.pkl
     python data/adopt.py FOLDER --tokenizer gpt2         says so, whatever the ids look like
@@ -47,8 +47,8 @@ def read_characters(path: Path) -> CharTokenizer:
 
 
 def describe_vocabulary(args: argparse.Namespace, folder: Path, largest: int) -> dict:
-    """The tokenizer's object for meta.json. Raises ValueError if none is known, or an id is not below its
-    size; `largest` is the largest of them."""
+    """The tokenizer's object for meta.json. Raises ValueError if none is known, or if `largest`, the
+    largest id, is not below its size."""
     if args.tokenizer in TIKTOKEN and not args.end_of_text:
         described = {"name": args.tokenizer}  # no vocabulary needs to be downloaded
     elif args.tokenizer:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Batches:
-    """Windows of block_size tokens and their targets, the same whatever the number of ranks, and after a
+    """Windows of block_size tokens and their targets, the same for any number of ranks and after a
     resume.
 
     splits       {"train": ids, "val": ids}, 1-D, on disk; each longer than block_size, else ValueError

@@ -52,8 +52,8 @@ def collect_alphabet(documents, min_count: int, num_proc: int | None) -> tuple[C
 
 
 def write_characters(args: argparse.Namespace, work: Path, plain: bool = False) -> None:
-    """Loads the documents and writes them, with their own alphabet; or, if `plain`, those of the newline and
-    printable ASCII alone, and leaves out the others."""
+    """Loads the documents and writes them with their own alphabet; or, if `plain`, writes only those that
+    consist of the newline and printable ASCII."""
     documents, source = common.load_documents(args, work, nfc=not plain)
     if plain:
         found = len(documents)

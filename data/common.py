@@ -1,7 +1,7 @@
 """What the prepare scripts share, and how train.py opens what they wrote.
 
 A dataset is a folder: train.bin and val.bin, flat little-endian token ids of the type meta["dtype"], and
-meta.json, which describes them. meta.json is there only while both .bin files are whole.
+meta.json, which describes them. meta.json exists only while both .bin files are whole.
 """
 import argparse
 import contextlib
@@ -32,7 +32,7 @@ SOURCE = ("library", "adopted", "paths", "dataset", "config", "split", "revision
 BATCH_BYTES = 2 ** 28  # of documents that are worked on at once; a batch must have less than 2^31 ids
 FEW_TOKENS = 10_000  # fewer validation tokens than this are worth a remark
 
-# The hub's parquet version (80 files, 8,013,769 documents); the revision keeps the data the same tomorrow.
+# The hub's parquet version (80 files, 8,013,769 documents); the fixed revision keeps the data the same.
 HUB_DATASET = "Skylion007/openwebtext"
 HUB_REVISION = "b4325f019c648b1641a1784748667e8b74e5e064"
 
@@ -53,7 +53,7 @@ class TokenFile:
     """The token ids in a file, 1-D: tokens[first:last] reads an array of them.
 
     Not a memory map, whose pages stay in the process's resident memory once read: in the end, the whole
-    dataset's. Raises OSError, or ValueError if the file is empty or its last id is not whole.
+    dataset. Raises OSError, or ValueError if the file is empty or its last id is not whole.
     """
 
     def __init__(self, path: str | os.PathLike, dtype: np.dtype):
@@ -61,7 +61,7 @@ class TokenFile:
         self.file = open(path, "rb", buffering=0)
         size = os.fstat(self.file.fileno()).st_size
         if size == 0 or size % dtype.itemsize:
-            raise ValueError(f"it has {size} bytes, which are no whole ids of {dtype.itemsize}")
+            raise ValueError(f"it has {size} bytes, not whole ids of {dtype.itemsize} bytes each")
         self.length = size // dtype.itemsize
 
     def __len__(self) -> int:
@@ -225,8 +225,8 @@ def run(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def work_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder inside out_dir for what is not whole yet. Leftovers of a killed run are removed first, but for
-    the meta.json that check_out_dir looks for; raises ValueError while another process uses it."""
+    """A folder inside out_dir for unfinished files. Leftovers of a killed run are removed first, except the
+    meta.json that check_out_dir looks for. Raises ValueError while another process uses the folder."""
     folder = out_dir / "prepare.tmp"
     folder.mkdir(parents=True, exist_ok=True)
     lock_file(str(folder / "lock"), "another prepare.py writes", "--out-dir")
@@ -243,8 +243,8 @@ def work_folder(out_dir: Path) -> Iterator[Path]:
 
 def check_out_dir(out_dir: Path, source: dict) -> None:
     """Raises ValueError if out_dir holds a dataset of another source, by the keys of SOURCE in meta.json, or
-    token files without a meta.json, which are nanoGPT's, unless a run was killed as it moved its own there.
-    A meta.json that cannot be read counts as none of another source. Old ones may have relative paths."""
+    token files without a meta.json: these are nanoGPT's, unless a run was killed while moving its own there.
+    A meta.json that cannot be read does not count as another source. Old ones may have relative paths."""
     meta = out_dir / "meta.json"
     killed = (out_dir / "prepare.tmp" / "meta.json").exists()  # it is moved last: see write_dataset
     files = [f"{split}.bin" for split in ("train", "val") if (out_dir / f"{split}.bin").exists()]
@@ -266,7 +266,7 @@ def check_out_dir(out_dir: Path, source: dict) -> None:
 
 
 def import_datasets():
-    """Returns the module `datasets`, which then neither imports torch nor logs the errors it raises."""
+    """Returns the module `datasets`, set up to neither import torch nor log the errors it raises."""
     os.environ["USE_TORCH"] = "0"
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -365,13 +365,13 @@ def read_hub(args: argparse.Namespace) -> Iterator[str | None]:
 
 def load_documents(args: argparse.Namespace, work: Path, nfc: bool = False):
     """Loads OpenWebText, the local files of --source or the --dataset: (a datasets.Dataset with the column
-    "text", the source for meta.json). nfc: texts are brought into Unicode's form NFC, but for OpenWebText's.
+    "text", the source for meta.json). nfc: texts are normalized to Unicode NFC, except OpenWebText's.
     Texts are kept in `work`, OpenWebText's in the hub's own cache."""
     datasets = import_datasets()
     files, source = (), {key: value for key in ("dataset", "config", "split", "revision", "max_documents")
                          if (value := getattr(args, key)) is not None}
     if args.source:
-        files = tuple(find_files(args.source))  # a list would be the shards of the generator
+        files = tuple(find_files(args.source))  # a list would be taken for the generator's shards
         # absolute, since the same name in another folder is another text
         source = {"paths": list(map(os.path.abspath, args.source)), "files": len(files)} | source
     elif not args.dataset:
@@ -467,10 +467,10 @@ def write_documents(args: argparse.Namespace, work: Path, documents, tokenizer: 
     source = source | {"documents": len(documents), "val_fraction": args.val_fraction}
     meta = write_dataset(args.out_dir, work, tokenizer, ids, source)
     if lost and tokenizer.unknown_id is None:
-        print(f"{lost:,} characters of the text have no token, and are left out: take another --tokenizer")
+        print(f"{lost:,} characters of the text have no token, and are left out: choose another --tokenizer")
     elif lost:
         print(f"{lost / (meta['train_tokens'] + meta['val_tokens']):.2%} of the tokens, {lost:,}, are the "
-              "unknown token, and what they stand for is lost: take another --tokenizer to keep it")
+              "unknown token, and what they stand for is lost: choose another --tokenizer to keep it")
 
 
 def _shards(encoded, desc: str, size: int = 10_000) -> Iterator[np.ndarray]:
@@ -508,7 +508,7 @@ def write_dataset(out_dir: Path, work: Path, tokenizer: Tokenizer, splits: dict[
     for split in splits:
         path = out_dir / f"{split}.bin"
         os.replace(work / path.name, path)
-        # Two runs that share an out_dir share a work folder: what the other began must not pass for whole.
+        # Two runs that share an out_dir share a work folder: what the other began must not pass as complete.
         if path.stat().st_size != meta[f"{split}_tokens"] * dtype.itemsize:
             raise OSError(f"{path} changed while it was moved into place: is another prepare.py running?")
     fsync_folder(out_dir)

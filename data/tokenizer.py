@@ -75,7 +75,7 @@ def find_cuts(encode: Callable[[str], list[int]], text: str) -> Iterator[int]:
 def cut_blanks(text: str) -> list[str]:
     """Returns the parts of a text that is cut where more than 100,000 blanks follow each other."""
     places = [0]
-    if re.search(r"\s{99}", text[::1000]):  # which takes a thousandth of the time
+    if re.search(r"\s{99}", text[::1000]):  # takes a thousandth of the time
         for blanks in re.finditer(r"(?<!\s)\s{100001,}", text):
             places += range(blanks.start() + 100_000, blanks.end(), 100_000)
     return [text[first:last] for first, last in itertools.pairwise([*places, len(text)])]
@@ -102,8 +102,8 @@ class Decoder:
 
 
 class PrefixDecoder:
-    """As Decoder, where the text of a token depends on the tokens before it: what the text of the last tokens
-    grows by.
+    """Like Decoder, for tokens whose text depends on the tokens before them: a call returns what its token
+    adds to the text.
 
     decode   ids -> text
     after    the ids that come before the first: their text is not given again
@@ -283,13 +283,13 @@ class FileTokenizer:
                              "ends a text with --end-of-text")
         self.end_of_text = self.start = found[0] if found else end_of_text
         file = json.loads(text)
-        for token in file.get("added_tokens") or ():  # behind gaps in the ids the library renumbers them
+        for token in file.get("added_tokens") or ():  # after a gap in the ids the library renumbers them
             if vocabulary.get(token["content"]) != token["id"]:
                 raise ValueError(f"the library tokenizers changes the id {token['id']} of its token "
                                  f"{token['content']!r}: number its vocabulary without gaps")
         described = file.get("model") or {}  # Unigram has unk_id, others unk_token
         self.unknown_id = vocabulary.get(described.get("unk_token"), described.get("unk_id"))
-        # One byte that is no part of a character makes all bytes beside it U+FFFD.
+        # One byte outside of any character turns all bytes next to it into U+FFFD.
         self.bytes = {i for name, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", name)}
         has_bytes = described.get("byte_fallback") and len(self.bytes) == 256 or (
             "ByteLevel" in f"{file.get('normalizer')} {file.get('pre_tokenizer')}"
@@ -307,8 +307,8 @@ class FileTokenizer:
         return encode_in_pieces(encode, text, self.dtype)
 
     def count_lost(self, text: str, ids: np.ndarray) -> int:
-        """Returns how many of a document's ids are the unknown token; where there is none, how many of its
-        characters, but blanks, are left out."""
+        """Returns how many of a document's ids are the unknown token; if there is none, how many of its
+        characters, not counting blanks, are left out."""
         lost = 0 if self.unknown_id is None else np.count_nonzero(ids == self.unknown_id)
         for first in range(0, len(text) if self.drops else 0, PIECE):
             part = text[first:first + PIECE]
@@ -347,7 +347,7 @@ Tokenizer = CharTokenizer | TiktokenTokenizer | FileTokenizer
 
 def from_name(name: str, end_of_text: str | None = None) -> Tokenizer:
     """Returns the tokenizer of an encoding of tiktoken, or of a tokenizer.json at the path `name`, whose
-    end-of-text token may be named. Raises ValueError if it is neither, and OSError if it cannot be had."""
+    end-of-text token may be named. Raises ValueError if it is neither, and OSError if it cannot be loaded."""
     if name in TIKTOKEN and end_of_text is None:
         return TiktokenTokenizer(name)
     if name in TIKTOKEN:

@@ -1,6 +1,6 @@
 """Any text by characters, in any language: the vocabulary is the alphabet of the text itself.
 
-Texts are brought into Unicode's form NFC, in which an accented letter is one character where there is one.
+Texts are normalized to Unicode NFC, in which an accented letter is one character where there is one.
 With --min-count=N, characters that occur fewer than N times become one unknown mark. A newline follows each
 document.
 

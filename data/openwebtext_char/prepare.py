@@ -1,8 +1,8 @@
 """OpenWebText by characters, as in the paper: the newline and the 95 printable ASCII characters, 96 in all.
 Documents with any other character are left out; a newline follows each document.
 
-Other texts have the alphabet that is theirs, as with data/chars/prepare.py, and nothing is left out; with
---ascii, they are treated as OpenWebText.
+Other texts keep their own alphabet, as with data/chars/prepare.py, and nothing is left out; with --ascii,
+they are treated as OpenWebText.
 
     python data/openwebtext_char/prepare.py                              about 24 GB to download
     python data/openwebtext_char/prepare.py --source owt.jsonl --ascii   a copy of it
