@@ -1,4 +1,4 @@
-"""Speed of every structure beside nn.Linear, and of a training step.
+"""Speed of every structure relative to nn.Linear, and of a training step.
 
     python -m experiments.bench                     widths 256 to 2048, then a step of every structure config
     python -m experiments.bench --widths=512, --structs=btt,btt_moe --step=False
@@ -6,11 +6,11 @@
                                                     the steps of a sweep's runs, for fit --bench
 
 For each width: forward and backward of one square layer, as a ratio to nn.Linear of the same width. The
-layers are timed in turn, so that a slow moment of the machine meets all of them: a ratio is taken within a
-turn, and the median and the quartiles are over turns. Beside it: the ratio of the FLOPs; the time per FLOP
+layers are timed in turn, so that a slow moment of the machine affects all of them: a ratio is taken within a
+turn, and the median and the quartiles are over turns. Also: the ratio of the FLOPs; the time per FLOP
 relative to nn.Linear's; and the memory above inputs and parameters, both what the forward keeps for the
 backward (the output included) and the peak. Then tokens/s of whole training steps. Writes everything to
-<out>/bench.json, the ratios by width as a table to table.md, and as a figure. Let nothing else run meanwhile.
+<out>/bench.json, the ratios by width as a table to table.md, and as a figure. Run nothing else meanwhile.
 """
 from typing import Literal
 
@@ -68,7 +68,7 @@ SIZES = ("block_size", "vocab_size", "n_layer", "n_embd", "n_head")  # of a mode
 
 
 def choose_structures() -> dict[str, dict]:
-    """{name: fields of GPTConfig but its SIZES}, dense first. Raises ValueError for a plan of no use."""
+    """{name: fields of GPTConfig but its SIZES}, dense first. Raises ValueError for an unusable plan."""
     found = structures_of(plan) if plan else {name: structure_config(name) for name in structs.split(",")}
     fields = {field.name for field in dataclasses.fields(GPTConfig)} - {*SIZES}
     kept = {name: {key: value for key, value in options.items() if key in fields}
@@ -202,7 +202,7 @@ def bench_steps() -> list[dict]:
 
 
 def machine() -> dict:
-    """What the times are of."""
+    """The machine and software that the times were measured on."""
     name = device_name(device) if device_type == "cuda" else platform.processor() or platform.machine()
     if device_type == "cpu" and os.path.exists("/proc/cpuinfo"):    # says more, on Linux
         with open("/proc/cpuinfo", encoding="utf-8") as f:
@@ -274,7 +274,7 @@ def write(result: dict) -> None:
 
 
 def main() -> None:
-    with torch.device("meta"):  # a size that does not factor must not cost what was measured before it
+    with torch.device("meta"):  # a size that does not factor must end here, before anything is measured
         for width in widths:
             layers(int(width))
         for options in structures.values() if step else ():

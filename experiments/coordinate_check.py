@@ -48,7 +48,7 @@ def mean_square(x: torch.Tensor) -> float:
 
 
 def measure(model: GPT, x, y) -> dict[str, float]:
-    """Mean squares on one batch: {'block 0', ..., 'attention logits', 'output logits'}. Leaves its hooks."""
+    """Mean squares on one batch: {'block 0', ..., 'attention logits', 'output logits'}. Keeps its hooks."""
     changes, queries, keys = [], [], []     # of each block; queries and keys are (B, T, nh, hs)
     for block in model.blocks:
         block.register_forward_hook(lambda _, inputs, output: changes.append(mean_square(output - inputs[0])))
@@ -84,7 +84,7 @@ def train_and_measure(options: dict, width: int, seed: int, tokens, vocab_size: 
 
 
 def check_structure(name: str, tokens, vocab_size: int) -> list[dict]:
-    """Rows of the table, one for each width and quantity. Smaller models differ more, and have more seeds."""
+    """Rows of the table, one for each width and quantity. Smaller models vary more, and get more seeds."""
     rows, fields = [], GPTConfig.__dataclass_fields__
     options = {key: value for key, value in structure_config(name).items() if key in fields}
     for width in sorted({int(width) for width in widths}):
@@ -127,14 +127,14 @@ def draw(rows: list[dict], folder: str) -> None:
 def main() -> int:
     """Check every structure; the exit status."""
     if steps < 2:
-        fail(f"steps must be at least 2, since the first moves zeros alone; got {steps}")
+        fail(f"steps must be at least 2, since the first moves only zero weights; got {steps}")
     if any(w < 32 or w % 32 for w in widths) or len(set(widths)) < 2:
         fail(f"widths must be two or more different multiples of 32, the size of a head; got {widths}")
     names = [name.strip() for name in structs.split(",")]
     if len(set(names)) < len(names):
         fail(f"structs must name every structure once; got {structs!r}")
     for name in names:
-        structure_config(name)      # ends here for an unknown one, not after the structures before it
+        structure_config(name)      # an unknown one ends here, not after the structures before it
     meta, splits = open_dataset(dataset)
     if len(splits["train"]) <= block_size:
         fail(f"train.bin of the dataset holds {len(splits['train'])} tokens, too few for block_size = "

@@ -5,11 +5,12 @@
     python -m experiments.gpu_check --device=cpu        small sizes, as the tests do
 
 For each body that computes einsums here (torch, triton; see lib/kernels/operators.py): errors of outputs and
-gradients against float64, an expert without tokens, runs that are bitwise the same, layers, eager and
-compiled, against the torch body's, launches without a wait of the host, and the time of layers beside
-nn.Linear. Then generation, and training runs of twenty iterations at GPT-2 small's sizes, each of its own
-process, and some with torchrun on all GPUs.
-Prints each check, and writes all so far into <out>/gpu_check.json. The exit status is 1 if a check failed.
+gradients against float64, an expert without tokens, whether repeated runs are bitwise the same, eager and
+compiled layers against the torch body's, whether the host never waits, and the time of layers relative to
+nn.Linear. Then generation, and training runs of twenty iterations at GPT-2 small's sizes, each in its own
+process, some with torchrun on all GPUs.
+Prints each check, and writes all checks so far into <out>/gpu_check.json. The exit status is 1 if one
+failed.
 """
 from typing import Annotated
 
@@ -80,7 +81,7 @@ path, started, results = os.path.join(out, "gpu_check.json"), time.perf_counter(
 
 
 def record(name: str, passed: bool, **values) -> None:
-    """A check: printed, and written into the file, with all before: a later one may end the process."""
+    """Prints a check and writes all checks so far into the file, since a later one may end the process."""
     results.append(dict(check=name, passed=bool(passed), **values))
     write_whole(path, json.dumps(dict(system=SYSTEM, config=config, seconds=time.perf_counter() - started,
                                       checks=results), indent=1))
@@ -186,7 +187,7 @@ def make_layer(name: str, width: int, rows: int = tokens):
 
 
 def check_layer(name: str, body: str, dtype: torch.dtype) -> None:
-    """A layer agrees with the torch body's, and compiled, as one graph, too; the host waits for neither. Rows
+    """A layer, eager and compiled as one graph, agrees with the torch body's; the host does not wait. Rows
     do not fill their last tile."""
     title = f"{body} {name} {widths[0]} {name_of(dtype)}"
     amp = autocast(device_type, name_of(dtype))
@@ -233,7 +234,7 @@ def time_layers(body: str, width: int, dtype: torch.dtype) -> None:
 
 
 def check_generation(name: str) -> None:
-    """With a cache tokens are those without it, and new lengths cost no more than known ones."""
+    """Tokens are the same with and without a cache, and new lengths cost no more than known ones."""
     torch.manual_seed(0)
     size = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024) if on_gpu else dict(
         n_layer=2, n_head=2, n_embd=64, block_size=64)
@@ -335,7 +336,7 @@ if training:
         attempt("memory is released", torch.cuda.empty_cache)  # the runs are processes of their own
     check_training_runs()
 
-print(f"Written to {path}. Please open an issue with this file, whatever it says: few cards are known here.")
+print(f"Written to {path}. Please open an issue with this file, whatever it says: few cards have been tried.")
 failed = sum(not result["passed"] for result in results)
 print(f"{len(results)} checks, {failed} failed")
 sys.exit(failed > 0)

@@ -26,7 +26,7 @@ TRAIN = os.path.join(HERE, "train.py")
 # read at import: Python 3.11 can fail with a SystemError where several threads parse source at once
 TRAIN_KEYS = configurator.read_keys(TRAIN)
 TRAIN_DEFAULTS = {name: key.default for name, key in TRAIN_KEYS.items()}
-NOT_IN_NAMES = (*NO_EFFECT, "init_from")    # keys of train.py that are no part of a run's name
+NOT_IN_NAMES = (*NO_EFFECT, "init_from")    # keys of train.py that are not part of a run's name
 
 
 def split_arguments(script: str, commands: tuple[str, ...]) -> tuple[str, list, list, list]:
@@ -148,7 +148,7 @@ def make_run(label: str, values: dict, root: str) -> Run:
 
 
 def final_loss(run: Run) -> float | None:
-    """Validation loss at the end of a run; None where that is not reached, or the loss is not finite."""
+    """Validation loss at the end of a run; None if it has not ended, or the loss is not finite."""
     evals = [point for point in read_log(run.folder) if point.get("type") == "eval"]
     ends = [point["val_loss"] for point in evals if point["iter"] >= run.max_iters]
     return ends[-1] if ends else None
@@ -170,7 +170,7 @@ def last_words(run: Run) -> str:
 
 
 def why_ended(run: Run, status: int) -> str:
-    """How a train.py has ended that has not come to the end of its run."""
+    """How a train.py ended that did not reach the end of its run."""
     end = f"before iteration {run.max_iters}, or with no finite loss there"
     how = f"with status {status}" if status else end
     return f"ended {how}: {last_words(run)}"
@@ -214,7 +214,7 @@ def is_training(folder: str) -> bool:
 
 
 def stop(*processes: subprocess.Popen) -> None:
-    """End these train.py, all at once: they have a minute for their checkpoints."""
+    """End these train.py processes together: they have a minute to write checkpoints."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + 60

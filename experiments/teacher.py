@@ -1,4 +1,4 @@
-"""The taxonomy where it is cheap, and structured layers outside of GPT: MLPs that learn a random function.
+"""The taxonomy at low cost, and structured layers outside of GPT: MLPs that learn a random function.
 
     python -m experiments.teacher                               dense, BTT-MoE, the θ of plans/paper.py
     python -m experiments.scaling fit --runs=out-teacher/runs --base=dense_normed
@@ -31,7 +31,7 @@ seeds: tuple = (1, 2, 3)                # of weights, and of where in the data a
 examples: PositiveInt = 2_000_000       # of the longest run, in whole BLOCKs: each is seen once
 flops: PositiveFloat = 3e12             # a run ends at these training FLOPs, or at the last example
 batch_size: PositiveInt = 1024
-evals: PositiveInt = 24                 # one of n iterations is evaluated after n^(i / evals), i >= evals / 3
+evals: PositiveInt = 24                 # after n^(i / evals) of a run's n iterations, i >= evals / 3
 learning_rates: tuple = (1e-3, 3e-3, 1e-2, 3e-2)  # at the base width
 tuned_at: PositiveInt = 128             # the width at which they are compared
 tune_share: PositiveFloat = 0.25        # of `examples` for that
@@ -71,7 +71,7 @@ def inputs(block: int) -> torch.Tensor:
 
 
 class Teacher:
-    """A ReLU network of TEACHER_HIDDEN_LAYERS; weights are normal, std √(2 / fan_in): the scale stays."""
+    """A ReLU network of TEACHER_HIDDEN_LAYERS; normal weights of std √(2 / fan_in) keep the scale."""
 
     def __init__(self):
         random = torch.Generator().manual_seed(TEACHER_SEED)
@@ -188,8 +188,8 @@ def train(folder: str, label: str, options: dict, width: int, rate: float, seed:
 
 def run(kind: str, label: str, options: dict, width: int, rate: float, seed: int, data: tuple,
         wait: bool) -> float | None:
-    """The last test error of a run, infinite if it is no number. The run is made if there is none; while
-    another process makes it, this one waits, or returns None."""
+    """The last test error of a run, inf where it is not finite. The run is made if it does not exist; while
+    another process makes it, this one waits or, without `wait`, returns None."""
     name = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in label)
     folder = os.path.join(out, kind, f"{name}-d{width}-lr{rate:g}-s{seed}")
     os.makedirs(folder, exist_ok=True)

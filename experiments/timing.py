@@ -1,4 +1,4 @@
-"""Times that are taken in turns, so that what disturbs the machine disturbs all, and their ratios."""
+"""Timings taken in turns, so that a disturbance of the machine affects all of them, and their ratios."""
 import time
 from collections.abc import Callable
 
@@ -7,8 +7,8 @@ import torch
 
 
 def take_turns(runs: dict[str, Callable], count: int, device_type: str) -> dict[str, list[float]]:
-    """{name: milliseconds of each of `count` calls, to the end of their work on the device}; two calls more
-    come first."""
+    """{name: milliseconds of each of `count` calls, to the end of their work on the device}, after two calls
+    that are not timed."""
     wait = getattr(torch, device_type).synchronize  # torch.cuda, torch.mps; nothing to wait for in torch.cpu
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(count + 2):

@@ -4,8 +4,8 @@
     python -m tools.compare out-* --losses=2,1.8 --out=figures
 
 Runs may be unfinished, or resumed any number of times. They are named by the settings in which they differ.
-FLOPs and time at a common validation loss are those at which a run first reaches it, between two evaluations
-by a straight line. Time is that of the iterations alone, without evaluations, checkpoints and interruptions.
+FLOPs and time at a common validation loss are those at which a run first reaches it, interpolated linearly
+between evaluations. Time is that of the iterations alone, without evaluations, checkpoints and interruptions.
 Writes compare.svg and compare.png into <out>.
 """
 import dataclasses
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def last(self) -> dict:
-        """The point that is furthest, of either kind."""
+        """The point that is furthest along, of either kind."""
         return max(self.train + self.val, key=lambda point: point["iter"], default=dict.fromkeys(AXES, 0))
 
 
@@ -98,8 +98,8 @@ def make_clock(points: list[dict]) -> Callable[[int], float]:
 
 
 def settings_of(starts: list[dict]) -> dict:
-    """The settings of a run that change what it does, by the first lines of its attempts: the last ones, and
-    where the first started from. None for those that follow from others by default."""
+    """The settings of a run that change what it does, from the first lines of its attempts: those of the last
+    one, and what the first started from. None for those that follow from others by default."""
     first, start = starts[0], starts[-1]
     config = dict(start["config"])
     origin = first["config"].get("init_from")
@@ -147,7 +147,7 @@ def name_runs(runs: list[Run]) -> None:
 def remarks(runs: list[Run]) -> list[str]:
     """What a reader must know before comparing the losses."""
     notes, keys = [], different([run.measured for run in runs])
-    # equal digests are equal tokens, whatever a dataset is called; other windows have another digest anyway
+    # equal digests mean equal tokens, whatever a dataset is called; other windows have other digests anyway
     same_windows = not {"block_size", "validation windows"} & set(keys)
     decides = same_windows and all(DIGEST in run.measured for run in runs)
     for key in keys:

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 def export(source: str, folder: str | None) -> str:
     """Writes the folder, whole or not at all, from a run's out_dir or a checkpoint, whose path it returns.
 
-    Raises ValueError or OSError, in one sentence, where one of them is of no use or a package is missing.
+    Raises ValueError or OSError, in one sentence, where one of them is unusable or a package is missing.
     """
     check_folder(folder)
     path, checkpoint, model = load_checkpoint(source)
@@ -263,7 +263,7 @@ tags: [structured-matrices, {struct}]
 # {name}
 
 A language model: a transformer in the manner of GPT-2 whose projections are structured matrices, trained with
-structured-gpt. The license is not said here: whoever publishes this folder chooses it.
+structured-gpt. No license is stated here: whoever publishes this folder chooses it.
 
 | | |
 |---|---|
@@ -286,7 +286,7 @@ prompt = tokenizer({prompt!r}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new}, do_sample=True)[0]))
 ```
 
-A prompt and what follows it fit {block_size} tokens together.{more}
+A prompt and what follows it may have {block_size} tokens together.{more}
 """
 REMOTE_CODE = f"""The code of the model is {MODELING_FILE}, which
 `trust_remote_code=True` allows to run: read it first."""
@@ -301,7 +301,7 @@ def model_card(name: str, model: GPT, tok: tokenizer.Tokenizer, checkpoint: dict
     rows = {
         "structure": describe_structure(config),
         "parameters": f"{model.num_params():,}"
-                      + (f", of which a token meets {model.num_params(active=True):,}" if experts else ""),
+                      + (f", of which a token uses {model.num_params(active=True):,}" if experts else ""),
         "shape": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
                  f"{config.block_size} tokens of context",
         "vocabulary": f"{config.vocab_size:,}, {tok.to_meta()['name']}",

@@ -1,7 +1,7 @@
 """GPT-2 whose projections are structured matrices, for Hugging Face transformers.
 
-`python -m tools.export` of structured-gpt copies this file beside the weights. It needs torch and
-transformers alone. Weight normalization is folded into the cores. Attention is PyTorch's
+`python -m tools.export` of structured-gpt copies this file beside the weights. It needs only torch and
+transformers. Weight normalization is folded into the cores. Attention is PyTorch's
 scaled_dot_product_attention.
 
 Shapes: B batch, T new tokens, S tokens in sight, d n_embd, nh heads, hs = d / nh head size, E experts,

@@ -4,7 +4,7 @@
     python -m tools.project out-dense --struct=btt --calibration_tokens=65536 --finetune_iters=1000
 
 Nearest in the Frobenius norm or, with calibration_tokens, in the mean square of the layer's outputs. Writes
-<out_dir>/ckpt.pt, from whose weights train.py starts by --init_from, and which sample.py takes. It has no
+<out_dir>/ckpt.pt, from whose weights train.py can start (--init_from), and which sample.py takes. It has no
 weight norm, so that its cores are the matrices' own. Prints a table of the projections and the losses.
 """
 import dataclasses
@@ -28,7 +28,7 @@ dyad_blocks: PositiveInt = 4            # blocks of struct 'dyad'
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
 # in which norm they are nearest
 calibration_tokens: NonNegativeInt = 0  # training tokens whose second moments weigh the inputs; 0: none
-damping: NonNegativeFloat = 0.01        # of mean second moment, added to each feature's
+damping: NonNegativeFloat = 0.01        # share of the mean second moment, added to each feature's
 sweeps: PositiveInt = 100               # most sweeps of alternating least squares
 tolerance: NonNegativeFloat = 1e-4      # stop where a sweep lowers the squared error by less than this share
 # losses
@@ -148,7 +148,7 @@ def fill(layer: Structured, W: Tensor, C: Tensor | None) -> None:
         if not W.any():  # as a residual branch begins: two zero cores would never learn
             getattr(layer, layer.order[1]).zero_()
             return
-        # as large as each other, measured by how large they start: learning rates suppose that
+        # the same size relative to their initial scale, as learning rates assume
         sizes = [core.square().mean().sqrt() / layer.init_std(name) for core, name in zip(cores, layer.order)]
         ratio = (sizes[1] / sizes[0]).sqrt()
         cores = [cores[0] * ratio, cores[1] / ratio]
@@ -246,8 +246,8 @@ def check_absent(path: str) -> None:
 
 
 def run(place: str) -> None:
-    """Projects the checkpoint at place, and prints and writes what comes of it. Raises ValueError or OSError
-    where it cannot."""
+    """Projects the checkpoint at place, and prints and writes the result. Raises ValueError or OSError where
+    it cannot."""
     path, checkpoint, dense = read_dense(place)
     out = out_dir or f"{os.path.dirname(path) or 'out'}-{struct}"
     new = os.path.join(out, "ckpt.pt")

@@ -1,7 +1,7 @@
 """Compute-optimal scaling laws and learning-rate transfer: run a plan, fit what its runs measured, draw it.
 
     python -m experiments.scaling sweep experiments/plans/cpu.py    the runs of a plan, one at a time
-        --dry_run=True                                              list them, and how far they are
+        --dry_run=True                                              list them, and their progress
         --jobs=8 --gpus=1                                           eight at a time, a GPU for each
     python -m experiments.scaling fit --runs=out-scaling            laws, from every log.jsonl below a folder
     python -m experiments.scaling plot                              the figures again, from what fit wrote
@@ -15,9 +15,9 @@ grid. Besides:
     flops       training FLOPs, instead of max_iters: a number, a list, or {n_embd: number}
     evals       evaluations of a run, instead of eval_interval
 
-sweep takes keys of train.py on the command line too, for all runs of the plan. config/<label>.py, the plan, a
-structure's own keys and the command line follow each other, and a later one wins: max_iters on the command
-line, say, over the plan's flops.
+sweep also takes keys of train.py on the command line, for all runs of the plan. config/<label>.py, the plan,
+a structure's own keys and the command line are applied in this order, and a later one wins: max_iters on the
+command line, say, over the plan's flops.
 
 A run's folder is named by its settings, so that a finished run is never made again, and the same command
 resumes an interrupted one. Where the learning rate is constant, shorter runs are the beginnings of longer
@@ -34,10 +34,10 @@ from experiments import launcher
 # sweep
 runs: str = "out-scaling"       # folder of the runs; fit and transfer read all logs below it (several: a,b)
 jobs: PositiveInt = 1           # runs at a time on this machine
-gpus: NonNegativeInt = 0        # GPUs of each run, the next ones for each job; 0: all runs see all devices
+gpus: NonNegativeInt = 0        # GPUs of each run, different ones for each job; 0: all runs see all devices
 program: str = "train.py"       # what is started for each run
 expiry: PositiveFloat = 900.0   # seconds after which the run of a hung sweep is taken over
-wait: bool = True               # when only others' runs are left, wait for them; take over those that expire
+wait: bool = True               # when only other sweeps' runs are left, wait, and take over those that expire
 dry_run: bool = False           # list the runs and end
 # fit, plot and transfer
 base: str | None = None         # structure that multipliers are against; None: dense, if there are runs of it

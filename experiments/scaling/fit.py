@@ -1,13 +1,13 @@
 """From runs to scaling laws. For each structure, along an axis x (training FLOPs, or seconds):
 
 points      A run's evaluations where the learning rate is constant, its end alone where it decays. Runs that
-            differ only in the seed are one, their mean; where some end early, it goes on as the others do.
+            differ only in the seed count as one, their mean; where some end early, the others continue it.
 frontier    The lowest loss that any run has reached by x, at 12 budgets a decade, by interpolation in log x.
             It is used between the budgets at which the smallest and the largest size are the best ones. These
             follow from where one size hands over to the next, by a line in log size over log x.
 law         L = L∞ + (x / x0)^-a through the frontier, by least squares with Huber weights.
-intervals   A parametric bootstrap: all losses of a run move by the noise between seeds, less where it is a
-            mean of several, each evaluation by the noise within a run, and frontier and law are made again.
+intervals   A parametric bootstrap: all losses of a run move by the noise between seeds (less for a mean of
+            several), each evaluation by the noise within a run, and frontier and law are computed again.
 multiplier  The x that dense needs for the same loss ÷ the x that the structure needs: by the laws of both,
             where both frontiers have that loss; and from the points of one frontier to the other.
 
@@ -33,7 +33,7 @@ AXES = {"flops": "training FLOPs", "flops_without_output_layer": "training FLOPs
         "seconds": "training seconds"}
 PER_DECADE = 12     # budgets of a frontier
 TAXONOMY = {"omega": "ω, parameter sharing", "psi": "ψ, rank", "nu": "ν, compute intensity"}
-REACHED = 0.99      # a run that comes to this share of a budget has reached it: iterations are whole
+REACHED = 0.99      # this share of a budget counts as reaching it, since iterations are whole
 SIZE = ("n_embd", "n_layer", "n_head")
 STEP_SHAPE = (*SIZE, "block_size", "batch_size")    # what a step's time depends on, besides the vocabulary
 # losses compare if these are equal
@@ -43,7 +43,7 @@ VARIED = (*SIZE, "learning_rate", "seed", "max_iters", "lr_decay_iters", "dtype"
 # these change rounding alone; eval_iters and eval_tokens are counted in 'windows'
 SAME_RESULT = ("device", "backend", "kernel", "eval_iters", "eval_tokens")
 SHARE = 0.9         # seeds whose lengths differ by less end together: their mean ends with the shortest
-HUBER = 1.345       # residuals beyond so many standard deviations count less
+HUBER = 1.345       # residuals beyond this many standard deviations count less
 
 
 class Points(NamedTuple):
@@ -280,8 +280,8 @@ def share_seconds(runs: list[MeasuredRun]) -> None:
 
 
 def take_seconds(runs: list[MeasuredRun], paths: Iterable[str]) -> list[str]:
-    """Take seconds per token from training steps that experiments.bench timed. Returns remarks on the runs of
-    whose structure and shape it timed none; raises ValueError for a file that is none of bench's."""
+    """Take seconds per token from training steps that experiments.bench timed. Returns remarks on runs
+    whose structure and shape it did not time; raises ValueError for a file that bench did not write."""
     known, machines = {}, set()
     for path in paths:
         try:
@@ -318,8 +318,8 @@ def same_but_seed(runs: list[MeasuredRun]) -> tuple[list[list[MeasuredRun]], lis
 
 
 def shared_points(same: list[MeasuredRun]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, losses of shape (runs, tokens)) of a group of same_but_seed: as long as all runs go on, then
-    of those that go on much longer, by SHARE, from the end of the shortest before."""
+    """(tokens, losses of shape (runs, tokens)) of a group of same_but_seed: first up to the end of the
+    shortest run, then from there on for those that are much longer (by SHARE), and so on."""
     begin, left = max(run.first for run in same), same
     while left:
         shortest = min(left, key=lambda run: run.last)
@@ -330,7 +330,7 @@ def shared_points(same: list[MeasuredRun]) -> Iterator[tuple[np.ndarray, np.ndar
 
 def mean_of_seeds(groups: list[list[MeasuredRun]]) -> list[MeasuredRun]:
     """One run for each group of same_but_seed: the mean of their losses. Where one ends, the mean of the
-    others goes on from the mean of all: seeds differ by a factor that stays, as the intervals have it."""
+    others continues the mean of all: as for the intervals, seeds are taken to differ by a constant factor."""
     means = []
     for same in groups:
         tokens, losses = np.empty(0), np.empty(0)
@@ -555,8 +555,8 @@ def multipliers(fit: Fit, base: Fit, x: Iterable[float], level: float) -> list[t
         value, *drawn = (float(of_base.x(law.loss(at))) / at for law, of_base in
                          zip([fit.law, *fit.samples], [base.law, *base.samples]))
         is_known = low * 0.999 <= at <= high * 1.001 and losses.min() <= fit.law.loss(at) <= losses.max()
-        # the lowest of noisy runs is too low, and of runs with noise added again by as much once more: in
-        # logarithms the interval is turned about the value
+        # the lowest of noisy runs is too low, and noise added once more lowers it by as much again: so the
+        # interval is reflected about the value, in logarithms
         turned = [value * value / one for one in drawn]
         found.append((value, *interval(turned, level)) if is_known and math.isfinite(value) else None)
     return found

@@ -1,4 +1,4 @@
-"""From a plan, a Python file that sets keys of train.py and what else __main__.py names, to its runs."""
+"""The runs of a plan, a Python file that sets keys of train.py and the others that __main__.py names."""
 import itertools
 import os
 import runpy
@@ -31,7 +31,7 @@ def expand(path: str, flags: list[str], root: str) -> list[Run]:
                 shown = ", ".join([where, *(f"{k} = {v}" for k, v in point.items())])
                 raise ValueError(f"{shown}: {e}") from e
             if run.name not in found or run.max_iters > found[run.name].max_iters:
-                found[run.name] = run   # at a constant rate a longer run holds the shorter ones
+                found[run.name] = run   # at a constant rate a longer run contains the shorter ones
     return sorted(found.values(), key=lambda run: run.flops)
 
 
@@ -95,8 +95,8 @@ def check_values(where: str, values: dict) -> dict:
 
 
 def override(values: dict, more: dict, where: str) -> dict:
-    """The values, with `more` over them: a key there also overrides what decides it, or what it decides.
-    Raises ValueError where `more` holds both of such a pair."""
+    """The values, overridden by `more`: a key there also removes the key that decides it, or that it decides.
+    Raises ValueError if `more` has both of such a pair."""
     for key, decided in REPLACES.items():
         if key in more and decided in more:
             raise ValueError(f"{where}: {key} and {decided} decide the same: set one of them")

@@ -1,4 +1,4 @@
-"""What runs have to say about scaling, as tables, csv files and remarks; fit.py has the mathematics."""
+"""What runs say about scaling, as tables, csv files and remarks; fit.py has the mathematics."""
 import csv
 import json
 import math
@@ -115,8 +115,8 @@ def multiplier_tables(fits: dict[str, Fit], base: str, budgets: list[float], lev
 
 
 def nearest(fit: Fit, budget: float) -> int | None:
-    """Index of the frontier's point nearest to a budget; None where that is off by three quarters of a step
-    between budgets, 15 %, or more."""
+    """Index of the frontier's point nearest to a budget; None if it is three quarters of a step between
+    budgets (15 %) or more away."""
     off = np.abs(np.log10(fit.frontier.x / budget)) * PER_DECADE
     return int(off.argmin()) if off.min() < 0.75 else None
 
@@ -155,7 +155,7 @@ def taxonomy_of(fits: dict[str, Fit], base: str) -> dict:
 
 
 def taxonomy_table(found: dict) -> list[str]:
-    """The same as text; nothing where there are not two structures."""
+    """The same as text; nothing for fewer than two structures."""
     if len(found["rows"]) < 2:
         return []
     rows = [[row["structure"], str(row["experts"] or ""), *(f"{row[axis]:.3g}" for axis in TAXONOMY),
@@ -205,7 +205,7 @@ def sections(axis: str, fits: dict[str, Fit], base: str, level: float) -> list[s
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
-    """Rows of the same keys as a csv file with a header, in a folder that is made if need be."""
+    """Rows of the same keys as a csv file with a header, in a folder that is created if necessary."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0])

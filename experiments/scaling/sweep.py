@@ -21,8 +21,8 @@ class Sweep:
 
     A run belongs to the process that holds the lease in its folder; a thread of filelock renews it as long as
     that process runs. Another process may take it at once if the holder was on the same machine and is dead,
-    otherwise after having seen it unchanged for `expiry` seconds. Who has lost a lease, in a long sleep say,
-    ends its train.py.
+    otherwise after having seen it unchanged for `expiry` seconds. A process that loses a lease, because its
+    machine slept, say, ends that run's train.py.
     """
 
     def __init__(self, planned: list[Run], *, jobs: int, gpus: int, program: str, expiry: float, wait: bool):
@@ -83,7 +83,7 @@ class Sweep:
         if status == 0 and loss is not None:
             duration = format_duration((speed(run)[1] or 0) * run.max_iters / 1e3)
             self.settle(run, self.finished, f"val loss {loss:.4f}, {duration}")
-        elif not is_training(run.folder):   # else a train.py whose sweep had been killed was there first
+        elif not is_training(run.folder):   # else a train.py left by a killed sweep was there first
             reason = why_ended(run, status)
             self.settle(run, self.failed, f"FAILED, {reason}")
             with open(os.path.join(run.folder, "failed.txt"), "w") as f:
@@ -107,7 +107,7 @@ class Sweep:
                 self.active[number] = Job(run, process)
 
     def take(self, run: Run) -> bool:
-        """Take the lease of a run that nobody works at. Raises ValueError where sweeps differ in `expiry`."""
+        """Take the lease of a run that nobody else has. Raises ValueError where sweeps differ in `expiry`."""
         lease = self.leases[run.name]
         os.makedirs(run.folder, exist_ok=True)
         try:
@@ -115,8 +115,8 @@ class Sweep:
         except filelock.Timeout:
             return False
         except filelock.LeaseSettingsMismatch:
-            raise ValueError(f"a sweep with another expiry works at {run.folder}: give both one") from None
-        # it may have ended just now; or its sweep was killed, and its train.py goes on
+            raise ValueError(f"a sweep of {run.folder} has another expiry: give both the same") from None
+        # it may just have ended, or its sweep was killed while its train.py goes on
         if final_loss(run) is not None or is_training(run.folder):
             lease.release()
             return False
@@ -132,7 +132,7 @@ class Sweep:
         print(f"[{done}/{done + len(self.pending)}] {run.name}: {text}", flush=True)
 
     def print_progress(self) -> None:
-        """Once a minute: how far the running ones are, and how long all of them will take."""
+        """Once a minute: how far the running ones are, and how long all that is left will take."""
         if time.monotonic() > self.next_progress:
             self.next_progress = time.monotonic() + 60
             shares = [f"{run.name} {speed(run)[0] / run.max_iters:.0%}" for run, _ in self.active.values()]

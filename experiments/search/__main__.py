@@ -1,6 +1,6 @@
 """Search for good structures, θ and experts if asked for, at equal training FLOPs: Optuna around train.py.
 
-    python -m experiments.search run config/cpu.py --jobs=2     the same again goes on after a kill or Ctrl-C
+    python -m experiments.search run config/cpu.py --jobs=2     repeat it to go on after a kill or Ctrl-C
     python -m experiments.search run config/cpu.py --dry_run=True       print what would be searched
     python -m experiments.search report     table, csv, figure, importances, best.py and follow.py
     python -m experiments.scaling sweep out-search/report/follow.py --runs=out-search/follow --jobs=2
@@ -28,7 +28,7 @@ out: str = "out-search"         # folder of the study and of its runs
 storage: str | None = None      # a database URL that Optuna takes; None: the SQLite file study.db in `out`
 study: str = "search"           # name of the study in its database
 jobs: PositiveInt = 1           # trials at a time in this process
-gpus: NonNegativeInt = 0        # GPUs of each run, the next ones for each job; 0: all runs see all devices
+gpus: NonNegativeInt = 0        # GPUs of each run, different ones for each job; 0: all runs see all devices
 program: str = "train.py"       # what is launched
 expiry: PositiveInt = 120       # seconds without a sign of life until a process counts as dead
 max_failures: PositiveInt = 5   # end after so many failed trials in a row
@@ -40,7 +40,7 @@ sampler: Literal["tpe", "random"] = "tpe"
 sampler_seed: Seed | None = None  # for jobs=1; None: a different one each time. Each process needs its own
 pruner: Literal["halving", "none"] = "halving"  # halving: successive halving
 first_rung: PositiveInt = 2     # evaluations before the pruner's first decision; the next: times reduction
-reduction: Annotated[int, ("at least", 2), ("below", 2**31)] = 2  # one trial in so many goes on at a rung
+reduction: Annotated[int, ("at least", 2), ("below", 2**31)] = 2  # one trial in this many continues at a rung
 # equal compute
 dense_width: PositiveInt = 96   # a dense model of this width has the FLOPs per token of all trials
 flops: PositiveFloat = 3e12     # training FLOPs of a trial
@@ -55,7 +55,7 @@ evals: PositiveInt = 8          # evaluations of a run
 results: str | None = None      # folder of the report; None: report in `out`
 dense: str | None = None        # dense to compare with, a fit.json of scaling; None: the study's own
 top: PositiveInt = 3            # structures in follow.py, besides dense
-times: PositiveFloat = 4.0      # FLOPs of a run there, in those of a trial
+times: PositiveFloat = 4.0      # FLOPs of a run there, as a multiple of a trial's
 seeds: tuple = (1, 2)           # of each
 
 
@@ -75,7 +75,7 @@ from lib.commands import key_of
 
 
 def check_keys() -> None:
-    """Exit with one sentence if a key of this program has a value of no use."""
+    """Exit with one sentence if a key of this program has an unusable value."""
     try:
         for key, least in dict(widths=1, experts=0, top_ks=1, seeds=0).items():
             if config[key] is not None:

@@ -147,7 +147,7 @@ class Space:
         return self.point(theta, experts, top_k)
 
     def point(self, theta: Theta, experts: int = 0, top_k: int = 0) -> Point:
-        """The model of θ at the requested FLOPs per token; top_k is not looked at without experts. Raises
+        """The model of θ at the requested FLOPs per token; top_k is ignored without experts. Raises
         ValueError if there is none."""
         top_k = top_k if experts else 0
         if experts and top_k > experts:

@@ -51,8 +51,8 @@ queue_copy = RetryHeartbeatStaleTrialCallback()     # (study, trial) -> None
 # ---- The study ---------------------------------------------------------------------------------------------
 
 def make_sampler(kind: str, seed: int | None = None) -> optuna.samplers.BaseSampler:
-    """'tpe' or 'random'. TPE models the parameters jointly, since ω and ψ depend on sums of them; it takes
-    running trials for bad ones, so that two processes do not ask for the same."""
+    """'tpe' or 'random'. TPE models the parameters jointly, since ω and ψ depend on sums of them; it counts
+    running trials as bad ones, so that two processes do not ask for the same."""
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=12)
@@ -206,8 +206,8 @@ class Training:
             self.error = launcher.why_ended(self.run, status)
 
     def launch(self, job: int, **options) -> None:
-        """Start train.py, unless it need not be, or one that has outlived its search is at work: its log is
-        followed then. Arguments: see launcher.launch."""
+        """Start train.py, unless it is not needed, or one that has outlived its search still runs, whose log
+        is then followed. Arguments: see launcher.launch."""
         is_over = self.error or self.evals in self.losses
         if self.process is None and not is_over and not launcher.is_training(self.run.folder):
             self.process = launcher.launch(self.run, job, **options)
@@ -286,7 +286,7 @@ class Search:
             first = self.take_point(trial, point)
         if first is None:
             return self.train(trial, point)
-        # the same matrices have the same value; but the very same θ would only hold the sampler where it is
+        # the same matrices have the same value; but the very same θ would only keep the sampler where it is
         if first.params == trial.params or first.state not in (TrialState.COMPLETE, TrialState.PRUNED):
             raise Unfinished
         for step, loss in sorted(first.intermediate_values.items()):
@@ -311,7 +311,7 @@ class Search:
         return first
 
     def train(self, trial: optuna.Trial, point: Point) -> float:
-        """Train the runs of a point, or go on with them. Every process that it has started ends before it."""
+        """Train the runs of a point, or continue them. Every process it starts ends before it returns."""
         try:
             runs = self.space.runs(point, os.path.join(self.root, point.name))
         except ValueError as error:
@@ -356,7 +356,7 @@ class Search:
 
     def is_behind(self, trial: optuna.Trial, step: int) -> bool:
         """The pruner's decision, which is stored: Optuna's pruners do not repeat it after a kill. Named
-        structures go on whatever it is, but it is asked for: others are compared with those it knows."""
+        structures go on regardless; it is asked for, since others are compared with those it knows."""
         named, pruned_at = "named" in trial.user_attrs, trial.user_attrs.get("pruned_at")
         if step == self.space.evals or named and pruned_at:     # it takes no part in later comparisons
             return False
@@ -372,7 +372,7 @@ class Search:
             params=start.get("params"), ms_per_iter=launcher.speed(run)[1]))
 
     def after_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Optuna's callback: print what the trial has come to, and stop the study if there is reason to."""
+        """Optuna's callback: print the outcome of the trial, and stop the study if there is reason to."""
         attributes = trial.user_attrs
         if attributes.keys() & SKIPPED:
             self.skipped_in_a_row += 1
