@@ -6,7 +6,7 @@
 #
 # Another sweep into the same folder with --seed=2 adds a second seed to every point. --mup=False, in a folder
 # of its own, is the counterexample: every parameter learns at learning_rate, and the best rate moves.
-structures = {"dense": {}, "btt": {}, "btt_moe": {}}
+structures = {"dense": {}, "btt": dict(head_aligned=True), "btt_moe": {}}   # as at large widths, by default
 n_embd = [64, 128, 256]
 learning_rate = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]  # at the base width
 n_layer = 3
