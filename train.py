@@ -365,8 +365,8 @@ def report(loss: float, norm: float, seconds: float, iterations: int) -> None:
     print0(f"iter {progress.iteration:6d} | loss {loss:.4f} | {seconds / iterations * 1e3:.1f} ms | "
            f"{rate:,.0f} tokens/s | {f'utilization {utilization:.1%} | ' if peak else ''}left {left}")
     log_point("train", loss=loss, grad_norm=norm, lr=learning_rate_at(progress.iteration), tokens_per_s=rate,
-              ms_per_iter=seconds / iterations * 1e3, utilization=utilization, skipped=progress.skipped,
-              peak_memory=peak_memory(device))
+              ms_per_iter=seconds / iterations * 1e3, iterations=iterations, utilization=utilization,
+              skipped=progress.skipped, peak_memory=peak_memory(device))
 
 
 def read_results() -> None:

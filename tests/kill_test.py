@@ -72,7 +72,7 @@ def make_dataset(folder: str) -> str:
 
 def read_log(out: str) -> tuple[list[dict], int]:
     """(the points of log.jsonl without what depends on a clock, the number of lines that are not whole)."""
-    timed = {"ms_per_iter", "tokens_per_s", "utilization"}
+    timed = {"ms_per_iter", "tokens_per_s", "utilization", "iterations"}
     points, broken = [], 0
     with open(os.path.join(out, "log.jsonl"), "rb") as f:
         for line in f:

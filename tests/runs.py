@@ -53,7 +53,7 @@ def losses(out):
 def untimed(out):
     """All points of a log, without what depends on a clock."""
     _, steps, evals = read_log(out)
-    timed = {"ms_per_iter", "tokens_per_s", "utilization"}
+    timed = {"ms_per_iter", "tokens_per_s", "utilization", "iterations"}
     return [{k: v for k, v in p.items() if k not in timed} for p in [*steps.values(), *evals.values()]]
 
 

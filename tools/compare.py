@@ -86,12 +86,19 @@ def last_attempt(points: list[dict]) -> list[dict]:
 
 def make_clock(points: list[dict]) -> Callable[[int], float]:
     """The function from iterations to the seconds that they took. A training point's time per iteration holds
-    since the one before it, and the last one's to the end."""
+    for those that it was measured over: in the log of a resumed run fewer than since the point before, and
+    the first of them compiles. The others are as fast as those before them, and the last rate holds to the
+    end."""
     timed = [point for point in points if point["type"] == "train" and point.get("ms_per_iter")]
     if not timed:
         return lambda iterations: math.nan
-    done = np.array([0, *(point["iter"] + 1 for point in timed)])
-    rates = np.array([point["ms_per_iter"] / 1e3 for point in timed])
+    done, rates = [0], []
+    for point in timed:
+        end, rate = point["iter"] + 1, point["ms_per_iter"] / 1e3
+        begin = max(done[-1], end - point.get("iterations", end))
+        if rates and begin > done[-1]:
+            done, rates = [*done, begin], [*rates, rates[-1]]
+        done, rates = [*done, end], [*rates, rate]
     seconds = np.concatenate([[0.0], np.cumsum(np.diff(done) * rates)])
     return lambda iterations: float(np.interp(iterations, done, seconds)
                                     + max(0, iterations - done[-1]) * rates[-1])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lib import figure, log
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tools import compare
 
 CONFIG = dict(struct="dense", dataset="d", block_size=10, eval_tokens=None, eval_iters=2, batch_size=5,
@@ -106,6 +106,23 @@ def test_a_resumed_run_counts_each_iteration_once(tmp_path):
 def test_the_clock_between_and_after_points(done, seconds):
     clock = compare.make_clock([training(0, 1, 1000), training(9, 1, 2000), training(19, 1, 3000)])
     assert clock(done) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("done, seconds", [(10, 10), (19, 19), (20, 119), (30, 129), (40, 139)])
+def test_the_first_iteration_of_a_resume_compiles(done, seconds):
+    """A point of that iteration alone: the nine before it took as long as others did."""
+    points = [training(0, 1, 1000) | dict(iterations=1), training(9, 1, 1000) | dict(iterations=9),
+              training(19, 1, 100_000) | dict(iterations=1), training(29, 1, 1000) | dict(iterations=10)]
+    assert compare.make_clock(points)(done) == pytest.approx(seconds)
+
+
+def test_points_of_a_log_say_how_many_iterations_they_are_of(train, tmp_path):
+    """After the first point of each of two processes, five."""
+    settings = TINY | dict(log_interval=5, eval_interval=100)
+    train(tmp_path / "out", **settings | dict(max_iters=10))
+    out = train(tmp_path / "out", **settings | dict(max_iters=20), init_from="resume")
+    points = [p for p in log.read_log(str(out)) if p["type"] == "train"]
+    assert [(p["iter"], p["iterations"]) for p in points] == [(0, 1), (5, 5), (10, 1), (15, 5)]
 
 
 def test_the_log_of_a_run_that_was_resumed_by_train(train, tmp_path):
