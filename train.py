@@ -314,11 +314,11 @@ def train_step() -> bool:
 
 @torch.no_grad()
 def next_loss_is_finite() -> bool:
-    """Whether every rank's next micro-batch has a finite loss."""
+    """Whether every rank's next micro-batch has a finite loss, by evaluate's graph: eager logits are big."""
     raw_model.eval()
     with amp:
         X, Y = batches.train(progress.iteration, ddp_rank * batch_size, (ddp_rank + 1) * batch_size)
-        _, loss = raw_model(X, Y, return_logits=False)
+        _, loss, _ = (model.module if ddp else model)(X, Y, return_aux=True, return_logits=False)
     raw_model.train()
     return not distributed.all_reduce_max(float(not math.isfinite(loss.item())))
 

@@ -34,7 +34,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,7 +45,7 @@ from torch import nn
 
 import model
 import structured
-from experiments.launcher import whole_numbers
+from experiments.launcher import run_alone, whole_numbers
 from experiments.timing import ratios, take_turns
 from lib import kernels
 from lib.device import autocast, choose_compile, choose_device, device_name, use_device
@@ -276,14 +275,14 @@ def check_training(name: str, options: list[str], folder: str, launcher: list[st
     """A run of train.py that ends well, and whose loss falls."""
     run = os.path.join(folder, name.replace(" ", "-"))
     size = [] if on_gpu else ["--n_layer=1", "--n_head=2", "--n_embd=64", "--block_size=64"]
-    done = subprocess.run(
+    status, out, err = run_alone(
         [*launcher, "train.py", *options, *size, f"--dataset={os.path.join(folder, 'tokens')}",
          f"--out_dir={run}", f"--device={device_type if launcher[1:] else device}",
          f"--max_iters={iterations}", "--eval_iters=2",
          f"--batch_size={8 if on_gpu else 2}", "--log_interval=1", "--warmup_iters=5", "--sample_tokens=0"],
-        capture_output=True, text=True, timeout=900)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1])
+        timeout=900)
+    if status:
+        raise RuntimeError((err.strip() or out.strip() or "no message").splitlines()[-1])
     points = [p for p in read_log(run) if p["type"] == "train"]
     losses = [p["loss"] for p in points]
     last = points[len(points) // 2:]

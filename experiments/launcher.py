@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -154,6 +155,20 @@ def final_loss(run: Run) -> float | None:
     return ends[-1] if ends else None
 
 
+def run_alone(command: list[str], timeout: float) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command. None of its processes outlives this call: torchrun's would
+    go on to use the GPUs. Raises subprocess.TimeoutExpired."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=timeout)
+        return process.returncode, out, err
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def speed(run: Run) -> tuple[int, float | None]:
     """(iterations done, median ms of one; None where nothing is known yet)."""
     points = [p for p in read_log(run.folder) if "iter" in p]
@@ -222,5 +237,5 @@ def stop(*processes: subprocess.Popen) -> None:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()

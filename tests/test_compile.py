@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import structured
 from lib import device
+from model import GPT
 from structured import LayerConfig, linear, make_experts
 from tests.conftest import ROOT, THREADS, TINY
 from tests.runs import assert_one_sentence, assert_same_checkpoint, assert_same_course, in_float64, read_log
@@ -170,6 +171,26 @@ def test_compiled_processes_train_as_eager_ones(config, layers, train, trained, 
     assert_same_course(trained(config, before=in_float64, **settings), out, 1e-6)
     graphs = [len((tmp_path / f"graphs.{rank}").read_text()) for rank in (0, 1)]
     assert graphs[0] == graphs[1] > 3, graphs
+
+
+def compile_and_count_eager_calls(place):
+    compile_without_code()
+    forward = GPT.forward
+
+    def counted(self, *args, **options):
+        if not torch.compiler.is_compiling():
+            with open(place, "a") as f:
+                f.write(".")
+        return forward(self, *args, **options)
+    GPT.forward = counted
+
+
+def test_a_compiled_run_calls_the_compiled_model_alone(train, tmp_path):
+    """Before a checkpoint too, which asks for a loss: eager it would need more memory than training."""
+    place = tmp_path / "calls"
+    train(tmp_path / "out", compile=True, before=functools.partial(compile_and_count_eager_calls, str(place)),
+          **TINY | dict(checkpoint_interval=1, eval_interval=100))
+    assert not place.exists()
 
 
 def no_compiler():

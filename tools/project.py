@@ -235,6 +235,8 @@ def finetune_flags(config: dict, path: str, out: str) -> list[str]:
 
 def finetune(flags: list[str], out: str) -> float | None:
     """The last validation loss of train.py with these arguments. Raises ValueError if it fails."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()    # train.py may need all of the GPU
     if subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *flags]).returncode:
         raise ValueError("the fine-tuning run has failed: see above; the projected checkpoint is whole")
     return [point["val_loss"] for point in read_log(out) if point["type"] == "eval"][-1]

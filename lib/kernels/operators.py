@@ -66,6 +66,12 @@ def use_kernel(name: str, device_type: str, dtype: str) -> None:
                      triton="on NVIDIA GPUs of compute capability 8.0 or more, with Triton")
         raise ValueError(f"kernel {name!r} does not compute {dtype} on {device_type}: it works {where[name]};"
                          " 'auto' takes one that does")
+    if name == "triton" and (device_type == "cpu" or torch.cuda.is_available()):
+        try:
+            _bodies()["triton"].try_out(device_type, getattr(torch, dtype))
+        except Exception as e:
+            raise ValueError(f"kernel 'triton' does not work here ({(str(e) or repr(e)).splitlines()[0]}): "
+                             "Triton needs a C compiler and Python's headers; 'auto' does without") from None
     _kernel = name
 
 

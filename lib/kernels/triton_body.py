@@ -465,6 +465,14 @@ def forward(x, first, second, router, balance, experts, top_k, sizes, swapped, l
         return y if swapped else _turned(y, f, d, e), logits, chosen
 
 
+def try_out(device_type: str, dtype: torch.dtype) -> None:
+    """Computes one small product, with whatever Triton raises where it cannot build or launch a kernel. At
+    its first launch it needs a C compiler."""
+    x, first, second = (torch.ones(shape, device=device_type, dtype=dtype)
+                        for shape in ((16, 16), (1, 1, 1, 16), (1, 1, 16, 1)))
+    forward(x, first, second, None, None, None, 1, (16, 1, 1, 1, 16, 1, 1), False)
+
+
 def backward(dy, dlogits, x, first, second, router, experts, logits, chosen, sizes, swapped):
     """See torch_body.backward."""
     with _device(x):

@@ -3,9 +3,14 @@ import itertools
 import json
 import os
 import subprocess
+import sys
+import time
+from pathlib import Path
 
+import pytest
 import torch
 
+from experiments import launcher
 from lib.kernels import c_body, torch_body
 
 SMALL = ["--device=cpu", "--widths=16,", "--tokens=40", "--iterations=3"]
@@ -61,21 +66,18 @@ def break_core_gradient():
         return y * 1.03 if len(first) == 1 else y, *routing
     c_body.forward = broken_forward
     torch.compile = lambda layer, **_: layer  # takes long, and is not what fails here
-    run = subprocess.run
 
-    def broken_run(command, **options):
+    def broken_run(command, timeout):
         """torchrun fails, and the loss of a run of train.py rises."""
         if "torch.distributed.run" in command:
-            return subprocess.CompletedProcess(command, 1, "", "a line\nno network\n")
-        if "train.py" not in command:
-            return run(command, **options)
+            return 1, "", "a line\nno network\n"
         [folder] = [word.partition("=")[2] for word in command if word.startswith("--out_dir=")]
         os.makedirs(folder)
         with open(os.path.join(folder, "log.jsonl"), "w") as f:
             f.writelines(json.dumps(dict(type="train", iter=i, loss=9.0 + i, tokens_per_s=1.0,
                                          utilization=None, peak_memory=None)) + "\n" for i in range(3))
-        return subprocess.CompletedProcess(command, 0, "", "")
-    subprocess.run = broken_run
+        return 0, "", ""
+    launcher.run_alone = broken_run
 
 
 def test_checks_fail(run, tmp_path):
@@ -97,9 +99,7 @@ def test_checks_fail(run, tmp_path):
 
 def end_at_the_first_run():
     torch.compile = lambda layer, **_: layer
-    run = subprocess.run
-    subprocess.run = lambda command, **options: (os._exit(9) if "train.py" in command else
-                                                 run(command, **options))
+    launcher.run_alone = lambda command, timeout: os._exit(9)
 
 
 def test_what_ends_the_process_leaves_the_checks_before(run, tmp_path):
@@ -107,3 +107,20 @@ def test_what_ends_the_process_leaves_the_checks_before(run, tmp_path):
                TRITON_INTERPRET="0")
     names = [c["check"] for c in json.loads((tmp_path / "gpu_check.json").read_text())["checks"]]
     assert done.returncode == 9 and names[-1].startswith("time of generation of btt_moe") and len(names) > 20
+
+
+def test_no_process_of_a_run_outlives_it(tmp_path):
+    """A launcher that is stopped, as torchrun's workers, which would keep their GPUs."""
+    place = str(tmp_path / "pid")
+    worker = f"import os, time; print(os.getpid(), file=open({place!r}, 'w'), flush=True); time.sleep(100)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    with pytest.raises(subprocess.TimeoutExpired):
+        launcher.run_alone([sys.executable, "-c", parent], timeout=5)
+    stat = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    for _ in range(100):    # nobody may have waited for it yet: then it is a zombie, Z
+        if not stat.exists() or stat.read_text().rsplit(") ")[1][0] in "ZX":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the worker goes on")
+    assert launcher.run_alone([sys.executable, "-c", "print(5)"], timeout=60) == (0, "5\n", "")

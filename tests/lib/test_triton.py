@@ -185,7 +185,23 @@ def test_kernel_of_ones_own_choice(auto):
     assert operators.body_name("cpu", torch.float32) == "torch"
 
 
+@pytest.mark.parametrize("kernel", ["rows_to_z_kernel", "z_to_rows_kernel"])
+def test_a_kernel_that_cannot_be_launched_is_refused(auto, kernel, monkeypatch):
+    """As where there is no C compiler, which Triton asks for at the first launch."""
+    class Unbuilt:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify it via CC")
+
+    operators.use_kernel("triton", "cpu", "float32")
+    operators.use_kernel("auto", "cpu", "float32")
+    monkeypatch.setattr(triton_body, kernel, Unbuilt())
+    with pytest.raises(ValueError, match=r"'triton' does not work here \(Failed to find C compiler.\): "):
+        operators.use_kernel("triton", "cpu", "float32")
+    assert operators._kernel == "auto"
+
+
 def test_triton_needs_a_gpu_of_capability_8(auto, monkeypatch):
+    monkeypatch.setattr(triton_body, "try_out", lambda *_: None)
     has_tensor_cores = operators._has_tensor_cores.__wrapped__   # without its cache
     monkeypatch.setattr(operators, "_has_tensor_cores", has_tensor_cores)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -198,6 +214,7 @@ def test_triton_needs_a_gpu_of_capability_8(auto, monkeypatch):
 
 def test_triton_is_not_for_rocm(auto, monkeypatch):
     """Whose GPUs are 'cuda' to torch, with capabilities of another kind."""
+    monkeypatch.setattr(triton_body, "try_out", lambda *_: None)
     monkeypatch.setattr(operators, "_has_tensor_cores", operators._has_tensor_cores.__wrapped__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))

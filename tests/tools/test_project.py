@@ -240,3 +240,14 @@ def test_no_checkpoint_and_another_vocabulary(dense, capsys, tmp_path):
             project.main([*filter(None, [str(place)]), *options, "--device=cpu"])
     errors = capsys.readouterr().err.splitlines()
     assert all(map(str.count, errors, ("no checkpoint", "vocabulary", "one checkpoint"))) and len(errors) == 3
+
+
+def test_the_gpu_is_free_for_the_run_that_fine_tunes(monkeypatch):
+    """What its memory was used for stays with the process otherwise."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    monkeypatch.setattr(project.subprocess, "run", lambda *_, **__: (calls.append("run"), exit(9)))
+    with pytest.raises(SystemExit):
+        project.finetune([], "out")
+    assert calls == ["emptied", "run"]
