@@ -10,7 +10,7 @@
 from experiments.plans.cpu import *  # noqa: F403
 _longer = {"dense_normed": {64: 3e13, 96: 1e14, 128: 1e14, 192: 1e14},      # FLOPs by width
            "btt_moe": {64: 3e13, 96: 3e13, 128: 6e13, 192: 6e13},
-           "btt_moe_16": {64: 3e13, 96: 3e13, 128: 6e13, 192: 6e13},
+           "btt_moe_16": {64: 3e13, 96: 6e13, 128: 6e13},
            "moe": {64: 6e13, 96: 6e13, 128: 6e13}}
 _structures = structures  # noqa: F821
 structures = ({label: _structures[label] | dict(flops=flops, n_embd=[width for width in flops if width > 64])
