@@ -210,7 +210,7 @@ def _nearest_sizes(theta: Theta, d_in: int, d_out: int, rank: int, gamma, phi, s
 
 @dataclasses.dataclass
 class LayerConfig:
-    """What a config file can set of a layer. model.GPTConfig inherits it; train.py has a key for each one."""
+    """What a config file can set of a layer. GPTConfig inherits it; all but the last are keys of train.py."""
     struct: str = "dense"           # a name in STRUCTURES
     rank: int | None = None         # ρ; None: d^θρ, but 1 in experts of a named structure (low_rank: d / E)
     theta: tuple | None = None      # seven exponents, for struct 'einsum' alone

@@ -49,7 +49,7 @@ aux_loss_weight: NonNegativeFloat = 0.01  # weight of (load-balance loss + 0.1 �
 router_balance_rate: NonNegativeFloat = 0.0  # step size of router biases that even out the load; 0: none
 weight_norm: bool | None = None         # cap each core's rms at its init_std; None: for all but dense
 qk_norm: bool = True                    # layer norm of queries and keys, per head
-head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: where btt has full rank then
+head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: btt, at full rank
 dyad_blocks: PositiveInt = 4            # of struct 'dyad': blocks of each of its two matrices
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # what it permutes: 'it' inputs, 'ot' outputs, 'dt' both
 # AdamW with µP: learning_rate is that of a dense layer of width mup_base_width; others have a factor
@@ -211,7 +211,8 @@ src_rank = or_fail(checkpoints.open, init_from)  # the rank that has the checkpo
 progress = Progress(**digests) if src_rank is None else or_fail(
     checkpoints.load, src_rank, raw_model, optimizer, scaler, config, meta["tokenizer"], digests, device)
 or_fail(checkpoints.rename_old)
-model = torch.compile(raw_model, dynamic=False) if compile else raw_model
+model = local_model = torch.compile(raw_model, dynamic=False) if compile else raw_model
+probe = raw_model   # what next_loss_is_finite() asks
 if ddp:
     model = DistributedDataParallel(model, device_ids=[ddp_local_rank] if device_type == "cuda" else None,
                                     gradient_as_bucket_view=True,
@@ -314,11 +315,11 @@ def train_step() -> bool:
 
 @torch.no_grad()
 def next_loss_is_finite() -> bool:
-    """Whether every rank's next micro-batch has a finite loss, by evaluate's graph: eager logits are big."""
+    """Whether every rank's next micro-batch has a finite loss."""
     raw_model.eval()
     with amp:
         X, Y = batches.train(progress.iteration, ddp_rank * batch_size, (ddp_rank + 1) * batch_size)
-        _, loss, _ = (model.module if ddp else model)(X, Y, return_aux=True, return_logits=False)
+        _, loss, _ = probe(X, Y, return_aux=True, return_logits=False)
     raw_model.train()
     return not distributed.all_reduce_max(float(not math.isfinite(loss.item())))
 
@@ -341,11 +342,10 @@ def save_checkpoint(val_loss: float | None = None) -> None:
 
 def evaluate_and_save() -> None:
     """Evaluates, logs and saves; at a signal it stops without doing any of these."""
-    result = evaluate(model.module if ddp else model, batches,  # compiled, without DDP
-                      (num_routers, experts_per_router), amp, any_signal)
-    if result is None:
+    global probe  # local_model's graph is there from here on, and needs less memory than eager
+    if (result := evaluate(local_model, batches, (num_routers, experts_per_router), amp, any_signal)) is None:
         return
-    val_loss, load = result
+    probe, (val_loss, load) = local_model, result
     entropy = torch.special.entr(load).sum(1)  # (R,) nats
     if math.isfinite(val_loss):
         progress.best_val_loss = min(progress.best_val_loss, val_loss)

@@ -156,17 +156,18 @@ def final_loss(run: Run) -> float | None:
 
 
 def run_alone(command: list[str], timeout: float) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of a command. None of its processes outlives this call: torchrun's would
-    go on to use the GPUs. Raises subprocess.TimeoutExpired."""
+    """(exit status, stdout, stderr) of a command. None of its processes outlives this call: torchrun's
+    workers would go on to use the GPUs, and have sessions of their own, so that it must end them itself.
+    Raises subprocess.TimeoutExpired."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     try:
         out, err = process.communicate(timeout=timeout)
         return process.returncode, out, err
     finally:
+        stop(process)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def speed(run: Run) -> tuple[int, float | None]:
@@ -196,6 +197,20 @@ def visible_gpus() -> list[str]:
     import torch
     every = ",".join(map(str, range(torch.cuda.device_count())))
     return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",") if gpu]
+
+
+def check_begun(run: Run) -> None:
+    """Raises ValueError where the run's folder holds one of another model, as versions before rank decided
+    between sizes made of some settings: train.py would go on with it, for too few or too many FLOPs."""
+    try:
+        with open(os.path.join(run.folder, "log.jsonl"), encoding="utf-8") as log:
+            there = json.loads(log.readline())["flops_per_token"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    here = run.flops / run.max_iters / tokens_per_iter(TRAIN_DEFAULTS | run.settings)
+    if not math.isclose(there, here, rel_tol=1e-6):
+        raise ValueError(f"{run.folder} holds a run of {there:,.0f} training FLOPs per token, not "
+                         f"{here:,.0f}: an earlier version made another model of these; move it away")
 
 
 def check_gpus(jobs: int, gpus: int) -> None:
@@ -237,5 +252,5 @@ def stop(*processes: subprocess.Popen) -> None:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()

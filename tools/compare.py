@@ -87,21 +87,35 @@ def last_attempt(points: list[dict]) -> list[dict]:
 def make_clock(points: list[dict]) -> Callable[[int], float]:
     """The function from iterations to the seconds that they took. A training point's time per iteration holds
     for those that it was measured over: in the log of a resumed run fewer than since the point before, and
-    the first of them compiles. The others are as fast as those before them, and the last rate holds to the
-    end."""
+    the first of them compiles. The others take the median of all times, and those after the last point its
+    time."""
     timed = [point for point in points if point["type"] == "train" and point.get("ms_per_iter")]
     if not timed:
         return lambda iterations: math.nan
+    spans = [point.get("iterations", point["iter"] + 1) for point in timed]
+    usual = np.median(np.repeat([point["ms_per_iter"] for point in timed], spans)) / 1e3
     done, rates = [0], []
-    for point in timed:
-        end, rate = point["iter"] + 1, point["ms_per_iter"] / 1e3
-        begin = max(done[-1], end - point.get("iterations", end))
-        if rates and begin > done[-1]:
-            done, rates = [*done, begin], [*rates, rates[-1]]
-        done, rates = [*done, end], [*rates, rate]
+    for point, span in zip(timed, spans):
+        end = point["iter"] + 1
+        if (begin := end - span) > done[-1]:
+            done, rates = [*done, begin], [*rates, usual]
+        done, rates = [*done, end], [*rates, point["ms_per_iter"] / 1e3]
     seconds = np.concatenate([[0.0], np.cumsum(np.diff(done) * rates)])
     return lambda iterations: float(np.interp(iterations, done, seconds)
                                     + max(0, iterations - done[-1]) * rates[-1])
+
+
+def suits_heads(start: dict) -> bool:
+    """What head_aligned is by default, in a run with this first line."""
+    config = start["config"]
+    if config["struct"] not in ("monarch", "btt") or config.get("num_experts"):
+        return False
+    from model import GPTConfig  # only here, since it imports torch
+    try:
+        known = start["model_args"] | dict(struct=start["model_args"]["struct"], head_aligned=None)
+        return GPTConfig(**known).head_aligned
+    except (KeyError, TypeError, ValueError):  # an old log
+        return config.get("layers") != "mlp"
 
 
 def settings_of(starts: list[dict]) -> dict:
@@ -113,9 +127,7 @@ def settings_of(starts: list[dict]) -> dict:
     config["init_from"] = "scratch" if origin in (None, "auto", "resume") else origin
     config |= {key: start[key] for key in ("dtype", "compile", "device", "processes") if key in start}
     follow = {"min_lr": config["learning_rate"] / 10, "lr_decay_iters": config["max_iters"],
-              "weight_norm": config["struct"] != "dense",
-              "head_aligned": config["struct"] == "btt" and not config.get("num_experts")
-              and config.get("layers") != "mlp"}
+              "weight_norm": config["struct"] != "dense", "head_aligned": suits_heads(start)}
     config |= {key: None for key, value in follow.items() if config.get(key) == value}
     left_out = (*NO_EFFECT, "eval_iters", "eval_tokens", "backend")
     return {key: value for key, value in config.items() if key not in left_out}

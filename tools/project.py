@@ -23,7 +23,7 @@ struct: str = "btt"                     # low_rank, kronecker, monarch, tt, btt,
 rank: PositiveInt | None = None         # rank ρ; None: d^θρ
 theta: tuple | None = None              # exponents of alpha beta gamma delta epsilon phi rho, for 'einsum'
 layers: Literal["all", "attn", "mlp"] = "all"  # which projections; others stay dense
-head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: where btt has full rank then
+head_aligned: bool | None = None        # φ of q, k, v and γ of o = n_head; None: btt, at full rank
 dyad_blocks: PositiveInt = 4            # blocks of struct 'dyad'
 dyad_variant: Literal["it", "ot", "dt"] = "it"  # variant of struct 'dyad'
 # in which norm they are nearest

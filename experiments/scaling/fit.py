@@ -240,12 +240,13 @@ def grouped(runs: Iterable[MeasuredRun], key: Callable) -> dict:
 
 def alike(runs: Iterable[MeasuredRun], except_for: Iterable[str]) -> list[list[MeasuredRun]]:
     """Groups of runs of a structure that are alike but for these settings, and their length where the rate is
-    constant."""
+    constant. Models of other sizes, as an earlier version made of the same settings, are not alike."""
     def key(run: MeasuredRun) -> str:
         without = (*except_for, *(() if run.config["decay_lr"] else ("max_iters",)))
         config = {name: value for name, value in run.config.items()  # old logs lack keys that are new
                   if name not in without and value != TRAIN_DEFAULTS.get(name, ...)}
-        return json.dumps([run.label, config], sort_keys=True)
+        sizes = [run.params, f"{run.per_token['flops']:.4g}"]
+        return json.dumps([run.label, config, sizes], sort_keys=True)
     return list(grouped(runs, key).values())
 
 

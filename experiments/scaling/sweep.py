@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import filelock
 
-from experiments.launcher import Run, final_loss, is_training, last_words, launch, speed, stop, why_ended
+from experiments.launcher import (Run, check_begun, final_loss, is_training, last_words, launch, speed, stop,
+                                  why_ended)
 from lib.log import format_duration
 
 
@@ -30,6 +31,8 @@ class Sweep:
         self.pause = min(1.0, expiry / 10)      # seconds between two looks at the jobs
         self.next_look = 0.0                    # when to look for runs to start, by time.monotonic()
         self.next_progress = time.monotonic() + 60
+        for run in planned:
+            check_begun(run)
         self.finished = [run for run in planned if final_loss(run) is not None]
         self.pending = [run for run in planned if run not in self.finished]     # those at work included
         self.failed: list[Run] = []

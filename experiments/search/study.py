@@ -302,11 +302,11 @@ class Search:
         first = next((t for t in others if t.user_attrs["model"]["point"] == point.name), None)
         if first is not None:
             trial.set_user_attr("same_as", first.number)
-        elif "model" in trial.user_attrs:
+        elif trial.user_attrs.get("model", {}).get("point") == point.name:
             print(f"trial {trial.number}, {point.label}: goes on where it was left", flush=True)
         elif len(others) >= self.trials:
             end(trial, surplus=True)
-        else:
+        else:   # new, or of a version that made another model of this θ
             trial.set_user_attr("model", point.facts())
         return first
 

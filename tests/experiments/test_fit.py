@@ -545,8 +545,10 @@ def test_seeds_count_as_their_mean():
     mean, = scaling_fit.mean_of_seeds(groups)
     assert not notes and np.array_equal(mean.points.tokens, one.points.tokens[:38])
     assert mean.points.losses == pytest.approx(one.points.losses[:38] + 0.1)
-    other.config["learning_rate"] = 1.0
-    assert len(scaling_fit.same_but_seed([one, other])[0]) == 2
+    for unlike in (dict(config=other.config | dict(learning_rate=1.0)), dict(params=one.params + 1),
+                   dict(per_token=one.per_token | dict(flops=1.1 * one.per_token["flops"]))):
+        # other sizes: those that an earlier version made of the same settings
+        assert len(scaling_fit.same_but_seed([one, dataclasses.replace(other, **unlike)])[0]) == 2
 
 
 def test_the_mean_goes_on_with_the_seeds_that_go_on():

@@ -110,13 +110,14 @@ def test_what_ends_the_process_leaves_the_checks_before(run, tmp_path):
 
 
 def test_no_process_of_a_run_outlives_it(tmp_path):
-    """A launcher that is stopped, as torchrun's workers, which would keep their GPUs."""
-    place = str(tmp_path / "pid")
-    worker = f"import os, time; print(os.getpid(), file=open({place!r}, 'w'), flush=True); time.sleep(100)"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    """torchrun's workers, which would keep their GPUs, are in sessions of their own."""
+    place, script = tmp_path / "pid", tmp_path / "worker.py"
+    script.write_text(f"import os, time\nprint(os.getpid(), file=open({str(place)!r}, 'w'), flush=True)\n"
+                      "time.sleep(1000)\n")
     with pytest.raises(subprocess.TimeoutExpired):
-        launcher.run_alone([sys.executable, "-c", parent], timeout=5)
-    stat = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+        launcher.run_alone([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                            "--nproc_per_node=1", str(script)], timeout=40)
+    stat = Path("/proc", place.read_text().strip(), "stat")
     for _ in range(100):    # nobody may have waited for it yet: then it is a zombie, Z
         if not stat.exists() or stat.read_text().rsplit(") ")[1][0] in "ZX":
             break

@@ -228,6 +228,17 @@ def test_a_point_that_a_running_trial_has_is_not_trained(tmp_path):
     assert again.user_attrs["named"] == "monarch" and again.system_attrs["fixed_params"] == monarch
 
 
+def test_a_retried_trial_of_another_model_begins_anew(tmp_path, capsys):
+    """One that an earlier version made of the same θ."""
+    study = make_study()
+    search = Untrained(study, SPACE, str(tmp_path), 9)
+    search.value = lambda *_: 1.0
+    study.enqueue_trial(indices_of(NAMED["monarch"]), user_attrs=dict(model=dict(point="d88-a11g8e11f8")))
+    study.optimize(search, n_trials=1)
+    assert study.trials[0].user_attrs["model"]["point"] == SPACE.point(NAMED["monarch"]).name
+    assert "goes on" not in capsys.readouterr().out
+
+
 def test_dense_with_experts_is_not_dense(tmp_path):
     study, space = make_study(), make_space(experts=(0, 4))
     begin(study, space, False, 2)

@@ -231,6 +231,21 @@ def test_every_model_of_a_plan_can_be_made(run, python_text, tmp_path, plan, cou
     assert done.returncode == 0 and done.stdout.count("to do") == count, done.stderr
 
 
+def test_a_run_of_other_sizes_is_not_resumed(python_text, tmp_path):
+    """An earlier version made another model of the same settings: train.py would go on with that one."""
+    settings = dict(struct="monarch", n_embd=32, n_layer=2, n_head=2, max_iters=7, decay_lr=False)
+    run = launcher.make_run("monarch", settings | dict(dataset=str(python_text)), str(tmp_path))
+    launcher.check_begun(run)   # nothing there
+    os.makedirs(run.folder)
+    per_token = launcher.training_flops(launcher.TRAIN_DEFAULTS | run.settings)
+    for there in (per_token, per_token - 600):
+        Path(run.folder, "log.jsonl").write_text(json.dumps(dict(type="run", flops_per_token=there)) + "\n")
+        if there == per_token:
+            launcher.check_begun(run)
+    with pytest.raises(ValueError, match="an earlier version made another model"):
+        Sweep([run], jobs=1, gpus=0, program="train.py", expiry=60, wait=False)
+
+
 def test_a_budget_of_less_than_an_iteration_is_refused(python_text):
     """A run of one iteration would cost more than was asked for."""
     settings = dict(n_embd=32, n_layer=2, n_head=2, dataset=python_text)

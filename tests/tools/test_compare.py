@@ -108,12 +108,17 @@ def test_the_clock_between_and_after_points(done, seconds):
     assert clock(done) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("done, seconds", [(10, 10), (19, 19), (20, 119), (30, 129), (40, 139)])
-def test_the_first_iteration_of_a_resume_compiles(done, seconds):
-    """A point of that iteration alone: the nine before it took as long as others did."""
-    points = [training(0, 1, 1000) | dict(iterations=1), training(9, 1, 1000) | dict(iterations=9),
-              training(19, 1, 100_000) | dict(iterations=1), training(29, 1, 1000) | dict(iterations=10)]
-    assert compare.make_clock(points)(done) == pytest.approx(seconds)
+@pytest.mark.parametrize("points, done, seconds", [
+    # (iterations done, ms, iterations that it is the mean of): a resume at 19, whose first iteration compiles
+    ([(1, 1000, 1), (10, 1000, 9), (20, 100_000, 1), (30, 1000, 10)],
+     [10, 19, 20, 30, 40], [10, 19, 119, 129, 139]),
+    # another soon after the first start: the gap is filled with neither of the times of compilation
+    ([(1, 60_000, 1), (8, 60_000, 1), (108, 300, 100)], [1, 7, 8, 108], [60, 61.8, 121.8, 151.8]),
+    # the beginning of the log is lost
+    ([(101, 60_000, 1), (201, 300, 100)], [100, 101, 201], [30, 90, 120])])
+def test_the_first_iteration_of_a_resume_compiles(points, done, seconds):
+    clock = compare.make_clock([training(i - 1, 1, ms) | dict(iterations=n) for i, ms, n in points])
+    assert [clock(i) for i in done] == pytest.approx(seconds)
 
 
 def test_points_of_a_log_say_how_many_iterations_they_are_of(train, tmp_path):
