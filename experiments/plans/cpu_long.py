@@ -16,5 +16,5 @@ _structures = structures  # noqa: F821
 structures = ({label: _structures[label] | dict(flops=flops, n_embd=[width for width in flops if width > 64])
                for label, flops in _longer.items()}
               | {label: _structures[label] | dict(flops={64: 1e13, 192: 1e13}, n_embd=[192])
-                 for label in ("kronecker", "tt")})
+                 for label in ("kronecker", "monarch", "tt")})
 evals = 60

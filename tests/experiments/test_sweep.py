@@ -222,7 +222,7 @@ ONE_SIZE = ["--n_embd=256", "--n_layer=3"]   # of the paper's many
 
 @pytest.mark.parametrize("plan, count, flags", [
     ("cpu", 40, []), ("cpu_rates", 80, []), ("cpu_seeds", 20, []), ("cpu_widths", 20, []),
-    ("cpu_long", 12, []), ("search_controls", 6, []),
+    ("cpu_long", 13, []), ("search_controls", 6, []),
     ("lr_transfer", 54, []), ("paper", 25, ONE_SIZE), ("paper_moe", 8, ONE_SIZE)])
 def test_every_model_of_a_plan_can_be_made(run, python_text, tmp_path, plan, count, flags):
     done = run("experiments.scaling", "sweep", f"experiments/plans/{plan}.py", "--dry_run=True",
