@@ -109,14 +109,22 @@ def test_what_ends_the_process_leaves_the_checks_before(run, tmp_path):
     assert done.returncode == 9 and names[-1].startswith("time of generation of btt_moe") and len(names) > 20
 
 
-def test_no_process_of_a_run_outlives_it(tmp_path):
-    """torchrun's workers, which would keep their GPUs, are in sessions of their own."""
+def test_no_process_of_a_run_outlives_it(tmp_path, monkeypatch):
+    """torchrun's workers, which would keep their GPUs, are in sessions of their own. The time is up when the
+    worker is there."""
     place, script = tmp_path / "pid", tmp_path / "worker.py"
     script.write_text(f"import os, time\nprint(os.getpid(), file=open({str(place)!r}, 'w'), flush=True)\n"
                       "time.sleep(1000)\n")
-    with pytest.raises(subprocess.TimeoutExpired):
-        launcher.run_alone([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                            "--nproc_per_node=1", str(script)], timeout=40)
+
+    def communicate(process, timeout):
+        while not (place.exists() and place.read_text().endswith("\n")) and process.poll() is None:
+            time.sleep(0.1)
+        raise subprocess.TimeoutExpired(process.args, timeout)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess.Popen, "communicate", communicate)
+        with pytest.raises(subprocess.TimeoutExpired):
+            launcher.run_alone([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                "--nproc_per_node=1", str(script)], timeout=40)
     stat = Path("/proc", place.read_text().strip(), "stat")
     for _ in range(100):    # nobody may have waited for it yet: then it is a zombie, Z
         if not stat.exists() or stat.read_text().rsplit(") ")[1][0] in "ZX":
