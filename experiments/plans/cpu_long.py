@@ -1,17 +1,16 @@
-# Beyond the grid of cpu.py: the baseline, dense with weight norm, to 1e14 FLOPs and the mixtures to 6e13, for
-# whose losses it needs about as much, at the widths that are the best there; this resumes that grid's runs.
-# The narrower ones go as far as they are in question. And width 192 for structures whose best width is the
-# largest without it.
+# Beyond the grid of cpu.py: the baseline, dense with weight norm, and the mixtures to 1e14 FLOPs, at the
+# widths that are the best there; this resumes that grid's runs. The narrower ones go as far as they are in
+# question. And width 192 for structures whose best width is the largest without it.
 #
 #     python -m experiments.scaling sweep experiments/plans/cpu_long.py --jobs=2
 #     python -m experiments.scaling sweep experiments/plans/cpu_long.py --n_embd=64 --seed=2 --jobs=2
 #
-# At their ends the 10 million characters have been read 1 to 5 times.
+# At their ends the 10 million characters have been read 1 to 8 times.
 from experiments.plans.cpu import *  # noqa: F403
 _longer = {"dense_normed": {64: 3e13, 96: 1e14, 128: 1e14, 192: 1e14},      # FLOPs by width
-           "btt_moe": {64: 3e13, 96: 3e13, 128: 6e13, 192: 6e13},
-           "btt_moe_16": {64: 3e13, 96: 6e13, 128: 6e13},
-           "moe": {64: 6e13, 96: 6e13, 128: 6e13}}
+           "btt_moe": {64: 3e13, 96: 3e13, 128: 1e14, 192: 1e14},
+           "btt_moe_16": {64: 3e13, 96: 1e14, 128: 1e14},
+           "moe": {64: 6e13, 96: 1e14, 128: 1e14}}
 _structures = structures  # noqa: F821
 structures = ({label: _structures[label] | dict(flops=flops, n_embd=[width for width in flops if width > 64])
                for label, flops in _longer.items()}

@@ -7,6 +7,6 @@
 #
 # One head of 16, one of 24, and two of 24: the one difference from cpu.py.
 from experiments.plans.cpu import *  # noqa: F403
-structures = {label: own | dict(n_embd=[24, 48], flops={16: 1.1e12, 24: 1.5e12, 48: 1e13})
+structures = {label: own | dict(n_embd=[24, 48], flops={16: 1.1e12, 24: 3.3e12, 48: 1e13})
               for label, own in structures.items()}  # noqa: F821
 head_size = 24
