@@ -5,7 +5,7 @@
 #     python -m experiments.scaling sweep experiments/plans/cpu_long.py --jobs=2
 #     python -m experiments.scaling sweep experiments/plans/cpu_long.py --n_embd=64 --seed=2 --jobs=2
 #
-# At their ends the 10 million characters have been read 1 to 8 times.
+# At their ends the 10 million characters have been read up to 8 times.
 from experiments.plans.cpu import *  # noqa: F403
 _longer = {"dense_normed": {64: 3e13, 96: 1e14, 128: 1e14, 192: 1e14},      # FLOPs by width
            "btt_moe": {64: 3e13, 96: 3e13, 128: 1e14, 192: 1e14},
