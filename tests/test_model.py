@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import kernels
 from lib.kernels import operators
-from model import GPT, GPTConfig, _kept_probabilities, _sample, fixed_cores
+from model import GPT, GPTConfig, KVCache, _kept_probabilities, _sample, fixed_cores
 from structured import STRUCTURES, MoE, Structured
 from tests.conftest import ROOT
 from tests.structures import counted_flops, recomputed_flops
@@ -752,3 +752,30 @@ def test_routers_of_q_k_and_v_share_a_product(experts, monkeypatch):
     if experts.get("top_k"):
         compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(idx, idx)[1], results[0][0])
+
+
+@torch.no_grad()
+def test_text_read_in_pieces_has_the_logits_of_the_whole():
+    model, idx = random_model("btt"), tokens(2, 12)
+    cache = KVCache(model.config, 2, "cpu", torch.float64)
+    found = [model(part, part, cache=cache)[0] for part in idx.split([5, 4, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(found, dim=1), model(idx, idx)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_of_all_leaves_the_residual_stream_as_it_was():
+    block, x = random_model(dropout=0.5).blocks[0].train(), torch.randn(2, 5, 16, dtype=torch.float64)
+    block.attn.resid_dropout.p = block.dropout.p = 1.0
+    assert torch.equal(block(x, []), x)
+
+
+def test_new_routers_are_balanced_by_the_mean_over_a_steps_sequences():
+    model, calls = random_model("btt_moe", n_layer=1), []
+    model.rebalance = lambda load, variance, rate: calls.append((load, variance, rate))
+    parts = [(tokens(n, 12), tokens(n, 12)) for n in (1, 3)]
+    model.balance_routers([parts] * 3)
+    with torch.no_grad():
+        *_, aux = model.eval()(*map(torch.cat, zip(*parts)), return_aux=True)
+    for i, (load, variance, rate) in enumerate(calls):
+        torch.testing.assert_close((load, variance), (aux.load, aux.variance))
+        assert rate == pytest.approx(1 / (1 + i / 5))
+    assert len(calls) == 3

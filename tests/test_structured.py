@@ -649,3 +649,10 @@ def test_zero_init_makes_the_zero_map_and_trains(case, num_experts):
     zero = [name for name in experts.fans() if (getattr(experts, name) == 0).all()]
     assert zero == (list(experts.fans())[-1:] if experts.cores_multiply else ["wl", "wu"])
     assert all(getattr(experts, name).grad.abs().max() > 0 for name in zero)
+
+
+def test_router_at_init_has_the_scale_of_a_core():
+    """std = √min(d, E) / d, as a core of fan-in d and fan-out E: logits shrink as the width grows."""
+    for d, E in ((64, 8), (256, 4)):
+        router = linear("dense", d, d, num_experts=E).router
+        assert router.std().item() == pytest.approx(math.sqrt(min(d, E)) / d, rel=0.12)

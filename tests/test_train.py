@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lib.device
+import lib.evaluation
 import model
+from data.batches import Batches
 from lib.log import Logger
 from tests.conftest import SMALL, TINY
 from tests.runs import assert_same_checkpoint, cross_entropy, in_float64, load, losses, read_log, untimed
@@ -316,3 +319,59 @@ def test_active_parameters_are_those_of_two_of_eight_experts(config, trained):
     experts = sum(w.numel() for name, w in weights.items() if ".experts." in name)
     total = sum(w.numel() for name, w in weights.items() if not name.endswith(".balance"))  # buffers
     assert experts > 0 and run["params"] == total and run["active_params"] == total - experts * 6 / 8
+
+
+def test_one_iteration_by_hand(train, python_text, tmp_path):
+    """Adam's moments after it are those of the clipped mean gradient of both losses over two micro-batches,
+    and each matrix decays by the learning rate · weight_decay."""
+    settings = TINY | dict(max_iters=1, grad_clip=0.01, beta1=0.8, beta2=0.9, weight_decay=0.3,
+                           aux_loss_weight=0.5, num_experts=4, n_embd=16, seed=3, before=in_float64)
+    out = train(tmp_path / "out", "btt_moe", **settings)
+    end, [_, steps, _] = load(out / "ckpt.pt"), read_log(out)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(3)
+        gpt = model.GPT(model.GPTConfig(**end["model_args"]))
+    finally:
+        torch.set_default_dtype(default)
+    ids = {split: np.fromfile(python_text / f"{split}.bin", np.uint8) for split in ("train", "val")}
+    batches = Batches(ids, block_size=16, batch_size=4, sequences=8, seed=3, val_windows=1, device="cpu")
+    for first in (0, 4):
+        _, loss, aux = gpt(*batches.train(0, first, first + 4), return_aux=True)
+        ((loss + 0.5 * aux.loss) / 2).backward()
+    optimizer = gpt.configure_optimizers(0.3, 3e-3, (0.8, 0.9), "cpu", 128)
+    norm = torch.cat([p.grad.flatten() for p in gpt.parameters()]).norm().item()
+    assert steps[0]["grad_norm"] == pytest.approx(norm, rel=1e-5) and norm > 0.1
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, state in zip(params, end["optimizer"]["state"].values(), strict=True):
+        g = p.grad * 0.01 / norm
+        torch.testing.assert_close(state["exp_avg"].double(), 0.2 * g, rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(state["exp_avg_sq"].double(), 0.1 * g ** 2, rtol=1e-4, atol=1e-14)
+    for group in end["optimizer"]["param_groups"]:
+        decay = group["weight_decay"] * group["lr_multiplier"]
+        assert decay == 0 or decay == pytest.approx(0.3)
+
+
+def test_the_seed_decides_the_initial_weights(train, tmp_path):
+    outs = [train(tmp_path / str(i), **TINY | dict(max_iters=0, seed=s)) for i, s in enumerate((1, 2, 1))]
+    one, two, again = (load(out / "ckpt.pt")["model"]["blocks.0.attn.q.A"] for out in outs)
+    assert torch.equal(one, again) and not torch.equal(one, two)
+
+
+def test_without_mup_all_groups_learn_alike(train, tmp_path):
+    groups = load(train(tmp_path / "out", "btt", **TINY | dict(max_iters=0, mup=False)) / "ckpt.pt")
+    assert {group["lr_multiplier"] for group in groups["optimizer"]["param_groups"]} == {1.0}
+
+
+def evaluations_take_1000_seconds():
+    evaluate, clock, taken = lib.evaluation.evaluate, time.perf_counter, []
+    time.perf_counter = lambda: clock() + 1000 * len(taken)
+    lib.evaluation.evaluate = lambda *args: taken.append(1) or evaluate(*args)
+
+
+def test_iterations_are_timed_without_evaluations(train, tmp_path):
+    out = train(tmp_path / "out", **TINY | dict(max_iters=3, eval_interval=1),
+                before=evaluations_take_1000_seconds)
+    steps = read_log(out)[1]
+    assert len(steps) == 3 and all(p["ms_per_iter"] < 500_000 for p in steps.values())

@@ -36,3 +36,15 @@ def test_a_split_that_is_too_small_says_what_to_do(split, remedy):
     splits = {name: np.arange(5 if name == split else 6, dtype=np.uint8) for name in ("train", "val")}
     with pytest.raises(ValueError, match=rf"{split}.bin .* holds 5 tokens, too few .* = 5: {remedy}"):
         Batches(splits, block_size=5, sequences=1, batch_size=1, val_windows=1, seed=1, device="cpu")
+
+
+def test_the_digest_of_training_tokens_is_of_the_whole_file():
+    ids = np.random.default_rng(0).integers(90, size=100_000).astype(np.uint8)
+
+    def digest(ids):
+        return Batches(dict(train=ids, val=ids[:99]), block_size=16, batch_size=1, sequences=1, seed=1,
+                       val_windows=1, device="cpu").train_digest()
+    for place in (0, 50_000, 99_000):
+        other = ids.copy()
+        other[place:place + 500] += 1
+        assert digest(other) != digest(ids) == digest(ids.copy())

@@ -668,3 +668,83 @@ def test_seconds_of_bench(tmp_path):
     (tmp_path / "bench.json").write_text('{"steps": 3}')
     with pytest.raises(ValueError, match="bench.json is no output of experiments.bench"):
         scaling_fit.take_seconds([small], [tmp_path / "bench.json"])
+
+
+def test_an_interval_holds_its_share_of_the_values():
+    assert scaling_fit.interval([*range(101)], 0.9) == (5, 95)
+    assert scaling_fit.interval([*range(101)], 0.5) == (25, 75)
+
+
+def test_scatter_about_a_law_of_two_constants_has_n_minus_2_degrees_of_freedom():
+    """Eight runs of one point each, 1 % about a law whose floor is given; the mean over many draws."""
+    x, squares = np.geomspace(1e12, 1e15, 8), []
+    for seed in range(60):
+        off = 0.01 * np.random.default_rng(seed).standard_normal(8)
+        losses = (1 + (x / 1e11) ** -0.2) * (1 + off)
+        runs = [MeasuredRun(str(i), "dense", {}, 1, 1, {"flops": 10.0 ** i}, Points(np.array([c / 10.0 ** i]),
+                np.array([loss])), 1.0) for i, (c, loss) in enumerate(zip(x, losses))]
+        fit = scaling_fit.fit_structure("dense", runs, "flops", window=(x[0], x[-1]), floor=1.0, samples=0)
+        squares.append(fit.noise ** 2)
+    assert math.sqrt(np.mean(squares)) == pytest.approx(0.01, rel=0.08)
+
+
+def test_noise_within_a_run_is_found():
+    """0.3 % about a curve, whatever its slope."""
+    run, = synthetic("dense", 1, 0, noise=0, sizes=[1e5])
+    for step in (1e4, 1e6):
+        tokens = np.arange(1, 4001) * step
+        losses = chinchilla(1e5, tokens) * (1 + 0.003 * np.random.default_rng(0).standard_normal(4000))
+        run = dataclasses.replace(run, points=Points(tokens, losses))
+        assert scaling_fit.point_noise([run]) == pytest.approx(0.003, rel=0.12)
+
+
+def test_noise_within_runs_widens_the_bootstrap(monkeypatch):
+    runs, spreads = synthetic("dense", 1, 0, noise=0), []
+    for within in (0.0, 0.02):
+        monkeypatch.setattr(scaling_fit, "point_noise", lambda runs: within)
+        fit = scaling_fit.fit_structure("dense", runs, "flops", samples=25, noise=0.0, floor=1.0)
+        spreads.append(np.std([law.loss(fit.frontier.x[-1]) for law in fit.samples]))
+    assert spreads[1] > 2 * spreads[0]
+
+
+def test_sizes_hand_over_midway_between_their_budgets():
+    """Sizes 1, 10 and 100, which hand over at 10^1.5 and 10^3.5: the best one grows with the root of x."""
+    frontier = scaling_fit.Frontier(10.0 ** np.arange(6), np.arange(9.0, 3, -1), np.array([0, 0, 1, 1, 2, 2]))
+    growth = scaling_fit.growth_of(frontier, np.array([1.0, 10, 100]))
+    assert growth.exponent == pytest.approx(0.5) and growth.window == pytest.approx((10 ** 0.5, 10 ** 4.5))
+
+
+def test_of_a_run_whose_rate_decays_the_end_alone_counts(tmp_path):
+    for name, decays in (("decays", True), ("constant", False)):
+        write_log(tmp_path / name, "dense", dict(n_embd=8, decay_lr=decays), 6e5, [2e4, 3e4, 4e4],
+                  [3, 2.5, 2])
+    runs = {run.name: run.points.tokens.tolist() for run in scaling_fit.read_runs([str(tmp_path)])[0]}
+    assert runs == {"decays": [4e4], "constant": [2e4, 3e4, 4e4]}
+
+
+def test_the_table_of_sizes_has_the_tokens_of_a_budget():
+    fit = scaling_fit.fit_structure("dense", synthetic("dense", 1, 0), "flops", samples=0)
+    budget = float(fit.frontier.x[len(fit.frontier.x) // 2])
+    *_, (_, _, _, params, _, trained, *_) = cells_of(scaling_report.sizes_table({"dense": fit}, [budget]))
+    params, trained = (int(number.replace(",", "")) for number in (params, trained))
+    assert 6 * params * trained == pytest.approx(budget, rel=1e-3)
+
+
+def test_seconds_are_those_of_the_median_iteration(tmp_path):
+    write_log(tmp_path / "run", "dense", dict(n_embd=8), 6e5, [1e4, 2e4, 3e4, 4e4, 5e4],
+              [3, 2.9, 2.8, 2.7, 2.6])
+    log, times = tmp_path / "run" / "log.jsonl", iter((900.0, 11.0, 10.0, 40.0, 12.0))  # the first compiles
+    lines = [line if '"train"' not in line else json.dumps(json.loads(line) | dict(ms_per_iter=next(times)))
+             for line in log.read_text().splitlines()]
+    log.write_text("\n".join(lines))
+    [run], _ = scaling_fit.read_runs([str(tmp_path)])
+    assert run.per_token["seconds"] == pytest.approx(12e-3 / 1000)
+
+
+def test_multipliers_are_given_only_where_both_were_measured():
+    base, fit = (scaling_fit.fit_structure("dense", synthetic("dense", 1, 0, 0, sizes), "flops", samples=2)
+                 for sizes in (np.geomspace(1e5, 3e6, 5), np.geomspace(1e6, 3e7, 5)))
+    low, high = fit.range
+    before, first, last, beyond = scaling_fit.multipliers(fit, base, [low / 10, low, high, high * 10], 0.9)
+    assert first[0] == pytest.approx(1, rel=0.1)
+    assert before is None and last is None and beyond is None  # base has come to no such loss

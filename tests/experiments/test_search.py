@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 optuna = pytest.importorskip("optuna")
@@ -26,7 +25,6 @@ from experiments.scaling.fit import TAXONOMY
 from experiments.search import report, study
 from experiments.search.space import Space
 from structured import STRUCTURES, Theta
-from tests.experiments.logs import write_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 NAMED = {name: theta for name, theta in STRUCTURES.items() if theta is not None}

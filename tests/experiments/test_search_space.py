@@ -1,4 +1,5 @@
 """The points of a search, how they are sampled, and what its study keeps."""
+import math
 import random
 import threading
 from collections import Counter
@@ -432,3 +433,30 @@ def test_a_request_is_the_same_after_it_was_stored(tmp_path):
         begin(open_study(None, "s", str(tmp_path), create=True), space, False, 2)
     with pytest.raises(ValueError, match=r"with a_tuple = \[1, 2\], not None"):
         begin(open_study(None, "s", str(tmp_path)), SPACE, False, 2)
+
+
+def test_a_point_has_the_sizes_nearest_to_its_theta():
+    """Of all widths and ranks whose FLOPs are within the tolerance, by brute force."""
+    def distance(theta, d, sizes):
+        return sum((math.log(size) - e * math.log(width)) ** 2
+                   for s, (d_in, d_out) in zip(sizes, ((d, d), (d, 4 * d), (4 * d, d)))
+                   for size, e, width in zip(s, theta, (d_in,) * 3 + (d_out,) * 3 + (d,)))
+    checked = 0
+    for theta in (NAMED["btt"], NAMED["low_rank"], *random_thetas(12)):
+        try:
+            point = SPACE.point(theta)
+        except ValueError:
+            continue
+        found = []
+        for d in SPACE.widths:
+            for rank in {max(1, round(d ** theta.rho)), *range(math.ceil(d ** theta.rho / 1.25),
+                                                               math.floor(d ** theta.rho * 1.25) + 1)}:
+                try:
+                    sizes = [theta.sizes(*maps, rank) for maps in ((d, d), (d, 4 * d), (4 * d, d))]
+                except ValueError:
+                    continue
+                if abs(SPACE.flops_of(sizes, d) / SPACE.flops_per_token - 1) <= 0.05:
+                    found.append(distance(theta, d, sizes))
+        assert distance(theta, point.width, point.sizes) == pytest.approx(min(found), abs=1e-5)
+        checked += 1
+    assert checked > 4

@@ -149,3 +149,30 @@ def test_a_folder_holds_runs_of_one_kind(teacher, tmp_path):
         teacher("--batch_size=128").check_settings()
     with pytest.raises(ValueError, match=r"have learning_rates = \[0.003, 0.01\], not \[0.1\]"):
         teacher("--learning_rates=0.1,").check_settings()
+
+
+def test_a_students_rates_are_those_of_mup(teacher, tmp_path, monkeypatch):
+    """Of a dense student, base width 16: what has the width as fan-in learns at 16 / width of the rate."""
+    module, rates = teacher("--examples=256"), {}
+
+    def adam(groups):
+        rates.update((tuple(group["params"][0].shape), group["lr"]) for group in groups)
+        return torch.optim.SGD(groups, lr=1.0)
+    monkeypatch.setattr(module.torch.optim, "Adam", adam)
+    module.train(str(tmp_path), "dense", dict(struct="dense"), 64, 0.01, 1, module.make_data())
+    assert rates == {(64, 8): 0.01, (64,): 0.01, (1, 64, 64): pytest.approx(0.0025),
+                     (1, 64): pytest.approx(0.0025), (1,): 0.01}
+
+
+def test_each_seed_begins_elsewhere_in_the_data(teacher, tmp_path, monkeypatch):
+    module, firsts = teacher(), []
+    data = module.make_data()
+    forward = module.Student.forward
+    monkeypatch.setattr(module.Student, "forward", lambda self, x, aux=None: (
+        firsts.append(x[0]) if aux is not None else None, forward(self, x, aux))[1])
+    places = []
+    for seed in (1, 2, 3):
+        firsts.clear()
+        module.train(str(tmp_path), "dense", dict(struct="dense"), 16, 0.01, seed, data)
+        places.append((data[0][0] == firsts[0]).all(1).nonzero().item())
+    assert places[0] == 0 and len(set(places)) == 3

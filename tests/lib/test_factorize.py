@@ -67,3 +67,9 @@ def test_a_width_without_near_divisors_names_widths_that_have_them(d):
     for width in (below, above):
         for size in (nearest_triples(width, (0.5, 0, 0.5))[0][i] for i in (0, 2)):
             assert math.sqrt(width) / 1.5 <= size <= 1.5 * math.sqrt(width)
+
+
+def test_a_size_may_be_off_by_a_factor_of_four():
+    assert nearest_triples(3 * 37, (0.5, 0, 0.5))  # 3 instead of √111: 3.5 times less
+    with pytest.raises(ValueError, match="122 does not split"):  # 2 instead of √122: 5.5 times less
+        nearest_triples(2 * 61, (0.5, 0, 0.5))

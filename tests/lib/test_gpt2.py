@@ -279,6 +279,7 @@ def test_a_dense_model_of_this_repository_is_a_gpt2(options):
     assert missing.missing_keys == (["lm_head.weight"] if model.config.tie_embeddings else [])
     theirs.tie_weights()
     assert_same_logits(theirs, model, tokens(2, 16, vocab_size=1030))
+    assert {config[f"{place}_pdrop"] for place in ("attn", "embd", "resid")} == {model.config.dropout}
 
 
 @pytest.mark.parametrize("options", [dict(struct="btt"), dict(), dict(qk_norm=False, num_experts=4),

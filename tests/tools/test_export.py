@@ -540,3 +540,7 @@ def test_the_model_card_has_a_prompt_that_the_file_has_ids_for(model, tokens, pr
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(["</s>"])
     assert export.example_prompt(FileTokenizer(made.to_str())) == prompt
+
+
+def test_dropout_is_exported():
+    assert export.model_config(make_model(struct="btt", dropout=0.3))["dropout"] == 0.3

@@ -2,14 +2,16 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 import torch
 
+from data.batches import Batches
 from data.common import open_dataset
 from lib.checkpoint import save_checkpoint
 from lib.nearest import matrix_of, nearest_einsum, relative_error
 from model import GPT, GPTConfig
-from structured import Dyad, Einsum
+from structured import Dyad, Einsum, linear
 from tests.conftest import SMALL
 from tests.runs import cross_entropy, load, read_log
 from tools import project
@@ -251,3 +253,37 @@ def test_the_gpu_is_free_for_the_run_that_fine_tunes(monkeypatch):
     with pytest.raises(SystemExit):
         project.finetune([], "out")
     assert calls == ["emptied", "run"]
+
+
+@torch.no_grad()
+def test_second_moments_are_those_of_all_calibration_tokens(monkeypatch):
+    """Of windows that differ, and with the damping."""
+    for key, value in dict(calibration_tokens=80, damping=0.5, batch_size=2).items():
+        monkeypatch.setattr(project, key, value)
+    gpt = GPT(GPTConfig(block_size=16, vocab_size=96, n_layer=1, n_head=2, n_embd=24)).eval()
+    ids, seen = np.random.default_rng(0).integers(96, size=5000).astype(np.uint8), []
+    gpt.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    found = project.second_moments(gpt, ["blocks.0.attn.q", "blocks.0.attn.v"], Batches(
+        dict(train=ids, val=ids[:99]), block_size=16, batch_size=2, seed=1, sequences=2, val_windows=1,
+        device="cpu"))
+    idx = torch.cat(seen)
+    assert idx.shape == (5, 16) and len(idx.unique(dim=0)) == 5
+    X = gpt.blocks[0].ln_1(gpt.wte(idx) + gpt.wpe.weight).flatten(0, 1).double()
+    C = X.T @ X / 80
+    torch.testing.assert_close(found, {"blocks.0.attn.q": C + 0.5 * C.diagonal().mean() * torch.eye(24)},
+                               check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+def test_cores_of_a_projection_have_the_same_size_relative_to_their_start():
+    layer = linear("btt", 24, 36, rank=2, weight_norm=False)
+    project.fill(layer, torch.randn(36, 24), None)
+    first, second = (getattr(layer, name).square().mean().sqrt().item() / layer.init_std(name)
+                     for name in layer.order)
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_fine_tuning_has_a_schedule_of_its_own():
+    flags = project.finetune_flags(dict(learning_rate=3e-3, min_lr=3e-4, lr_decay_iters=20, warmup_iters=7,
+                                        max_iters=20), "ckpt.pt", "out")
+    assert {"--max_iters=1000", "--warmup_iters=100", "--learning_rate=0.001"} <= set(flags)
+    assert not any(flag.startswith(("--min_lr", "--lr_decay_iters")) for flag in flags)
