@@ -7,7 +7,7 @@
 #
 # At their ends the 10 million characters have been read up to 8 times.
 from experiments.plans.cpu import *  # noqa: F403
-_longer = {"dense_normed": {64: 3e13, 96: 1e14, 128: 1e14, 192: 1e14},      # FLOPs by width
+_longer = {"dense_normed": {64: 3e13, 96: 1e14, 128: 1.7e14, 192: 1e14},    # FLOPs by width
            "btt_moe": {64: 3e13, 96: 3e13, 128: 1e14, 192: 1e14},
            "btt_moe_16": {64: 3e13, 96: 1e14, 128: 1e14},
            "moe": {64: 6e13, 96: 1e14, 128: 1e14}}
