@@ -289,12 +289,12 @@ class Structured(nn.Module):
 
     def core(self, name: str) -> Tensor:
         """The core, normalized and times its gain: (batch, out, in), with experts (E, batch, out, in)."""
-        core = self.fixed.get(name, getattr(self, name))
-        if self.weight_norm and name not in self.fixed:
-            gain = getattr(self, f"gain_{name}", None)
-            gain = None if gain is None else gain.view(*core.shape[:-3], 1, 1, 1)
-            core = kernels.normalize_core(core, gain, self.init_std(name))
-        return core
+        if name in self.fixed:
+            return self.fixed[name]
+        core, gain = getattr(self, name), getattr(self, f"gain_{name}", None)
+        if gain is not None:
+            gain = gain.view(*core.shape[:-3], 1, 1, 1)
+        return kernels.normalize_core(core, gain, self.init_std(name)) if self.weight_norm else core
 
     def add_bias(self, y: Tensor, ends: Tensor | None) -> Tensor:
         if self.bias is None:

@@ -93,6 +93,8 @@ def adopt(folder: Path, args: argparse.Namespace) -> None:
         path = folder / f"{split}.bin"
         try:
             tokens = common.TokenFile(path, common.DTYPES[args.dtype])
+        except FileNotFoundError:
+            raise ValueError(f"{folder} has no {path.name}: name a folder that has it") from None
         except ValueError as error:
             raise ValueError(f"{path} cannot be used ({error})") from error
         if args.dtype == "uint16" and len(tokens) >= 64 and not tokens[1:1_000_000:2].any():

@@ -357,6 +357,8 @@ def from_name(name: str, end_of_text: str | None = None) -> Tokenizer:
                          "tokenizer.json of the library tokenizers")
     try:
         return FileTokenizer(Path(name).read_text(encoding="utf-8"), end_of_text)
+    except OSError as error:
+        raise ValueError(f"the tokenizer {name} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

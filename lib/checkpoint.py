@@ -338,8 +338,10 @@ def read_checkpoint(path: str, needed: dict[str, type] = CONTENTS) -> dict:
     except (PermissionError, IsADirectoryError) as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from None
     except Exception as e:
-        raise ValueError(f"{path} is not a checkpoint that can be read ({type(e).__name__}): move it away, "
-                         "or put ckpt_best.pt in its place") from None
+        is_of_a_run = os.path.basename(path) == "ckpt.pt"
+        remedy = ": move it away, or put ckpt_best.pt in its place" if is_of_a_run else ""
+        problem = f"is not a checkpoint that can be read ({type(e).__name__})"
+        raise ValueError(f"{path} {problem}{remedy}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint of train.py: it holds a {type(checkpoint).__name__}")
     wrong = [name for name, kind in needed.items() if not isinstance(checkpoint.get(name), kind)]

@@ -61,9 +61,13 @@ def dense_command(arguments: Sequence[str], config: dict, adopted: dict, ratio: 
     words = ["config/dense.py" if word in pure else word for word in words]
     words += [flag_of(key, value) for key, value in DENSE.items() if key in others]
     words += [flag_of(key, value) for key, value in adopted.items() if key not in STRUCTURE]
-    words.append(flag_of("max_iters", max(1, round(config["max_iters"] * ratio))))
+    iterations, warmup = max(1, round(config["max_iters"] * ratio)), config["warmup_iters"]
+    words.append(flag_of("max_iters", iterations))
+    if warmup > iterations / 2:  # it would hardly end
+        warmup = round(warmup * ratio)
+        words.append(flag_of("warmup_iters", warmup))
     if "lr_decay_iters" in others | set(map(key_of, arguments)):  # else it is max_iters
-        decay = max(config["warmup_iters"], round(config["lr_decay_iters"] * ratio))
+        decay = max(warmup, round(config["lr_decay_iters"] * ratio))
         words.append(flag_of("lr_decay_iters", decay))
     out_dir = config["out_dir"]
     if out_dir == default_out_dir(arguments) != default_out_dir(words):

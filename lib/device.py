@@ -40,7 +40,7 @@ def choose_device(device: str | None, local_rank: int | None = None) -> tuple[st
         device_type = torch.device(device).type
         torch.ones(1, device=device).item()
     except Exception as e:  # each backend raises errors of its own
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+        reason = (str(e) or type(e).__name__).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device {device!r} cannot be used here: {reason}") from None
     return device, device_type
 

@@ -126,6 +126,13 @@ def test_a_folder_that_does_not_fit_is_one_sentence(adopt, folder, ids, meta, ar
     assert not (place / "meta.json").exists() and not (place / "prepare.tmp").exists()
 
 
+def test_a_missing_split_is_named(adopt, folder):
+    place = folder([300], [300])
+    (place / "train.bin").unlink()
+    with pytest.raises(ValueError, match=f"^{place} has no train.bin: name a folder that has it$"):
+        adopt(place)
+
+
 def test_small_ids_of_gpt2_when_it_is_named(adopt, folder):
     place = folder([0, 64], [1])
     adopt(place, "--tokenizer", "gpt2")

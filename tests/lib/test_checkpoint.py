@@ -98,8 +98,14 @@ def whole(trained):
 def test_a_truncated_checkpoint_is_refused(share, trained, tmp_path):
     contents = (trained(**TINY) / "ckpt.pt").read_bytes()
     (tmp_path / "ckpt.pt").write_bytes(contents[:int(len(contents) * share)])
-    with pytest.raises(ValueError, match="is not a checkpoint that can be read"):
+    with pytest.raises(ValueError, match="is not a checkpoint that can be read .*: move it away, or put"):
         read_checkpoint(str(tmp_path / "ckpt.pt"))
+
+
+def test_of_a_file_that_no_run_has_written_nothing_is_said_to_be_moved(tmp_path):
+    (tmp_path / "dense.py").write_text('struct = "dense"\n')
+    with pytest.raises(ValueError, match=r"dense.py is not a checkpoint that can be read \(\w+\)$"):
+        read_checkpoint(str(tmp_path / "dense.py"))
 
 
 @pytest.mark.parametrize("name", CONTENTS)

@@ -99,7 +99,7 @@ def test_no_dense_run_beside_one_from_other_weights(init_from, proposes):
 
 
 @pytest.mark.parametrize("set_by", ["flag", "file"])
-@pytest.mark.parametrize("decay, warmup, expected", [(100, 9, 25), (60, 9, 15), (200, 9, 50), (60, 20, 20)])
+@pytest.mark.parametrize("decay, warmup, expected", [(100, 9, 25), (60, 9, 15), (200, 9, 50), (40, 12, 12)])
 def test_the_dense_run_has_the_same_schedule(set_by, decay, warmup, expected, tmp_path):
     """The rate decays at the same share of its iterations, but not before the warmup ends, which train.py
     refuses."""
@@ -109,6 +109,17 @@ def test_the_dense_run_has_the_same_schedule(set_by, decay, warmup, expected, tm
     kept = [] if set_by == "flag" else [argument]
     words = ["python", "train.py", *kept, "--max_iters=25", f"--lr_decay_iters={expected}"]
     assert proposed(text)["dense, for as many FLOPs"] == [*words, "--out_dir=out-dense"]
+
+
+@pytest.mark.parametrize("arguments, config, schedule", [
+    (["--warmup_iters=12"], dict(warmup_iters=12), ["--warmup_iters=12", "--max_iters=25"]),
+    (["--warmup_iters=40"], dict(warmup_iters=40),
+     ["--warmup_iters=40", "--max_iters=25", "--warmup_iters=10"]),  # the last one counts
+    (["--lr_decay_iters=60"], dict(warmup_iters=40, lr_decay_iters=60),
+     ["--max_iters=25", "--warmup_iters=10", "--lr_decay_iters=15"])])
+def test_a_warmup_that_would_hardly_end_is_as_much_shorter_as_the_dense_run(arguments, config, schedule):
+    words = proposed(commands(["--struct=btt", *arguments], **config))["dense, for as many FLOPs"]
+    assert words == ["python", "train.py", *schedule, "--out_dir=out-dense"]
 
 
 def test_the_dense_run_has_the_sizes_of_a_resumed_checkpoint(run, trained, python_text, tmp_path):

@@ -86,6 +86,14 @@ def test_a_device_that_cannot_be_used_is_one_sentence(name):
     assert "\n" not in str(error.value)
 
 
+def test_of_a_backends_reasons_the_first_is_told(monkeypatch):
+    def refuse(*_, device):
+        raise NotImplementedError("There is no 'MPS' backend. Operators may be left out. See\nthe list.")
+    monkeypatch.setattr(torch, "ones", refuse)
+    with pytest.raises(ValueError, match="^device 'mps' cannot be used here: There is no 'MPS' backend$"):
+        device.choose_device("mps")
+
+
 @pytest.mark.parametrize("dtype, device_type, bfloat16, expected", [
     (None, "cpu", True, "float32"), (None, "cuda", True, "bfloat16"), (None, "cuda", False, "float32"),
     ("float16", "cuda", True, "float16"), ("float32", "cuda", True, "float32")])
