@@ -1,6 +1,7 @@
-# Beyond the grid of cpu.py: the baseline, dense with weight norm, and the mixtures to 1e14 FLOPs, at the
-# widths that are the best there; this resumes that grid's runs. The narrower ones go as far as they are in
-# question. And width 192 for structures whose best width is the largest without it.
+# Beyond the grid of cpu.py: the mixtures to 1e14 FLOPs and the baseline, dense with weight norm, to 1.7e14,
+# where it reaches their losses, at the widths that are the best there; this resumes that grid's runs. The
+# narrower ones go as far as they are in question. And width 192 for structures whose best width is the
+# largest without it.
 #
 #     python -m experiments.scaling sweep experiments/plans/cpu_long.py --jobs=2
 #     python -m experiments.scaling sweep experiments/plans/cpu_long.py --n_embd=64 --seed=2 --jobs=2
